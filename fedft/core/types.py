@@ -1,0 +1,311 @@
+"""The central types: what travels between server and client, and what survives a round.
+
+All of them are frozen data. A tensor's shape is stated where it is made; ``d_in`` and ``d_out``
+are the widths of the adapted linear layer, ``r`` is the LoRA rank.
+
+Tensors are named as PEFT names them in a saved adapter (``base_model.model.<module>.lora_A.weight``
+and so on), so that the wire, the checkpoint, the exported adapter and any other PEFT program
+speak of the same keys.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Part = Literal["A", "B", "R", "head"]
+"""What of an adapter is meant: a factor of every layer, or the fully trained tensors."""
+
+PREFIX = "base_model.model."
+_SUFFIX: dict[Part, str] = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "R": ".lora_R.weight",
+}
+
+
+def factor_name(module: str, part: Part) -> str:
+    """The PEFT name of one factor, e.g. ``base_model.model.layer.0.query.lora_A.weight``."""
+    return f"{PREFIX}{module}{_SUFFIX[part]}"
+
+
+def part_of(name: str) -> Part:
+    """Which part of an adapter a PEFT tensor name belongs to."""
+    for part, suffix in _SUFFIX.items():
+        if name.endswith(suffix):
+            return part
+    return "head"
+
+
+def module_of(name: str) -> str:
+    """The module path behind the name of a factor."""
+    return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The low-rank update of one linear layer, ``scale * B @ A`` (or ``scale * B @ R @ A``).
+
+    Attributes:
+        A: down-projection, [r, d_in].
+        B: up-projection, [d_out, r].
+        scale: LoRA's s, alpha / r (or alpha / sqrt(r) with rank-stabilised LoRA).
+        R: the r x r core of LoRA-XS and Fed-SB, [r, r]; None elsewhere.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    R: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(
+                f"A must be [r, d_in] and B [d_out, r]; got {list(self.A.shape)} and {list(self.B.shape)}"
+            )
+        if self.R is not None and self.R.shape != (self.rank, self.rank):
+            raise ValueError(f"R must be [r, r] with r = {self.rank}; got {list(self.R.shape)}")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in): the shape of the weight this update is added to."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def product(self) -> Tensor:
+        """The dense update, [d_out, d_in]. For export and tests: the rules never form it."""
+        return self.scale * (self.B @ self.folded_A())
+
+    def folded_A(self) -> Tensor:
+        """``R @ A`` where there is a core, else ``A``. [r, d_in]"""
+        return self.A if self.R is None else self.R @ self.A
+
+    def folded(self) -> "Factors":
+        """The same update without a core."""
+        return replace(self, A=self.folded_A(), R=None)
+
+
+Delta = Mapping[str, Factors]
+"""Module path → a factored change of the frozen base weights. Ranks may differ by module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What is fine-tuned: LoRA factors by module path, and fully trained tensors by PEFT name.
+
+    Every module of one adapter has the same rank and scale; a site of another rank has another
+    adapter. The order of both mappings is that of the model and is kept everywhere.
+    """
+
+    factors: Mapping[str, Factors]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
+        object.__setattr__(self, "head", MappingProxyType(dict(self.head)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Adapter, (dict(self.factors), dict(self.head)))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module; 0 where nothing is adapted."""
+        return max((f.rank for f in self.factors.values()), default=0)
+
+    def tensors(self, parts: Iterable[Part] = ("A", "B", "R", "head")) -> dict[str, Tensor]:
+        """The chosen parts as PEFT name → tensor, in the order of the model."""
+        wanted = set(parts)
+        flat: dict[str, Tensor] = {}
+        for module, factors in self.factors.items():
+            for part, tensor in (("A", factors.A), ("R", factors.R), ("B", factors.B)):
+                if part in wanted and tensor is not None:
+                    flat[factor_name(module, part)] = tensor
+        if "head" in wanted:
+            flat.update(self.head)
+        return flat
+
+    def replaced(self, tensors: Mapping[str, Tensor], scale: float | None = None) -> "Adapter":
+        """A new adapter with the named tensors in place of this one's; the rest is kept.
+
+        Args:
+            tensors: PEFT name → tensor. Factors may change their rank, A, B and R together.
+            scale: the new scale of every module; None keeps the present one.
+
+        Raises:
+            KeyError: a name that this adapter does not have.
+        """
+        unknown = tensors.keys() - self.tensors().keys()
+        if unknown:
+            raise KeyError(f"not in this adapter: {sorted(unknown)[:3]}")
+        factors = {
+            module: Factors(
+                A=tensors.get(factor_name(module, "A"), f.A),
+                B=tensors.get(factor_name(module, "B"), f.B),
+                scale=f.scale if scale is None else scale,
+                R=tensors.get(factor_name(module, "R"), f.R) if f.R is not None else None,
+            )
+            for module, f in self.factors.items()
+        }
+        return Adapter(factors, {name: tensors.get(name, t) for name, t in self.head.items()})
+
+    def map_factors(self, factors: Mapping[str, Factors]) -> "Adapter":
+        """A new adapter with other factors and the same head."""
+        return Adapter(factors, self.head)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A client as the server knows it.
+
+    Attributes:
+        name: unique and stable over restarts; sampling and seeds go by it.
+        examples: training examples it holds. Zero excludes it from training.
+        rank: the LoRA rank it can train; None takes the run's.
+        memory_mib: memory it grants to training, in MiB; None is unlimited.
+    """
+
+    name: str
+    examples: int
+    rank: int | None = None
+    memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a site optimises, in the vocabulary of optimisation; the `[training]` table.
+
+    Attributes:
+        epochs: passes over the site's examples; ignored where ``steps`` is set.
+        steps: optimiser steps, or None to go by epochs.
+        batch_size: examples a step.
+        lr: learning rate, constant within a round.
+        optimizer: ``adamw`` (betas 0.9, 0.999, eps 1e-8) or ``sgd``; its state starts anew each round.
+        momentum: of SGD.
+        weight_decay: decoupled for AdamW, added to the gradient for SGD.
+        clip_norm: largest gradient norm over all trained tensors of the site; None clips nothing.
+        proximal_mu: FedProx's mu: adds mu / 2 * ||theta - theta_start||^2 to the loss.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 8
+    lr: float = 5e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TrainPlan:
+    """What the server asks of one site this round. No strategy name: only what to do.
+
+    Attributes:
+        start: where training starts, at the rank of this site.
+        delta: what to add to the frozen base weights first, in factored form.
+        receive: the parts of ``start`` that travel down. The site makes the others itself, from
+            the common seed, exactly as the server made its first adapter.
+        train: the parts that learn; the rest of ``start`` is frozen.
+        send: the parts that travel back.
+        keep: the parts that stay at the site: loaded from its own state where it has one, and
+            saved there afterwards. They replace the same parts of ``start``.
+        training: the optimiser's settings.
+        layers: indices of the transformer blocks this site holds; None holds all of them.
+        round: the round this belongs to.
+        site: the site's name.
+        seed: of the run; the site derives the order of its batches from (seed, round, site).
+    """
+
+    start: Adapter
+    delta: Delta = field(default_factory=dict)
+    receive: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+    train: frozenset[Part] = frozenset({"A", "B", "head"})
+    send: frozenset[Part] = frozenset({"A", "B", "head"})
+    keep: frozenset[Part] = frozenset()
+    training: LocalTraining = LocalTraining()
+    layers: tuple[int, ...] | None = None
+    round: int = 0
+    site: str = ""
+    seed: int = 0
+
+    def sent(self) -> dict[str, Tensor]:
+        """The tensors of ``start`` that a reply must consist of: its schema. PEFT name → tensor."""
+        return self.start.tensors(self.send)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalPlan:
+    """What to evaluate.
+
+    Attributes:
+        adapter: the adapter to measure.
+        delta: what to add to the frozen base weights first.
+        split: ``test`` is the server's central set, ``holdout`` the site's own held-out part.
+        keep: the parts that the site replaces by its own, as in :class:`TrainPlan`.
+        shard: (index, count): which slice of the split; the sums over all slices are the result.
+        round, site: as in :class:`TrainPlan`.
+    """
+
+    adapter: Adapter
+    delta: Delta = field(default_factory=dict)
+    split: Literal["test", "holdout"] = "test"
+    keep: frozenset[Part] = frozenset()
+    shard: tuple[int, int] = (0, 1)
+    round: int = 0
+    site: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ClientUpdate:
+    """What came back from one site, validated.
+
+    Attributes:
+        site: its name.
+        examples: the number of examples it trained on; its weight.
+        tensors: PEFT name → tensor, exactly the parts the plan asked for.
+        start: the adapter the site started from, at its rank.
+        metrics: numbers it reported, for example ``loss``.
+    """
+
+    site: str
+    examples: int
+    tensors: Mapping[str, Tensor]
+    start: Adapter
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The site's whole adapter after training: what it sent, and the start for the rest."""
+        return self.start.replaced(self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """Everything that crosses a round boundary. It *is* the checkpoint.
+
+    Attributes:
+        round: rounds completed.
+        adapter: the global adapter.
+        delta: the change of the base weights so far, in factored form (FLoRA, FedEx-LoRA, …).
+        slots: further tensors of the strategy by name, such as a server optimiser's moments.
+    """
+
+    adapter: Adapter
+    round: int = 0
+    delta: Delta = field(default_factory=dict)
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A detached contiguous copy on the CPU."""
+    return torch.clone(tensor.detach().cpu()).contiguous()
