@@ -207,6 +207,23 @@ class LocalTraining:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """A few examples, padded to their own longest.
+
+    Attributes:
+        inputs: keyword arguments of the model: ``input_ids`` and ``attention_mask`` [b, t] int64,
+            or ``pixel_values`` [b, c, h, w].
+        labels: class ids [b], or token ids [b, t] with -100 where no loss is taken. int64
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
 class TrainPlan:
     """What the server asks of one site this round. No strategy name: only what to do.
 
