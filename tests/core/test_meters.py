@@ -1,0 +1,447 @@
+"""The meters against their dense twins, the identities of the rules, and their resolution."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedft.core import algebra, meters
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    Factors,
+    Part,
+    ServerState,
+    TrainPlan,
+    factor_name,
+)
+from strategies.base import weights
+from strategies.fedavg_lora import FedAvgLoRA
+from strategies.ffa_lora import FFALoRA
+
+SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 28)}
+AB: frozenset[Part] = frozenset({"A", "B"})
+
+
+def adapter(seed: int, rank: int = 3, *, scale: float = 2.0, shapes=SHAPES, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {
+            m: Factors(
+                torch.randn(rank, d_in, generator=g, dtype=dtype),
+                torch.randn(d_out, rank, generator=g, dtype=dtype),
+                scale,
+            )
+            for m, (d_out, d_in) in shapes.items()
+        }
+    )
+
+
+def update(
+    site: str, start: Adapter, end: Adapter, examples: int = 10, parts=AB, **metrics: float
+) -> ClientUpdate:
+    return ClientUpdate(site, examples, end.tensors(parts), start, metrics)
+
+
+def near(start: Adapter, seed: int, size: float = 0.1) -> Adapter:
+    noise = adapter(seed, start.rank)
+    return start.replaced({k: t + size * noise.tensors()[k] for k, t in start.tensors().items()})
+
+
+def cohort(start: Adapter, k: int = 4, parts=AB, size: float = 0.1) -> list[ClientUpdate]:
+    return [
+        update(f"s{i}", start, near(start, 100 + i, size), examples=5 + 3 * i, parts=parts)
+        for i in range(k)
+    ]
+
+
+def dense_mean(updates: Sequence[ClientUpdate], module: str) -> Tensor:
+    p = weights(updates)
+    terms = [u.adapter.factors[module] for u in updates]
+    return sum(
+        w * f.scale * f.B.double() @ f.folded_A().double() for w, f in zip(p, terms, strict=True)
+    )  # type: ignore[return-value]
+
+
+def dense(factors: Factors) -> Tensor:
+    return factors.scale * factors.B.double() @ factors.folded_A().double()
+
+
+def dense_bias(updates: Sequence[ClientUpdate], applied: dict[str, Tensor]) -> dict[str, float]:
+    """The naive twin: every product formed, subtracted and summed."""
+    ideal = {m: dense_mean(updates, m) for m in applied}
+    error = sum(float((ideal[m] - applied[m]).square().sum()) for m in applied)
+    x = sum(float(t.square().sum()) for t in ideal.values())
+    y = sum(float(t.square().sum()) for t in applied.values())
+    xy = sum(float((ideal[m] * applied[m]).sum()) for m in applied)
+    return {
+        "relative": (error / x) ** 0.5,
+        "cosine": xy / (x * y) ** 0.5,
+        "norm_ratio": (y / x) ** 0.5,
+    }
+
+
+def test_bias_of_averaged_factors_equals_the_dense_twin() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    after = FedAvgLoRA().aggregate(ServerState(start), updates)
+    measured = meters.measure(ServerState(start), updates, after)["bias"]
+    expected = dense_bias(updates, {m: dense(f) for m, f in after.adapter.factors.items()})
+    for key, value in expected.items():
+        assert measured[key] == pytest.approx(value, rel=1e-9)
+    for module in SHAPES:
+        one = dense_bias(updates, {module: dense(after.adapter.factors[module])})
+        assert measured["layers"][module] == pytest.approx(one, rel=1e-9)
+    assert measured["relative"] > 1e-3
+
+
+def test_bias_by_hand() -> None:
+    """Two sites, one number a factor: B A = 1*1 and 3*3; mean 5, product of the means 2*2 = 4."""
+    shapes = {"w": (1, 1)}
+    start = adapter(0, 1, scale=1.0, shapes=shapes)
+
+    def at(value: float) -> Adapter:
+        return start.replaced({k: torch.full((1, 1), value) for k in start.tensors()})
+
+    updates = [update("a", start, at(1.0)), update("b", start, at(3.0))]
+    result = meters.measure(ServerState(start), updates, ServerState(at(2.0)))
+    assert result["bias"]["relative"] == pytest.approx(1 / 5)
+    assert result["bias"]["norm_ratio"] == pytest.approx(4 / 5)
+    assert result["bias"]["cosine"] == pytest.approx(1.0)
+    # theta = (2, 2) is the mean of (1, 1) and (3, 3): nothing is displaced, and each is 1 + 1 off.
+    assert result["lag"]["displacement"] == 0.0
+    assert result["drift"]["between"] == pytest.approx(2.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    d_out=st.integers(1, 12),
+    d_in=st.integers(1, 12),
+    applied_rank=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shapes_and_mixed_ranks_equal_the_dense_twin(
+    ranks: list[int], d_out: int, d_in: int, applied_rank: int, seed: int
+) -> None:
+    shapes = {"w": (d_out, d_in)}
+    updates = []
+    for k, rank in enumerate(ranks):
+        start = adapter(seed + k, rank, scale=16 / rank, shapes=shapes)
+        end = adapter(seed + 50 + k, rank, scale=16 / rank, shapes=shapes)
+        updates.append(update(f"s{k}", start, end, examples=k + 1))
+    applied = adapter(seed + 99, applied_rank, shapes=shapes).factors["w"]
+    measured = meters.bias(updates, weights(updates), {"w": [applied]})
+    expected = dense_bias(updates, {"w": dense(applied)})
+    for key, value in expected.items():
+        assert measured[key] == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def exact_states(start: Adapter, updates: Sequence[ClientUpdate]) -> dict[str, ServerState]:
+    """What exact rules make of a round, in float32: stacked (FLoRA), mean + residual (FedEx)."""
+    p = weights(updates)
+    sums = {m: algebra.stack([u.adapter.factors[m] for u in updates], p) for m in start.factors}
+    fresh = adapter(9, start.rank)
+    empty = fresh.replaced(
+        {factor_name(m, "B"): torch.zeros_like(f.B) for m, f in fresh.factors.items()}
+    )
+    mean = FedAvgLoRA().aggregate(ServerState(start), updates).adapter
+    residual = {
+        m: algebra.stack([sums[m], algebra.negated(mean.factors[m])]) for m in start.factors
+    }
+    return {
+        "flora": ServerState(empty, 1, sums),
+        "fedex": ServerState(mean, 1, residual),
+        "compressed": ServerState(
+            empty, 1, {m: algebra.compress(s, s.rank) for m, s in sums.items()}
+        ),
+    }
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex", "compressed"])
+@pytest.mark.parametrize("history", [0, 40], ids=["first-round", "after-many-rounds"])
+def test_exact_rules_read_zero_in_float32(rule: str, history: int) -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    after = exact_states(start, updates)[rule]
+    before = ServerState(start)
+    if history:
+        # A base delta ten times the round's own update must neither hide nor fake an error.
+        old = {m: Factors(f.A, 10 * f.B, 1.0) for m, f in adapter(5, history).factors.items()}
+        before = replace(before, delta=old)
+        grown = {m: algebra.stack([old[m], d]) for m, d in after.delta.items()}
+        after = replace(after, delta=grown)
+    measured = meters.measure(before, updates, after)["bias"]
+    assert measured["relative"] is not None
+    assert measured["relative"] <= 1e-6
+    assert measured["cosine"] == pytest.approx(1.0, abs=1e-12)
+    # Positive control: without what was merged into the base, the same meter sees the error.
+    assert (
+        meters.measure(before, updates, replace(after, delta=before.delta))["bias"]["relative"]
+        == pytest.approx(1.0, abs=1.0)
+        > 1e-3
+    )
+
+
+def test_a_rewritten_delta_is_subtracted_from_the_old_one() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    exact = exact_states(start, updates)["flora"]
+    old = adapter(5, 6).factors
+    merged = {m: algebra.compress(algebra.stack([old[m], exact.delta[m]]), 30) for m in old}
+    after = replace(exact, delta=merged)
+    measured = meters.measure(ServerState(start, delta=old), updates, after)["bias"]
+    assert measured["relative"] is not None
+    assert measured["relative"] <= 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_a_known_tiny_bias_is_read_right(size: float) -> None:
+    start = adapter(0)
+    updates = cohort(start, 8)
+    p = weights(updates)
+    applied = {}
+    for seed, m in enumerate(SHAPES):
+        exact = algebra.stack([u.adapter.factors[m] for u in updates], p)
+        off = adapter(70 + seed, 2, dtype=torch.float64).factors[m]
+        off = replace(off, scale=off.scale * size * algebra.norm(exact) / algebra.norm(off))
+        applied[m] = [exact, off]
+    # The float32 stack is itself off by about 1e-7, which sets the tolerance of the smallest.
+    measured = meters.bias(updates, p, applied)
+    assert measured["relative"] == pytest.approx(size, rel=1e-2 if size < 1e-5 else 1e-3)
+    for layer in measured["layers"].values():
+        assert layer["relative"] == pytest.approx(size, rel=1e-2 if size < 1e-5 else 1e-3)
+
+
+def test_float64_factors_are_resolved_far_below_the_naive_formula() -> None:
+    """a - 2b + c stops near 1e-8; the meter reads 1e-11."""
+    d, r, k = 64, 4, 6
+    shapes = {"w": (d, d)}
+    start = adapter(0, r, shapes=shapes, dtype=torch.float64)
+    ends = [adapter(10 + i, r, shapes=shapes, dtype=torch.float64) for i in range(k)]
+    updates = [update(f"s{i}", start, end) for i, end in enumerate(ends)]
+    p = weights(updates)
+    exact = algebra.stack([u.adapter.factors["w"] for u in updates], p)
+    off = adapter(70, 1, shapes=shapes, dtype=torch.float64).factors["w"]
+    off = replace(off, scale=off.scale * 1e-11 * algebra.norm(exact) / algebra.norm(off))
+    assert meters.bias(updates, p, {"w": [exact, off]})["relative"] == pytest.approx(
+        1e-11, rel=0.01
+    )
+
+
+def test_common_factors_are_exact_and_cheap() -> None:
+    """FFA-LoRA at 100 sites: A4 of methods.md, without stacking 100 ranks."""
+    shapes = {"w": (512, 512)}
+    start = adapter(0, 8, shapes=shapes)
+    updates = []
+    for i in range(100):
+        end = start.replaced({factor_name("w", "B"): adapter(i, 8, shapes=shapes).factors["w"].B})
+        updates.append(update(f"s{i:03}", start, end, parts=frozenset({"B"})))
+    after = FFALoRA().aggregate(ServerState(start), updates)
+    began = time.perf_counter()
+    measured = meters.measure(ServerState(start), updates, after)
+    assert measured["bias"]["relative"] <= 1e-6
+    assert time.perf_counter() - began < 2.0
+    assert measured["bias"]["norm_ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_core_is_part_of_the_product() -> None:
+    base = adapter(0)
+
+    def with_core(seed: int) -> Adapter:
+        g = torch.Generator().manual_seed(seed)
+        return Adapter(
+            {m: replace(f, R=torch.randn(3, 3, generator=g)) for m, f in base.factors.items()}
+        )
+
+    start, ends = with_core(1), [with_core(2), with_core(3)]
+    updates = [update(f"s{i}", start, e, parts=frozenset({"R"})) for i, e in enumerate(ends)]
+    mean = start.replaced(
+        {
+            factor_name(m, "R"): (ends[0].factors[m].R + ends[1].factors[m].R) / 2  # type: ignore[operator]
+            for m in SHAPES
+        }
+    )
+    assert (
+        meters.measure(ServerState(start), updates, ServerState(mean))["bias"]["relative"] <= 1e-6
+    )
+    unchanged = meters.measure(ServerState(start), updates, ServerState(start))
+    assert unchanged["bias"]["relative"] > 0.5
+
+
+def test_layers_that_few_sites_hold_are_weighted_over_those() -> None:
+    """A site that holds no value layer does not dilute that layer's mean."""
+    start = adapter(0)
+    full, other = near(start, 1), near(start, 2)
+    only_query = {
+        k: t for k, t in other.tensors().items() if k.startswith("base_model.model.layer.0.query")
+    }
+    updates = [update("a", start, full), ClientUpdate("b", 30, only_query, start)]
+    after = start.replaced(
+        {k: t for k, t in full.tensors().items() if ".value." in k}
+        | {k: (full.tensors()[k] * 10 + t * 30) / 40 for k, t in only_query.items()}
+    )
+    measured = meters.measure(ServerState(start), updates, ServerState(after))
+    assert measured["bias"]["layers"]["layer.0.value"]["relative"] <= 1e-7
+    assert measured["bias"]["layers"]["layer.0.query"]["relative"] > 1e-4
+    assert measured["lag"]["displacement"] <= 1e-7
+
+
+def test_a_rule_that_keeps_b_at_the_sites_has_no_bias_reading() -> None:
+    start = adapter(0)
+    updates = cohort(start, parts=frozenset({"A"}))
+    after = FedAvgLoRA().aggregate(ServerState(start), updates)
+    measured = meters.measure(ServerState(start), updates, after, personal={"B", "head"})
+    assert measured["bias"] == {
+        "relative": None, "cosine": None, "norm_ratio": None, "layers": {}
+    }  # fmt: skip
+    assert measured["lag"]["function_jump"] is None
+    assert measured["lag"]["displacement"] == pytest.approx(0.0, abs=1e-6)
+    assert measured["drift"]["total"] > 0
+    # A personal head hides no factor.
+    known = meters.measure(ServerState(start), updates, after, personal={"head"})
+    assert known["bias"]["relative"] is not None
+
+
+def test_function_jump_equals_the_bias_where_all_start_from_the_server() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    after = FedAvgLoRA().aggregate(ServerState(start), updates)
+    plans = {u.site: TrainPlan(start=after.adapter) for u in updates}
+    alone = meters.measure(ServerState(start), updates, after)
+    told = meters.measure(ServerState(start), updates, after, following=plans)
+    assert alone["lag"]["function_jump"] == alone["bias"]["relative"]
+    assert told["lag"]["function_jump"] == pytest.approx(alone["bias"]["relative"], rel=1e-12)
+
+
+def test_function_jump_of_truncated_starts_is_their_root_mean_square() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    p = weights(updates)
+    after = FedAvgLoRA().aggregate(ServerState(start), updates)
+    plans = {}
+    for i, u in enumerate(updates):
+        cut = {m: algebra.truncate(f, 1 + i % 2) for m, f in after.adapter.factors.items()}
+        plans[u.site] = TrainPlan(start=Adapter(cut))
+    ideal = {m: dense_mean(updates, m) for m in SHAPES}
+    error = sum(
+        w
+        * sum(
+            float((dense(plans[u.site].start.factors[m]) - ideal[m]).square().sum()) for m in SHAPES
+        )
+        for w, u in zip(p, updates, strict=True)
+    )
+    expected = (error / sum(float(t.square().sum()) for t in ideal.values())) ** 0.5
+    measured = meters.measure(ServerState(start), updates, after, following=plans)
+    assert measured["lag"]["function_jump"] == pytest.approx(expected, rel=1e-9)
+    kept = {site: replace(plan, keep=frozenset({"B"})) for site, plan in plans.items()}
+    hidden = meters.measure(ServerState(start), updates, after, following=kept)
+    assert hidden["lag"]["function_jump"] is None
+
+
+def test_displacement_and_drift_equal_their_definitions() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    p = weights(updates)
+    after = ServerState(near(start, 55, 0.5))
+
+    def vector(a: Adapter) -> Tensor:
+        return torch.cat([t.double().flatten() for t in a.tensors(AB).values()])
+
+    ends = torch.stack([vector(u.adapter) for u in updates])
+    w = torch.tensor(p, dtype=torch.float64)
+    mean = w @ ends
+    measured = meters.measure(ServerState(start), updates, after)
+    displaced = float((vector(after.adapter) - mean).norm() / mean.norm())
+    assert measured["lag"]["displacement"] == pytest.approx(displaced, rel=1e-9)
+    total = float(w @ (ends - vector(start)).square().sum(1))
+    between = float(w @ (ends - mean).square().sum(1))
+    assert measured["drift"]["total"] == pytest.approx(total, rel=1e-9)
+    assert measured["drift"]["between"] == pytest.approx(between, rel=1e-9)
+    # Their difference is the common movement: Huygens.
+    common = float((mean - vector(start)).square().sum())
+    assert total - between == pytest.approx(common, rel=1e-6)
+
+
+def test_mixed_ranks_leave_only_what_has_common_coordinates() -> None:
+    updates = []
+    for i, rank in enumerate((2, 3)):
+        start = adapter(i, rank)
+        updates.append(update(f"s{i}", start, near(start, 40 + i)))
+    measured = meters.measure(ServerState(adapter(0)), updates, ServerState(adapter(8)))
+    assert measured["bias"]["relative"] > 0
+    assert measured["lag"]["displacement"] is None
+    assert measured["drift"]["between"] is None
+    assert measured["drift"]["total"] > 0
+
+
+def test_dead_start_is_the_mean_ratio_of_those_who_report_it() -> None:
+    start = adapter(0)
+    end = near(start, 1)
+    updates = [
+        update("a", start, end, 10, grad_A_norm=1.0, grad_B_norm=2.0),
+        update("b", start, end, 30, grad_A_norm=0.0, grad_B_norm=2.0),
+        update("c", start, end, 99, loss=1.0),
+        update("d", start, end, 99, grad_A_norm=1.0, grad_B_norm=0.0),
+    ]
+    measured = meters.measure(ServerState(start), updates, ServerState(end))
+    assert measured["lag"]["dead_start"] == pytest.approx(0.5 * 10 / 40)
+    silent = meters.measure(ServerState(start), updates[2:], ServerState(end))
+    assert silent["lag"]["dead_start"] is None
+
+
+def test_order_scale_of_counts_and_empty_sites_change_nothing() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    after = ServerState(near(start, 55))
+    reference = meters.measure(ServerState(start), updates, after)
+    empty = update("z", start, near(start, 77), examples=0)
+    doubled = [replace(u, examples=2 * u.examples) for u in reversed(updates)]
+    assert meters.measure(ServerState(start), [empty, *doubled], after) == reference
+
+
+@pytest.mark.parametrize("diverged", [float("nan"), float("inf")])
+def test_every_reading_is_json(diverged: float) -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    broken = start.replaced({k: torch.full_like(t, diverged) for k, t in start.tensors().items()})
+    nothing: list[ClientUpdate] = []
+    for after, sites in ((start, updates), (broken, updates), (start, nothing)):
+        measured = meters.measure(ServerState(start), sites, ServerState(after))
+        assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+        if after is broken:
+            assert measured["bias"]["relative"] is None
+
+
+def test_zero_update_has_no_relative_bias() -> None:
+    start = adapter(0)
+    zero = start.replaced({k: torch.zeros_like(t) for k, t in start.tensors().items()})
+    measured = meters.measure(ServerState(zero), [update("a", zero, zero)], ServerState(zero))
+    assert measured["bias"]["relative"] is None
+    assert measured["bias"]["cosine"] is None
+
+
+def test_spectrum_is_that_of_the_dense_mean() -> None:
+    updates = cohort(adapter(0), 3)
+    for module, values in meters.spectrum(updates).items():
+        expected = torch.linalg.svdvals(dense_mean(updates, module))
+        got = torch.tensor(values, dtype=torch.float64)
+        q = min(len(values), len(expected))
+        assert torch.allclose(got[:q], expected[:q], rtol=1e-9, atol=1e-9)
+        assert float(expected[q:].sum()) < 1e-9
+
+
+def test_nothing_is_mutated() -> None:
+    start = adapter(0)
+    updates = cohort(start)
+    after = ServerState(near(start, 55), delta=adapter(5).factors)
+    copies = [t.clone() for u in updates for t in u.tensors.values()]
+    meters.measure(ServerState(start), updates, after)
+    tensors = [t for u in updates for t in u.tensors.values()]
+    assert all(torch.equal(x, y) for x, y in zip(copies, tensors, strict=True))
