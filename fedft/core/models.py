@@ -420,12 +420,17 @@ def load_base(
     )
     model.requires_grad_(False).eval()
     nn.Module.to(model, device)
-    for name, parameter in model.named_parameters():
-        if name.split(".")[0] in HEADS:
-            parameter.data = parameter.data.float()
+    for name in HEADS:
+        if isinstance(head := getattr(model, name, None), nn.Module):
+            head.float().register_forward_pre_hook(_widen)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     return Base(model, lora, spec.task)
+
+
+def _widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A head stays in float32 also where the base is bfloat16."""
+    return tuple(x.float() if x.dtype == torch.bfloat16 else x for x in inputs)
 
 
 def _empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
