@@ -32,7 +32,7 @@ Definitions of lag and drift are this project's own where the papers give none; 
 # torch is typed in part; its values are annotated where they enter.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import TypedDict
@@ -138,10 +138,14 @@ def measure(
     hidden = frozenset(personal) & _MATRICES
     bias_, jump = _empty_bias(), None
     if usable and not hidden:
-        ideal = _mean_update(usable)
-        applied = _applied(before.delta, after.delta, after.adapter)
-        bias_ = _bias(ideal, applied)
-        jump = _function_jump(ideal, before, usable, following) if following else bias_["relative"]
+        plans = _distinct(usable, following or {})
+        starts = [(plan.start, plan.delta) for plan, _ in plans]
+        first, *others = _gaps(
+            _mean_updates(usable, _weights(usable)),
+            [_applied(before.delta, *new) for new in [(after.adapter, after.delta), *starts]],
+        )
+        bias_ = _read(first)
+        jump = _function_jump(others, plans) if plans else bias_["relative"]
     lag = Lag(
         function_jump=jump,
         dead_start=_dead_start(usable),
@@ -161,7 +165,8 @@ def bias(
         applied: module path → terms whose sum takes the place of the mean update. Modules that
             no site sent are ignored; one that is missing here counts as an applied zero.
     """
-    return _bias(_mean_update(updates, p), applied)
+    (gaps,) = _gaps(_mean_updates(updates, p), [applied])
+    return _read(gaps)
 
 
 def spectrum(updates: Sequence[ClientUpdate]) -> dict[str, list[float]]:
@@ -172,7 +177,7 @@ def spectrum(updates: Sequence[ClientUpdate]) -> dict[str, list[float]]:
     usable = [u for u in updates if u.examples > 0]
     return {
         module: algebra.singular_values(factors).tolist()
-        for module, factors in _mean_update(usable).items()
+        for module, factors in _mean_updates(usable, _weights(usable))
     }
 
 
@@ -218,11 +223,20 @@ def _empty_bias() -> Bias:
     return Bias(relative=None, cosine=None, norm_ratio=None, layers={})
 
 
-def _bias(ideal: Delta, applied: Mapping[str, Sequence[Factors]]) -> Bias:
-    gaps = {module: _gap(x, _sum(applied.get(module, ()), x)) for module, x in ideal.items()}
-    total = sum(gaps.values(), _Gap())
+def _read(gaps: Mapping[str, _Gap]) -> Bias:
     layers = {module: gap.ratios() for module, gap in gaps.items()}
-    return Bias(**total.ratios(), layers=layers)
+    return Bias(**sum(gaps.values(), _Gap()).ratios(), layers=layers)
+
+
+def _gaps(
+    ideal: Iterable[tuple[str, Factors]], targets: Sequence[Mapping[str, Sequence[Factors]]]
+) -> list[dict[str, _Gap]]:
+    """For each target, module path → its gap. One layer in float64 at a time: that is the memory."""
+    gaps: list[dict[str, _Gap]] = [{} for _ in targets]
+    for module, x in ideal:
+        for found, target in zip(gaps, targets, strict=True):
+            found[module] = _gap(x, _sum(target.get(module, ()), x))
+    return gaps
 
 
 def _gap(x: Factors, y: Factors) -> _Gap:
@@ -287,18 +301,15 @@ def _senders(updates: Sequence[ClientUpdate]) -> dict[str, list[int]]:
     return {module: indices for module, indices in held.items() if indices}
 
 
-def _mean_update(
-    updates: Sequence[ClientUpdate], p: Sequence[float] | None = None
-) -> dict[str, Factors]:
-    """The mean update by module path, in float64; weights are renormalised over a layer's senders."""
-    p = _weights(updates) if p is None else p
+def _mean_updates(
+    updates: Sequence[ClientUpdate], p: Sequence[float]
+) -> Iterator[tuple[str, Factors]]:
+    """(module, its mean update in float64), weights renormalised over the senders of the layer."""
     adapters = [u.adapter for u in updates]
-    mean: dict[str, Factors] = {}
     for module, indices in _senders(updates).items():
         total = sum(p[k] for k in indices)
         parts = [_double(adapters[k].factors[module]) for k in indices]
-        mean[module] = _weighted_sum(parts, [p[k] / total for k in indices])
-    return mean
+        yield module, _weighted_sum(parts, [p[k] / total for k in indices])
 
 
 def _weighted_sum(parts: Sequence[Factors], p: Sequence[float]) -> Factors:
@@ -314,7 +325,7 @@ def _weighted_sum(parts: Sequence[Factors], p: Sequence[float]) -> Factors:
     return algebra.stack(parts, p)
 
 
-def _applied(before: Delta, after: Delta, adapter: Adapter) -> dict[str, list[Factors]]:
+def _applied(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:
     """The terms of M by module path: what was merged into the base, and the new product."""
     modules = dict.fromkeys([*adapter.factors, *after, *before])
     return {
@@ -347,23 +358,21 @@ def _change(before: Factors | None, after: Factors | None) -> list[Factors]:
 
 
 def _function_jump(
-    ideal: Delta,
-    before: ServerState,
-    updates: Sequence[ClientUpdate],
-    following: Mapping[str, TrainPlan],
+    gaps: Sequence[Mapping[str, _Gap]], plans: Sequence[tuple[TrainPlan, float]]
 ) -> float | None:
-    """Root-mean-square over the sites of the relative distance of their next start from W + dW."""
-    known = [u for u in updates if u.site in following]
-    if not known or any(following[u.site].keep & _MATRICES for u in known):
+    """Root-mean-square over the sites of the relative distance of their next start from W + dW.
+
+    Only layers that a site holds count: of the others it has no function.
+    """
+    if any(plan.keep & _MATRICES for plan, _ in plans):
         return None
-    total = _Gap()
-    for plan, weight in _distinct(known, following):
-        applied = _applied(before.delta, plan.delta, plan.start)
-        held = {module: x for module, x in ideal.items() if module in plan.start.factors}
-        for module, x in held.items():
-            gap = _gap(x, _sum(applied[module], x))
-            total += _Gap(ideal=weight * gap.ideal, error=weight * gap.error)
-    return _ratio(total.error, total.ideal)
+    held = [
+        (weight, gap)
+        for found, (plan, weight) in zip(gaps, plans, strict=True)
+        for module, gap in found.items()
+        if module in plan.start.factors
+    ]
+    return _ratio(sum(w * gap.error for w, gap in held), sum(w * gap.ideal for w, gap in held))
 
 
 def _distinct(
@@ -371,7 +380,8 @@ def _distinct(
 ) -> list[tuple[TrainPlan, float]]:
     """Plans that start alike, once each, with the weight of their sites: they cost a QR apiece."""
     groups: list[tuple[TrainPlan, float]] = []
-    for update, p in zip(updates, _weights(updates), strict=True):
+    known = [u for u in updates if u.site in following]
+    for update, p in zip(known, _weights(known), strict=True):
         plan = following[update.site]
         for index, (seen, weight) in enumerate(groups):
             if _same_start(plan, seen):
