@@ -9,7 +9,7 @@ speak of the same keys.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -193,6 +193,9 @@ class LocalTraining:
         weight_decay: decoupled for AdamW, added to the gradient for SGD.
         clip_norm: largest gradient norm over all trained tensors of the site; None clips nothing.
         proximal_mu: FedProx's mu: adds mu / 2 * ||theta - theta_start||^2 to the loss.
+        tail_penalty: HetLoRA's lambda: adds lambda * sum_modules ||B[:, k:]||_F ||A[k:, :]||_F to
+            the loss, k = floor(``tail_keep`` * r).
+        tail_keep: HetLoRA's gamma, the share of the rank that is not penalised.
     """
 
     epochs: int = 1
@@ -204,6 +207,22 @@ class LocalTraining:
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     proximal_mu: float = 0.0
+    tail_penalty: float = 0.0
+    tail_keep: float = 1.0
+
+    def overlaid(self, rule: "LocalTraining") -> "LocalTraining":
+        """These settings, but with those of ``rule`` wherever it departs from the defaults.
+
+        The round calls it as ``configured.overlaid(plan.training)``: a rule adds its penalty to
+        the `[training]` table without knowing the table.
+        """
+        default = LocalTraining()
+        changed = {
+            f.name: getattr(rule, f.name)
+            for f in fields(self)
+            if getattr(rule, f.name) != getattr(default, f.name)
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +255,8 @@ class TrainPlan:
         send: the parts that travel back.
         keep: the parts that stay at the site: loaded from its own state where it has one, and
             saved there afterwards. They replace the same parts of ``start``.
+        basis: where set, the A and B that do not travel are not those of the common seed but
+            ``algebra.orthonormal_basis(basis, ...)``, which the site makes itself (Fed-SB).
         training: the optimiser's settings.
         layers: indices of the transformer blocks this site holds; None holds all of them.
         round: the round this belongs to.
@@ -249,6 +270,7 @@ class TrainPlan:
     train: frozenset[Part] = frozenset({"A", "B", "head"})
     send: frozenset[Part] = frozenset({"A", "B", "head"})
     keep: frozenset[Part] = frozenset()
+    basis: int | None = None
     training: LocalTraining = LocalTraining()
     layers: tuple[int, ...] | None = None
     round: int = 0
