@@ -1,0 +1,90 @@
+"""Batches of rows of about one length, each padded to its own longest.
+
+The order is random where learning needs it and sorted where padding costs: rows are shuffled,
+sorted by length within windows of a few batches, cut, and the batches shuffled again.
+"""
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedft.core.examples import Examples, Rows
+from fedft.core.types import Batch
+
+WINDOW = 4
+"""Batches among which rows are sorted by length. More saves little padding and makes the batches
+of every epoch the same."""
+
+
+def batches(
+    examples: Examples,
+    rows: Rows,
+    batch_size: int,
+    *,
+    epochs: int = 1,
+    steps: int | None = None,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """Training batches.
+
+    Args:
+        examples: what to draw from.
+        rows: the site's rows of it.
+        batch_size: rows a batch; the last of an epoch may be short.
+        epochs: passes over the rows; ignored where ``steps`` is set.
+        steps: number of batches, over as many epochs as that takes.
+        generator: of the order. Epochs are drawn as they are reached.
+
+    Returns:
+        An iterator that pads each batch when it is asked for; empty where there are no rows.
+    """
+    for chosen in batch_rows(
+        examples.lengths[rows], batch_size, epochs=epochs, steps=steps, generator=generator
+    ):
+        yield examples.collate(rows[chosen])
+
+
+def batch_rows(
+    lengths: Rows,
+    batch_size: int,
+    *,
+    epochs: int = 1,
+    steps: int | None = None,
+    generator: torch.Generator,
+) -> Iterator[NDArray[np.int64]]:
+    """The order behind :func:`batches`: for each batch, positions in ``lengths``."""
+    if not len(lengths):
+        return
+    passes = range(epochs) if steps is None else count()
+    order = (chosen for _ in passes for chosen in _epoch(lengths, batch_size, generator))
+    yield from islice(order, steps)
+
+
+def batch_count(rows: int, batch_size: int, *, epochs: int = 1, steps: int | None = None) -> int:
+    """How many batches :func:`batches` gives."""
+    if steps is None or not rows:
+        return epochs * -(-rows // batch_size)
+    return steps
+
+
+def eval_batches(examples: Examples, rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """Every row once, in order of length; the same batches each time."""
+    ordered = rows[np.argsort(examples.lengths[rows], kind="stable")]
+    for first in range(0, len(ordered), batch_size):
+        yield examples.collate(ordered[first : first + batch_size])
+
+
+def _epoch(
+    lengths: Rows, batch_size: int, generator: torch.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """One pass: shuffle, sort within windows, cut, shuffle the batches."""
+    order: NDArray[np.int64] = torch.randperm(len(lengths), generator=generator).numpy()
+    window = np.arange(len(order)) // (WINDOW * batch_size)
+    order = order[np.lexsort((lengths[order], window))]
+    cut = np.split(order, range(batch_size, len(order), batch_size))
+    again: NDArray[np.int64] = torch.randperm(len(cut), generator=generator).numpy()
+    for index in again:
+        yield cut[index]

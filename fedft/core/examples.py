@@ -1,0 +1,289 @@
+"""Encoded examples: compact columns from which padded batches are cut.
+
+Text is one flat array of token ids with offsets, so that a million rows are three arrays and no
+objects. Images stay encoded and are opened when a batch needs them.
+"""
+
+import hashlib
+import io
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedft.core.errors import SecurityRefusal
+from fedft.core.types import Batch
+
+Rows = NDArray[np.integer[Any]]
+IGNORED = -100
+"""The label at which transformers takes no loss."""
+
+
+class Examples(ABC):
+    """What a site trains on, or the server tests on. Rows are numbered from 0.
+
+    Attributes:
+        labels: class ids, int64 [n]; None where the task has no classes.
+    """
+
+    labels: NDArray[np.int64] | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Rows:
+        """What a row costs, in tokens; all ones where rows are of one size. [n]"""
+
+    @abstractmethod
+    def subset(self, rows: Rows) -> Self:
+        """The given rows, in the given order, as examples of their own."""
+
+    @abstractmethod
+    def collate(self, rows: Rows) -> Batch:
+        """The given rows as one batch, padded on the right to the longest of them."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 over the content, in hex."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenExamples(Examples):
+    """Tokenised text. Exactly one of ``labels`` and ``answers`` is given.
+
+    Attributes:
+        ids: token ids of all rows end to end, int32 [total].
+        offsets: row i is ``ids[offsets[i]:offsets[i + 1]]``, int64 [n + 1].
+        pad_id: token id of padding; the attention mask hides it.
+        labels: class ids, int64 [n].
+        answers: position in the row of the first token that takes a loss, int32 [n].
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    pad_id: int
+    labels: NDArray[np.int64] | None = None
+    answers: NDArray[np.int32] | None = None
+
+    def __post_init__(self) -> None:
+        target = self.answers if self.labels is None else self.labels
+        if (self.labels is None) == (self.answers is None) or target is None:
+            raise ValueError("give class labels or the start of the answers, not both")
+        if len(self.offsets) != len(target) + 1 or self.offsets[-1] != len(self.ids):
+            raise ValueError(
+                f"{len(self.offsets)} offsets up to {self.offsets[-1]} do not fit "
+                f"{len(target)} rows with {len(self.ids)} tokens"
+            )
+
+    @classmethod
+    def from_lists(
+        cls,
+        ids: Sequence[Sequence[int]],
+        pad_id: int,
+        *,
+        labels: Sequence[int] | NDArray[np.int64] | None = None,
+        answers: Sequence[int] | None = None,
+    ) -> "TokenExamples":
+        """Packs one list of token ids a row."""
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(row) for row in ids], out=offsets[1:])
+        flat = np.fromiter((i for row in ids for i in row), np.int32, int(offsets[-1]))
+        return cls(
+            flat,
+            offsets,
+            pad_id,
+            None if labels is None else np.asarray(labels, np.int64),
+            None if answers is None else np.asarray(answers, np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def subset(self, rows: Rows) -> "TokenExamples":
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        # Position in the old array = position in the new one + how far its row has moved.
+        moved = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return replace(
+            self,
+            ids=self.ids[np.arange(offsets[-1]) + moved],
+            offsets=offsets,
+            labels=None if self.labels is None else self.labels[rows],
+            answers=None if self.answers is None else self.answers[rows],
+        )
+
+    def collate(self, rows: Rows) -> Batch:
+        starts: NDArray[np.int64] = self.offsets[rows][:, None]  # [b, 1]
+        ends: NDArray[np.int64] = self.offsets[rows + 1][:, None]  # [b, 1]
+        position = np.arange(int((ends - starts).max()))  # [t]
+        mask = starts + position < ends  # [b, t]
+        ids = self.ids[np.minimum(starts + position, len(self.ids) - 1)]
+        ids = np.where(mask, ids, self.pad_id).astype(np.int64)  # [b, t]
+        inputs = {
+            "input_ids": _tensor(ids),
+            "attention_mask": _tensor(mask.astype(np.int64)),
+        }
+        if self.answers is None:
+            assert self.labels is not None
+            return Batch(inputs, _tensor(self.labels[rows]))
+        learned = mask & (position >= self.answers[rows][:, None])
+        return Batch(inputs, _tensor(np.where(learned, ids, IGNORED)))
+
+    def fingerprint(self) -> str:
+        return _sha256(
+            part
+            for array in (self.ids, self.offsets, self.labels, self.answers)
+            if array is not None
+            for part in (str(array.dtype).encode(), np.ascontiguousarray(array).data)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExamples(Examples):
+    """Images and their classes; an image is opened and transformed when a batch needs it.
+
+    Attributes:
+        images: as the source has them; see :func:`open_image`.
+        labels: class ids, int64 [n].
+        transform: an RGB image → pixel values [c, h, w], all of one shape.
+        folder: where relative paths start.
+    """
+
+    images: Sequence[object]
+    # Frozen, so that a narrower type is safe.
+    labels: NDArray[np.int64]  # pyright: ignore[reportIncompatibleVariableOverride]
+    transform: Callable[[Any], Tensor]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.ones(len(self), np.int64)
+
+    def subset(self, rows: Rows) -> "ImageExamples":
+        return replace(self, images=[self.images[int(i)] for i in rows], labels=self.labels[rows])
+
+    def collate(self, rows: Rows) -> Batch:
+        images = [self.transform(open_image(self.images[int(i)], self.folder)) for i in rows]
+        return Batch({"pixel_values": torch.stack(images)}, _tensor(self.labels[rows]))
+
+    def fingerprint(self) -> str:
+        return _sha256(
+            [np.ascontiguousarray(self.labels).data]
+            + [_content(image, self.folder) for image in self.images]
+        )
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def open_image(value: object, folder: Path) -> Any:
+    """An RGB ``PIL.Image``.
+
+    Args:
+        value: a PIL image; encoded bytes; a path; ``{"bytes": …, "path": …}`` as `datasets` has
+            it; or nested integers 0 to 255, [h, w] or [h, w, 3].
+        folder: where relative paths start. A path may not lead out of it: a data file from
+            somebody else must not make a site open files of its own.
+
+    Raises:
+        SecurityRefusal: the path leads out of the folder.
+        ValueError, OSError: not an image, or larger than PIL's limit against bombs.
+    """
+    return _opened(value, folder).convert("RGB")
+
+
+def image_fault(value: object, folder: Path) -> str | None:
+    """What is wrong with an image as :func:`open_image` takes it; reads it, but decodes nothing.
+
+    Raises:
+        SecurityRefusal: the path leads out of the folder.
+    """
+    try:
+        _opened(value, folder).verify()
+    # PIL raises SyntaxError on a broken PNG.
+    except (ValueError, OSError, SyntaxError) as error:
+        return f"not a readable image: {error}"
+    return None
+
+
+def _opened(value: object, folder: Path) -> Any:
+    """The image, in its own mode and where possible not decoded."""
+    from PIL import Image
+
+    value = _unwrapped(value)
+    if isinstance(value, Image.Image):
+        return value.copy()
+    if not isinstance(value, bytes | str):
+        return Image.fromarray(_pixels(value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(_content(value, folder)))
+        except Image.UnidentifiedImageError as error:
+            # PIL's own text names the address of the buffer.
+            raise ValueError("no known format") from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError("more pixels than PIL opens") from error
+
+
+def _content(value: object, folder: Path) -> bytes:
+    """The bytes of an image as it is kept: encoded, where it is."""
+    value = _unwrapped(value)
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return _inside(folder, value).read_bytes()
+    image = cast(Any, value)
+    return _pixels(image).tobytes() if isinstance(value, list) else image.tobytes()
+
+
+def _unwrapped(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    wrapped = cast("dict[str, object]", value)
+    return wrapped.get("bytes") or wrapped.get("path")
+
+
+def _inside(folder: Path, path: str) -> Path:
+    root = folder.resolve()
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root):
+        raise SecurityRefusal(
+            f"an image path leads out of the folder of its data: {path[:100]!r}",
+            fix="keep the images in the folder of the data file, with paths relative to it",
+        )
+    return resolved
+
+
+def _pixels(value: object) -> NDArray[np.uint8]:
+    if not isinstance(value, list | np.ndarray):
+        raise ValueError(f"of type {type(value).__name__}")
+    pixels: NDArray[Any] = np.asarray(cast(Any, value))  # ValueError on ragged lists
+    whole = np.issubdtype(pixels.dtype, np.integer) and pixels.size
+    if not whole or pixels.shape[2:] not in ((), (3,)) or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError("nested pixels must be integers 0 to 255 of shape [h, w] or [h, w, 3]")
+    return pixels.astype(np.uint8)
