@@ -8,38 +8,74 @@ configuration: the validated table *is* the strategy object.
 To add a rule, write one file with a subclass of :class:`Strategy` that implements ``combine`` (and
 ``plan`` where clients do something other than train and send everything), add it to the union in
 ``strategies/__init__.py``, and give it a row in the conformance table of ``tests/strategies``.
+
+Ranks. The global adapter has the largest rank R of the fleet, with scale s. A site of rank r trains
+at alpha constant, that is with s_r = s R / r, and the ratio is folded into B, so that what it
+starts from is the product of the first r rows and columns of the global factors. (Under
+rank-stabilised LoRA sites get the same s_r; the rules are exact for any s_r, since every sum over
+sites folds it.)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedft.core.types import Adapter, ClientUpdate, Part, ServerState, Site, TrainPlan
+from fedft.core import algebra
+from fedft.core.errors import ConfigError
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    Delta,
+    Factors,
+    Part,
+    ServerState,
+    Site,
+    TrainPlan,
+    module_of,
+    part_of,
+)
+
+ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "head"})
 
 
 class Strategy(BaseModel, ABC):
-    """Base of every aggregation rule.
-
-    Attributes:
-        mixed_ranks: whether sites may train different ranks under this rule.
-        personal: the parts that stay at the sites; a run of such a rule has no single global
-            model, and each site is to be judged with its own parts.
-    """
+    """Base of every aggregation rule."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
     )
 
-    mixed_ranks: ClassVar[bool] = False
-    personal: ClassVar[frozenset[Part]] = frozenset()
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether sites may train different ranks under this rule."""
+        return False
+
+    @property
+    def personal(self) -> frozenset[Part]:
+        """The parts that stay at the sites.
+
+        A run of a rule that has any has no single global model: each site is to be judged with
+        its own parts.
+        """
+        return frozenset()
+
+    @property
+    def steady(self) -> frozenset[Part]:
+        """The parts whose entries mean the same from one round to the next.
+
+        What a rule re-draws or writes in a new basis every round is not among them: a difference
+        between two rounds means nothing there, and a server optimiser leaves it alone.
+        """
+        return ALL_PARTS
 
     def init(self, adapter: Adapter) -> ServerState:
         """The state before the first round."""
@@ -70,29 +106,164 @@ class Strategy(BaseModel, ABC):
         """
 
 
+# ── means ─────────────────────────────────────────────────────────────────────────────────────
+
+
 def weights(updates: Sequence[ClientUpdate]) -> list[float]:
     """``p_k = n_k / sum_j n_j`` over the sites that took part."""
     total = sum(u.examples for u in updates)
     return [u.examples / total for u in updates]
 
 
-def weighted_mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
-    """``sum_k p_k x_k``, accumulated in float64 in the order given; the dtype is kept."""
+def weighted_sum(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
+    """``sum_k p_k x_k`` in float64, in the order given."""
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, weight in zip(tensors, p, strict=True):
         total.add_(tensor, alpha=weight)
-    return total.to(tensors[0].dtype)
+    return total
 
 
-def mean_of(
-    updates: Sequence[ClientUpdate], p: Sequence[float], names: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """The weighted mean of every tensor the sites sent (or of ``names`` only), by name."""
-    chosen = list(updates[0].tensors) if names is None else list(names)
-    return {name: weighted_mean([u.tensors[name] for u in updates], p) for name in chosen}
+def mean_of(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """The weighted mean of every tensor that was sent, by name; the dtype is kept.
+
+    A tensor that some sites do not hold (layer-pruned clients) is averaged over those that do,
+    with their weights renormalised.
+    """
+    names = dict.fromkeys(name for u in updates for name in u.tensors)
+    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
 
 
-def mean_head(updates: Sequence[ClientUpdate], p: Sequence[float]) -> Mapping[str, Tensor]:
+def mean_head(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the fully trained tensors; empty where the sites sent none."""
-    head = [name for name in updates[0].start.head if name in updates[0].tensors]
-    return mean_of(updates, p, head)
+    names = dict.fromkeys(n for u in updates for n in u.tensors if part_of(n) == "head")
+    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
+
+
+def _mean(name: str, holders: Sequence[ClientUpdate]) -> Tensor:
+    tensors = [u.tensors[name] for u in holders]
+    return weighted_sum(tensors, weights(holders)).to(tensors[0].dtype)
+
+
+# ── layer by layer ────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What came back of one adapted layer.
+
+    Attributes:
+        module: its path.
+        parts: the factors of the sites that hold it, in the order of site names.
+        p: their weights, renormalised over these sites.
+        holders: the updates the parts belong to.
+    """
+
+    module: str
+    parts: Sequence[Factors]
+    p: Sequence[float]
+    holders: Sequence[ClientUpdate]
+
+    def mean_update(self) -> Factors:
+        """``dW = sum_k p_k s_k B_k A_k``, exactly, at rank ``sum_k r_k``."""
+        return algebra.stack(self.parts, self.p)
+
+
+def layers(updates: Sequence[ClientUpdate]) -> Iterator[Layer]:
+    """Every adapted layer that some site sent, in the order of the model."""
+    adapters = [u.adapter for u in updates]
+    sent = [{module_of(name) for name in u.tensors if part_of(name) != "head"} for u in updates]
+    for module in dict.fromkeys(module for u in updates for module in u.start.factors):
+        held = [k for k, modules in enumerate(sent) if module in modules]
+        if held:
+            holders = [updates[k] for k in held]
+            parts = [adapters[k].factors[module] for k in held]
+            yield Layer(module, parts, weights(holders), holders)
+
+
+def rebuilt(
+    state: ServerState, factors: Mapping[str, Factors], updates: Sequence[ClientUpdate]
+) -> Adapter:
+    """The global adapter with new factors and the mean head; other layers are kept."""
+    adapter = state.adapter.map_factors({**state.adapter.factors, **factors})
+    return adapter.replaced(mean_head(updates))
+
+
+def grown(delta: Delta, module: str, more: Factors, rank: int | None) -> Factors:
+    """The base delta of one layer with ``more`` added to it, at no higher rank than needed.
+
+    Args:
+        delta: of all layers, so far.
+        module: the layer's path.
+        more: what to add.
+        rank: the cap; None keeps everything.
+    """
+    parts = [delta[module], more] if module in delta else [more]
+    return algebra.capped(algebra.stack(parts), rank)
+
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────
+
+_RESIZED: WeakKeyDictionary[Adapter, dict[tuple[int, bool], Adapter]] = WeakKeyDictionary()
+"""Sites of one rank start from one object, which the wire codec then encodes once."""
+
+
+def at_rank(adapter: Adapter, rank: int | None, *, common_scale: bool = False) -> Adapter:
+    """The adapter that a site of ``rank`` starts from: the leading part of the global one.
+
+    Args:
+        adapter: the global adapter, of rank R.
+        rank: of the site; None is R.
+        common_scale: keep s for every rank. Otherwise alpha is kept: the site's scale is
+            ``s R / r`` and the ratio is folded into B, so that the product is the truncated one.
+
+    Raises:
+        ConfigError: the site's rank is above R.
+    """
+    if rank is None or rank == adapter.rank:
+        return adapter
+    if rank > adapter.rank:
+        raise ConfigError(
+            f"a site trains rank {rank}, but the global adapter has rank {adapter.rank}",
+            fix="set [lora] rank to the largest rank of [fleet] ranks",
+        )
+    known = _RESIZED.setdefault(adapter, {})
+    key = (rank, common_scale)
+    if key not in known:
+        known[key] = adapter.map_factors(
+            {m: _first(f, rank, common_scale) for m, f in adapter.factors.items()}
+        )
+    return known[key]
+
+
+def _first(x: Factors, rank: int, common_scale: bool) -> Factors:
+    if rank >= x.rank:
+        return x
+    head = algebra.truncate(x, rank)
+    if common_scale:
+        return head
+    ratio = x.rank / rank
+    return Factors(head.A, head.B / ratio, x.scale * ratio)
+
+
+def spectral(
+    triplets: tuple[Tensor, Tensor, Tensor], rank: int, like: Factors, *, balanced: bool = False
+) -> Factors:
+    """Factors of ``rank`` from singular triplets, with the scale and dtype of ``like``.
+
+    A direction with (next to) no singular value keeps a unit row in A beside its zero column in B.
+    With both at zero neither would ever have a gradient.
+
+    Args:
+        triplets: U [d_out, q], S [q], V^T [q, d_in] of :func:`algebra.top_svd` at this rank.
+        rank: of the result; a rank above min(d_out, d_in) is filled up with zeros.
+        like: where scale and dtype come from.
+        balanced: S^(1/2) on both factors; otherwise all of S on B, and A has orthonormal rows.
+    """
+    U, S, Vt = triplets
+    unit = torch.ones_like(S)
+    right = torch.where(S.gt(1e-6 * S[0]), (S / like.scale).sqrt(), unit) if balanced else unit
+    left = S / like.scale / right
+    dtype, missing = like.A.dtype, rank - S.numel()
+    A = torch.nn.functional.pad((right[:, None] * Vt).to(dtype), (0, 0, 0, missing))
+    B = torch.nn.functional.pad((U * left).to(dtype), (0, missing))
+    return Factors(A.contiguous(), B.contiguous(), like.scale)

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedft.core.types import ClientUpdate, ServerState
-from strategies.base import Strategy, mean_of, weights
+from strategies.base import Strategy, mean_of
 
 
 class FedAvgLoRA(Strategy):
@@ -32,5 +32,4 @@ class FedAvgLoRA(Strategy):
     name: Literal["fedavg-lora"] = "fedavg-lora"
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-        mean = mean_of(updates, weights(updates))
-        return replace(state, adapter=state.adapter.replaced(mean))
+        return replace(state, adapter=state.adapter.replaced(mean_of(updates)))

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedft.core.types import ClientUpdate, ServerState, Site, TrainPlan
-from strategies.base import Strategy, mean_of, weights
+from strategies.base import Strategy, mean_of
 
 
 class FFALoRA(Strategy):
@@ -40,5 +40,4 @@ class FFALoRA(Strategy):
         )
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-        mean = mean_of(updates, weights(updates))
-        return replace(state, adapter=state.adapter.replaced(mean))
+        return replace(state, adapter=state.adapter.replaced(mean_of(updates)))
