@@ -1,14 +1,109 @@
 """The aggregation rules, one file each, and the union that the `[strategy]` table is read as."""
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, get_args
 
 from pydantic import Field
 
+from fedft.core.errors import ConfigError
 from strategies.base import Strategy
+from strategies.fed_sb import FedSB
 from strategies.fedavg_lora import FedAvgLoRA
+from strategies.fedex_lora import FedExLoRA
+from strategies.fedmomentum import FedMomentum
+from strategies.fedprox import FedProx
+from strategies.fedrot_lora import FedRotLoRA
+from strategies.fedsa_lora import FedSALoRA
+from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALoRA
+from strategies.flexlora import FlexLoRA
+from strategies.flora import FLoRA
+from strategies.hetlora import HetLoRA
+from strategies.lora_fair import LoRAFAIR
+from strategies.raflora import RaFLoRA
+from strategies.rolora import RoLoRA
+from strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
 
-AnyStrategy = Annotated[FedAvgLoRA | FFALoRA, Field(discriminator="name")]
+Rule = (
+    FedAvgLoRA
+    | FFALoRA
+    | LoRAFAIR
+    | FLoRA
+    | FlexLoRA
+    | HetLoRA
+    | RaFLoRA
+    | FedExLoRA
+    | RoLoRA
+    | FedSALoRA
+    | FedRotLoRA
+    | FedSVD
+    | FedMomentum
+    | FedSB
+    | FedProx
+    | FedAvgM
+    | FedAdam
+    | FedYogi
+)
+
+AnyStrategy = Annotated[Rule, Field(discriminator="name")]
 """Any rule, chosen by its ``name``."""
 
-__all__ = ["AnyStrategy", "FFALoRA", "FedAvgLoRA", "Strategy"]
+RULES: tuple[type[Strategy], ...] = get_args(Rule)
+"""Every rule's class, in the order in which they are listed to users."""
+
+for combinator in (FedProx, FedAvgM, FedAdam, FedYogi):  # their `inner` is any rule, themselves too
+    combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
+
+
+def rule_names() -> list[str]:
+    """The name of every rule, as `[strategy] name` takes it."""
+    return [str(rule.model_fields["name"].default) for rule in RULES]
+
+
+def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
+    """Refuse ranks that the rule cannot take.
+
+    Args:
+        strategy: the rule.
+        ranks: of the sites; None is the run's own rank.
+
+    Raises:
+        ConfigError: the ranks differ and the rule averages factors entry by entry.
+    """
+    distinct = set(ranks)
+    if len(distinct) < 2 or strategy.mixed_ranks:
+        return
+    able = [name for name, rule in zip(rule_names(), RULES, strict=True) if rule().mixed_ranks]
+    shown = ", ".join("the run's" if r is None else str(r) for r in sorted(distinct, key=str))
+    raise ConfigError(
+        f"{strategy.name} cannot take sites of different ranks ({shown})",
+        fix=f"give all sites one rank, or choose a rule that can: {', '.join(able)}",
+    )
+
+
+__all__ = [
+    "RULES",
+    "AnyStrategy",
+    "FFALoRA",
+    "FLoRA",
+    "FedAdam",
+    "FedAvgLoRA",
+    "FedAvgM",
+    "FedExLoRA",
+    "FedMomentum",
+    "FedProx",
+    "FedRotLoRA",
+    "FedSALoRA",
+    "FedSB",
+    "FedSVD",
+    "FedYogi",
+    "FlexLoRA",
+    "HetLoRA",
+    "LoRAFAIR",
+    "RaFLoRA",
+    "RoLoRA",
+    "Rule",
+    "Strategy",
+    "check_ranks",
+    "rule_names",
+]
