@@ -79,6 +79,8 @@ class PeftEngine:
             total = loss
             for parameter, start in zip(trained, anchor, strict=False):
                 total = total + plan.training.proximal_mu / 2 * (parameter - start).square().sum()
+            if plan.training.tail_penalty:
+                total = total + plan.training.tail_penalty * self._tail(plan.training.tail_keep)
             optimizer.zero_grad()
             total.backward()
             first = first or self._gradient_norms()
@@ -136,6 +138,15 @@ class PeftEngine:
             factors[path] = Factors(copy_of(_down(layer)), copy_of(_up(layer)), f.scale, core)
         return Adapter(factors, {name: copy_of(p) for name, p in self._head.items()})
 
+    def _tail(self, keep: float) -> Tensor:
+        """HetLoRA's regulariser: sum of ||B[:, k:]||_F ||A[k:, :]||_F, k = floor(keep * r)."""
+        products: list[Tensor] = []
+        for layer in self._layers.values():
+            A, B = _down(layer), _up(layer)
+            k = int(keep * A.shape[0])
+            products.append(_norm(B[:, k:]) * _norm(A[k:]))
+        return torch.stack(products).sum()
+
     def _gradient_norms(self) -> dict[str, float]:
         def norm(weights: Iterable[Tensor]) -> float:
             return math.sqrt(
@@ -159,6 +170,11 @@ def _down(layer: LoraLayer) -> nn.Parameter:
 
 def _up(layer: LoraLayer) -> nn.Parameter:
     return cast(nn.Parameter, layer.lora_B[_SLOT].weight)  # [d_out, r]
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm, with a gradient of zero where x is zero."""
+    return torch.sqrt(x.square().sum() + torch.finfo(x.dtype).tiny)
 
 
 class _Cored(nn.Module):

@@ -13,7 +13,7 @@ does not know, travels as raw little-endian bytes under a serialisation type of 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -21,8 +21,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedft.core.algebra import orthonormal_basis
 from fedft.core.types import (
-    PREFIX,
     Adapter,
     Delta,
     EvalPlan,
@@ -37,6 +37,9 @@ from fedft.core.types import (
 WireDtype = Literal["fp32", "bf16"]
 BF16 = "fedft.bfloat16"
 """Serialisation type of a bfloat16 array: its raw bytes, little-endian, C order."""
+
+KEPT = "fedft.kept"
+"""Under this name a site's own state holds the parts of its adapter that never leave it."""
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 
@@ -107,11 +110,6 @@ def adapter_from(tensors: Mapping[str, Tensor], initial: Adapter, scale: float) 
     return Adapter(factors, {name: tensors.get(name, t) for name, t in initial.head.items()})
 
 
-def head_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names in ``tensors`` that belong to the fully trained head."""
-    return [name for name in tensors if name.startswith(PREFIX) and ".lora_" not in name]
-
-
 class Encoder:
     """Encodes the plans of one round.
 
@@ -133,6 +131,7 @@ class Encoder:
             "train": sorted(plan.train),
             "send": sorted(plan.send),
             "keep": sorted(plan.keep),
+            "basis": plan.basis,
             "training": asdict(plan.training),
             "layers": plan.layers,
             "round": plan.round,
@@ -197,13 +196,16 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         seed: of the run.
     """
     fields = message_fields(content)
-    layers = fields["layers"]
+    layers, basis = fields["layers"], fields["basis"]
+    if basis is not None:
+        initial = _on_basis(initial, basis)
     return TrainPlan(
         start=_start(content, initial, fields),
         delta=_delta(content),
         train=frozenset(fields["train"]),
         send=frozenset(fields["send"]),
         keep=frozenset(fields["keep"]),
+        basis=basis,
         training=LocalTraining(**fields["training"]),
         layers=None if layers is None else tuple(layers),
         round=fields["round"],
@@ -229,6 +231,14 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
 def _start(content: RecordDict, initial: Adapter, fields: dict[str, Any]) -> Adapter:
     received = tensors_from(content.array_records["arrays"])
     return adapter_from(received, initial, fields["scale"])
+
+
+def _on_basis(initial: Adapter, basis: int) -> Adapter:
+    factors = {
+        module: Factors(*orthonormal_basis(basis, module, f.shape, f.rank), f.scale)
+        for module, f in initial.factors.items()
+    }
+    return initial.map_factors(factors)
 
 
 def _delta(content: RecordDict) -> dict[str, Factors]:
@@ -258,8 +268,3 @@ def on_the_wire(adapter: Adapter, dtype: WireDtype) -> Adapter:
 def content_bytes(content: RecordDict) -> int:
     """Bytes of all tensors in a message."""
     return sum(payload_bytes(record) for record in content.array_records.values())
-
-
-def with_round(plan: TrainPlan, round_: int, site: str, seed: int) -> TrainPlan:
-    """A rule's plan with the facts that only the round knows."""
-    return replace(plan, round=round_, site=site, seed=seed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from fedft.core import seeds
 from fedft.core.algebra import stack
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
-from fedft.core.spec import LoraSpec, ModelSpec
+from fedft.core.memory import Geometry
+from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.types import PREFIX, Adapter, Delta, Factors
 
 if TYPE_CHECKING:
@@ -194,6 +195,20 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def input_encoder(spec: ModelSpec, folder: Path) -> Any:
+    """What turns an example into the model's input: a tokenizer, or a function of an RGB image.
+
+    The function gives pixel values [c, h, w], resized and normalised as the model's own processor
+    does it.
+    """
+    if spec.task != "image-classification":
+        return load_tokenizer(folder)
+    from transformers import AutoImageProcessor
+
+    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+
 # ------------------------------------------------------------------------------ what is adapted
 
 
@@ -327,6 +342,23 @@ def _uniform_rows(rank: int, d_in: int, seed: int) -> Tensor:
     return torch.rand(rank, d_in, generator=generator) * (2 * bound) - bound  # [r, d_in]
 
 
+def geometry(spec: ModelSpec, folder: Path) -> Geometry:
+    """The sizes that decide about activations, from the model's configuration."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=spec.trust_remote_code
+    )
+    hidden = int(config.hidden_size)
+    return Geometry(
+        blocks=int(config.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        heads=int(config.num_attention_heads),
+        vocabulary=int(config.vocab_size) if spec.task == "causal-lm" else 0,
+    )
+
+
 # ------------------------------------------------------------------------------ the frozen base
 
 
@@ -375,9 +407,6 @@ class Base:
         weight = self.adapted[path].weight
         assert isinstance(weight, Tensor)
         return weight
-
-
-Precision = Literal["fp32", "bf16", "tf32"]
 
 
 def load_base(

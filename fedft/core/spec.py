@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from fedft.core.types import LocalTraining
 
+Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -123,7 +124,10 @@ class DataSpec(Table):
 
 
 class TrainingSpec(Table):
-    """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`."""
+    """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
+
+    TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping.
+    """
 
     epochs: PositiveInt = 1
     steps: PositiveInt | None = None
@@ -132,12 +136,13 @@ class TrainingSpec(Table):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Fraction = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: PositiveFloat | None = 1.0
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
-        return LocalTraining(**self.model_dump())
+        values = self.model_dump() | {"clip_norm": self.clip_norm or None}
+        return LocalTraining(**values)
 
 
 class TaskSpec(Table):
@@ -148,6 +153,9 @@ class TaskSpec(Table):
         seed: of the run.
         clients: number of registered sites of a simulation.
         precision: arithmetic of the frozen base.
+        cohort: sites trained in one pass; 1 is the plain PEFT loop.
+        device: torch device of the workers.
+        wire: number format of the tensors in a reply.
         manifest: folder of the partition manifest, where this machine can read it.
         fingerprint: of the manifest; a site refuses data that are partitioned otherwise.
     """
@@ -158,7 +166,9 @@ class TaskSpec(Table):
     run_id: str = ""
     seed: int = 0
     clients: PositiveInt = 1
-    precision: Literal["fp32", "bf16", "tf32"] = "fp32"
-    threads: PositiveInt = 1
+    precision: Precision = "fp32"
+    cohort: PositiveInt = 1
+    device: str = "cpu"
+    wire: Literal["fp32", "bf16"] = "fp32"
     manifest: str | None = None
     fingerprint: str = ""

@@ -1,0 +1,132 @@
+"""What stays resident at a site or in a worker between messages: base model, data, engine.
+
+Loading it takes seconds, using it milliseconds. One process keeps one workbench: that of the task
+it was last asked about.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from clients.engine import Engine
+from fedft.core import models, partition, seeds
+from fedft.core.batches import batches, eval_batches
+from fedft.core.data import Data, prepare
+from fedft.core.errors import MismatchError
+from fedft.core.examples import Rows
+from fedft.core.partition import Manifest
+from fedft.core.spec import TaskSpec
+from fedft.core.types import Adapter, Batch, LocalTraining
+
+EVALUATION_BATCH = 64
+"""Rows a batch when no gradients are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """The resident state of one task.
+
+    Attributes:
+        task: as the server sent it.
+        data: tokenised once.
+        manifest: which rows belong to which site.
+        engine: with the frozen base.
+    """
+
+    task: TaskSpec
+    data: Data
+    manifest: Manifest
+    engine: Engine
+
+    def initial(self, rank: int) -> Adapter:
+        """The adapter of the common seed, as the server made it."""
+        return models.initial_adapter(self.engine.base.shapes, self.task.lora, rank, self.task.seed)
+
+    def rows(self, index: int) -> tuple[Rows, Rows]:
+        """The rows a site trains on, and those it holds out for judging its own model."""
+        return partition.split_holdout(
+            self.manifest.rows_of(index),
+            self.task.data.holdout,
+            self.task.seed,
+            self.manifest.name_of(index),
+        )
+
+    def training_batches(self, index: int, round_: int, training: LocalTraining) -> Sequence[Batch]:
+        """The batches of one site in one round, in training order; a function of the seed."""
+        rows, _ = self.rows(index)
+        name = self.manifest.name_of(index)
+        return list(
+            batches(
+                self.data.train,
+                rows,
+                training.batch_size,
+                epochs=training.epochs,
+                steps=training.steps,
+                generator=seeds.torch_generator(self.task.seed, "batches", round_, name),
+            )
+        )
+
+    def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
+        """One of ``count`` slices of the central test set."""
+        rows = np.arange(len(self.data.test))[shard::count]
+        return eval_batches(self.data.test, rows, EVALUATION_BATCH)
+
+    def holdout_batches(self, index: int) -> Iterable[Batch]:
+        """The examples that a site holds out."""
+        _, held = self.rows(index)
+        return eval_batches(self.data.train, held, EVALUATION_BATCH)
+
+
+@lru_cache(maxsize=1)
+def workbench(task_json: str) -> Workbench:
+    """Load, or return what is loaded.
+
+    Args:
+        task_json: of a :class:`~fedft.core.spec.TaskSpec`.
+
+    Raises:
+        MismatchError: the data here are partitioned otherwise than at the server.
+    """
+    task = TaskSpec.model_validate_json(task_json)
+    folder = models.resolve(task.model)
+    data = prepare(
+        task.data, task.model.task, models.input_encoder(task.model, folder), seed=task.seed
+    )
+    manifest = _manifest(task, data)
+    base = models.load_base(
+        task.model, task.lora, len(data.classes), precision=task.precision, device=task.device
+    )
+    return Workbench(task, data, manifest, _engine(task, base))
+
+
+def _engine(task: TaskSpec, base: models.Base) -> Engine:
+    if task.cohort == 1:
+        from clients.train import PeftEngine
+
+        return PeftEngine(base, task.lora)
+    from clients.cohort import CohortEngine
+
+    return CohortEngine(base, task.lora)
+
+
+def _manifest(task: TaskSpec, data: Data) -> Manifest:
+    if task.manifest and Path(task.manifest).is_dir():
+        return partition.load(Path(task.manifest), task.fingerprint)
+    manifest = partition.build(
+        task.data.partition,
+        examples=len(data.train),
+        clients=task.clients,
+        seed=task.seed,
+        labels=data.train.labels,
+        owners=data.owners,
+    )
+    if task.fingerprint and manifest.fingerprint != task.fingerprint:
+        raise MismatchError(
+            f"the data here are partitioned otherwise (manifest {manifest.fingerprint[:12]}) "
+            f"than at the server ({task.fingerprint[:12]})",
+            fix="Use the same data files and the same version of fedft on both sides.",
+        )
+    return manifest

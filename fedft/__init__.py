@@ -1,0 +1,46 @@
+"""Federated fine-tuning of pretrained transformers.
+
+    import fedft
+    run = fedft.simulate("examples/quickstart/config.toml", strategy="ffa-lora", seed=1)
+    run.adapter().save_pretrained("adapter")
+
+Names are imported when first used, so that importing a part never loads the whole.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedft.api import ExportedAdapter, Run, resume, simulate
+    from fedft.core.errors import FedftError
+    from fedft.core.types import Adapter, Factors
+
+_HOME = {
+    "Adapter": "fedft.core.types",
+    "ExportedAdapter": "fedft.api",
+    "Factors": "fedft.core.types",
+    "FedftError": "fedft.core.errors",
+    "Run": "fedft.api",
+    "resume": "fedft.api",
+    "simulate": "fedft.api",
+}
+
+__all__ = [
+    "Adapter",
+    "ExportedAdapter",
+    "Factors",
+    "FedftError",
+    "Run",
+    "resume",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedft' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m fedft``."""
+
+from fedft.cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""The Python face: the same runs as the command line, as objects."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.peft_io import load_adapter
+from fedft.core.rundir import RunDir
+from fedft.core.types import Adapter
+
+if TYPE_CHECKING:
+    from server.config import RunConfig
+    from server.run import Observer
+
+Which = int | Literal["best", "last"]
+"""A round, or ``best`` by evaluation, or ``last``."""
+
+
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """One exported adapter: a folder that ``PeftModel.from_pretrained`` loads.
+
+    Attributes:
+        path: the folder.
+        round: the round it is from.
+    """
+
+    path: Path
+    round: int
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Copy it to another folder, which must not exist or be empty."""
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise ConfigError(f"{target} is not empty", fix="Choose another folder.")
+        shutil.copytree(self.path, target, dirs_exist_ok=True)
+        return target
+
+    def factors(self) -> Adapter:
+        """Its tensors."""
+        return load_adapter(self.path)
+
+
+class Run:
+    """A run directory, read-only.
+
+    Args:
+        path: of the directory.
+
+    Raises:
+        ConfigError: it is no run directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._record = RunDir.open(Path(path))
+        self.directory = self._record.path
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of ``rounds.jsonl``."""
+        return self._record.rounds()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """``summary.json``: final and best scores, bytes, seconds; empty while unfinished."""
+        return self._record.summary()
+
+    def adapter(self, which: Which = "best") -> ExportedAdapter:
+        """An exported adapter.
+
+        Raises:
+            ConfigError: that round's adapter was not kept.
+        """
+        exported = self._record.exported()
+        if not exported:
+            raise ConfigError(f"{self.directory} has no adapter yet: no round was evaluated")
+        round_ = exported[-1] if which == "last" else self._best() if which == "best" else which
+        if round_ not in exported:
+            raise ConfigError(
+                f"the adapter of round {round_} was not kept; there are {exported}",
+                fix="Set [rounds] keep-adapters = true to keep the adapter of every evaluation.",
+            )
+        return ExportedAdapter(self._record.adapter(round_), round_)
+
+    def _best(self) -> int:
+        best = self.metrics.get("best")
+        if best:
+            return int(best["round"])
+        lm = "perplexity" in next(r["eval"] for r in self.rounds if "eval" in r)
+        scored = [r for r in self.rounds if "eval" in r]
+        key = "loss" if lm else "accuracy"
+        pick = min if lm else max
+        return int(pick(scored, key=lambda r: r["eval"][key])["round"])
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r})"
+
+
+def simulate(
+    config: "str | Path | RunConfig",
+    *,
+    run_dir: str | Path | None = None,
+    strategy: str | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observer: "Observer | None" = None,
+) -> Run:
+    """Run a federation on this machine.
+
+    Args:
+        config: a TOML file, or a validated configuration.
+        run_dir: an absent or empty folder; None makes ``runs/<time>-<strategy>``.
+        strategy: name of the aggregation rule, in place of the configuration's.
+        seed: in place of the configuration's.
+        settings: further overrides by dotted key, such as ``{"training.lr": 1e-3}``.
+        observer: is told about rounds as they are committed.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`.
+    """
+    server = _server("run")
+    parsed = _config(config, strategy, seed, settings or {})
+    folder = None if run_dir is None else Path(run_dir)
+    return Run(server.simulate(parsed, folder, observer=observer).path)
+
+
+def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
+    """Go on with an unfinished run; the end is the same, byte for byte, as without the pause."""
+    return Run(_server("run").resume(Path(run_dir), observer=observer).path)
+
+
+def _config(
+    config: "str | Path | RunConfig",
+    strategy: str | None,
+    seed: int | None,
+    settings: Mapping[str, Any],
+) -> "RunConfig":
+    module = _server("config")
+    overrides = {**settings}
+    if seed is not None:
+        overrides["seed"] = seed
+    if strategy is not None:
+        overrides["strategy"] = {"name": strategy}
+    return module.configured(config, overrides)
+
+
+def _server(name: str) -> Any:
+    """A module of the ``server`` package: ours, not a ``server.py`` of the user's."""
+    module = import_module("server")
+    ours = Path(__file__).resolve().parent.parent / "server"
+    if Path(cast(str, module.__file__ or "")).resolve().parent != ours:
+        raise EnvironmentFailure(
+            f"a module called 'server' hides the one of fedft: {module.__file__}",
+            fix="Rename that file, or run from another folder.",
+        )
+    return import_module(f"server.{name}")

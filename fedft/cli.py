@@ -1,0 +1,197 @@
+"""The ``fedft`` command. Each subcommand is a few lines: parse, call, show."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fedft.core.errors import FedftError, Interrupted
+from fedft.core.quiet import quiet
+
+cli = typer.Typer(
+    name="fedft",
+    help="Federated fine-tuning of pretrained transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_debug = False
+
+
+@cli.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of expected errors.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Let the libraries below speak.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    quiet(verbose)
+
+
+@cli.command()
+def simulate(
+    config: Config,
+    settings: Settings = None,
+    run_dir: Annotated[Path | None, typer.Option(help="An absent or empty folder.")] = None,
+    backend: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    json: Json = False,
+) -> None:
+    """Simulate a federation on this machine."""
+    from fedft.api import Run, _server
+    from fedft.console import RunConsole
+
+    overrides = list(settings or [])
+    overrides += [f"engine.backend={backend}"] if backend else []
+    overrides += [f"engine.workers={workers}"] if workers else []
+    parsed = _server("config").load_config(config, overrides)
+    with _graceful() as stop, RunConsole(json_output=json) as console:
+        run = _server("run").simulate(parsed, run_dir, observer=console, stop=stop)
+    console.result(Run(run.path))
+
+
+@cli.command()
+def resume(
+    run_dir: RunPath,
+    settings: Settings = None,
+    fork: Annotated[
+        Path | None, typer.Option(help="Go on in a new run directory, with changes.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Go on with a run after its last committed round."""
+    from fedft.api import Run, _server
+    from fedft.console import RunConsole
+
+    changed = None
+    if settings:
+        changed = _server("config").load_config(run_dir / "config.toml", settings)
+    with _graceful() as stop, RunConsole(json_output=json) as console:
+        server = _server("run")
+        if fork is not None:
+            run_dir, changed = server.fork(run_dir, fork, changed), None
+        run = server.resume(run_dir, changed=changed, observer=console, stop=stop)
+    console.result(Run(run.path))
+
+
+@cli.command()
+def export(
+    run_dir: RunPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    round_: Annotated[str, typer.Option("--round", help="best, last or a number.")] = "best",
+    json: Json = False,
+) -> None:
+    """Write a round's adapter as PEFT reads it."""
+    from fedft.api import Run
+    from fedft.console import print_json
+
+    which: Any = int(round_) if round_.isdigit() else round_
+    if which not in ("best", "last") and not isinstance(which, int):
+        raise typer.BadParameter("best, last or a number", param_hint="--round")
+    adapter = Run(run_dir).adapter(which)
+    target = adapter.save_pretrained(output)
+    if json:
+        print_json({"round": adapter.round, "path": str(target)})
+    else:
+        print(f"round {adapter.round} → {target}")
+        print(f"load it with PeftModel.from_pretrained(base_model, {str(target)!r})")
+
+
+@cli.command()
+def plan(config: Config, settings: Settings = None, json: Json = False) -> None:
+    """Say what a run will cost, without starting anything."""
+    from fedft.api import _server
+    from fedft.console import print_json
+
+    forecast = _server("forecast")
+    parsed = _server("config").load_config(config, settings or [])
+    cost = forecast.forecast(parsed)
+    if json:
+        print_json(cost)
+    else:
+        print(forecast.as_text(parsed, cost))
+
+
+@cli.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file.")] = None,
+) -> None:
+    """Draw one self-contained HTML page of one run, or of several side by side."""
+    from fedft.report import write_report
+
+    target = output or run_dirs[0] / "report" / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_report(run_dirs, target)
+    print(target)
+
+
+@cli.command()
+def doctor(json: Json = False) -> None:
+    """Check that this machine can do what fedft needs."""
+    from fedft.console import print_json
+    from fedft.doctor import as_text, examine
+
+    findings = examine()
+    if json:
+        print_json([vars(finding) for finding in findings])
+    else:
+        print(as_text(findings))
+    if any(not finding.ok for finding in findings):
+        raise SystemExit(3)
+
+
+@contextmanager
+def _graceful() -> Iterator[Any]:
+    """A flag that the first SIGINT or SIGTERM sets; the second one ends the process at once.
+
+    Everything committed is safe either way.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after what is under way; once more to stop at once", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Run the command line; expected errors become one message and an exit code."""
+    try:
+        cli(standalone_mode=True)
+    except FedftError as error:
+        if _debug:
+            raise
+        from fedft.console import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; committed rounds are safe: fedft resume RUN_DIR", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+
+
+if __name__ == "__main__":
+    main()

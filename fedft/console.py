@@ -1,0 +1,146 @@
+"""What a run looks like while it runs: a progress bar on a terminal, plain lines elsewhere.
+
+Results go to standard output, everything else to standard error. With ``--json`` standard output
+holds one JSON object and nothing else.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedft.core.errors import FedftError
+
+if TYPE_CHECKING:
+    from fedft.api import Run
+    from fedft.core.rundir import RunDir
+    from fedft.core.types import ServerState
+    from server.config import RunConfig
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def safe(text: object) -> str:
+    """Text from elsewhere, with control characters (ANSI escapes) and markup made harmless."""
+    return escape(_CONTROL.sub("�", str(text)))
+
+
+class RunConsole:
+    """Watches a run and tells the terminal about it. A context manager.
+
+    Args:
+        json_output: keep standard output for one JSON object.
+    """
+
+    def __init__(self, *, json_output: bool = False) -> None:
+        self._json = json_output
+        self._err = Console(stderr=True, highlight=False)
+        self._out = Console(highlight=False)
+        self._bar: Progress | None = None
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> "RunConsole":
+        self.note("loading the model and the data, starting workers …")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def started(self, run: "RunDir", config: "RunConfig", state: "ServerState") -> None:
+        """Rounds begin."""
+        self.note(
+            f"{config.strategy.name}: {config.fleet.clients} clients, {config.rounds.per_round} a "
+            f"round, {config.rounds.count} rounds; {config.engine.backend}, "
+            f"{config.engine.precision}, cohorts of {config.engine.cohort} → {safe(run.path)}"
+        )
+        if state.round:
+            self.note(f"going on after round {state.round}")
+        if self._err.is_terminal:
+            self._bar = Progress(
+                TextColumn("round"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[scores]}"),
+                TimeElapsedColumn(),
+                console=self._err,
+            )
+            self._bar.start()
+            self._bar.add_task(
+                "rounds", total=config.rounds.count, completed=state.round, scores=""
+            )
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        """A round is committed."""
+        line = _round_line(record)
+        if self._bar is None:
+            self.note(f"round {record['round']:>4}  {line}")
+        else:
+            self._bar.update(self._bar.task_ids[0], completed=record["round"], scores=line)
+        for reason, sites in record["failures"].items():
+            self.note(f"round {record['round']}: {reason}: {', '.join(map(safe, sites))}")
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+        if not self._json:
+            self._err.print(text, soft_wrap=True)
+
+    def result(self, run: "Run") -> None:
+        """The end: a table, or the summary as JSON."""
+        if self._json:
+            print(json.dumps({**run.metrics, "run_dir": str(run.directory)}, indent=2))
+            return
+        self._out.print(_table(run, time.monotonic() - self._begun))
+        self._out.print(f"run directory  {safe(run.directory)}", soft_wrap=True)
+
+
+def print_error(error: FedftError) -> None:
+    """An expected error: what, and what to do about it."""
+    text = "\n".join(safe(line) for line in str(error).splitlines())
+    Console(stderr=True, highlight=False).print(f"[bold red]error[/] {text}", soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON object to standard output."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _round_line(record: Mapping[str, Any]) -> str:
+    loss = record["train"]["loss"]
+    parts = [f"loss {loss:.3f}" if loss is not None else "loss –"]
+    if scores := record.get("eval"):
+        parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
+    return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
+
+
+def _table(run: "Run", wall_s: float) -> Table:
+    metrics = run.metrics
+    table = Table(title=None, show_header=True, header_style="bold")
+    table.add_column("")
+    for column in ("round", "loss", "score"):
+        table.add_column(column, justify="right")
+    last = {"round": metrics["rounds"], **(metrics["final"] or {})}
+    for name, scores in (("best", metrics["best"]), ("last", last)):
+        if scores:
+            table.add_row(name, str(int(scores["round"])), f"{scores['loss']:.4f}", _score(scores))
+    traffic = metrics["bytes"]
+    table.caption = (
+        f"{metrics['status']} · {(traffic['up'] + traffic['down']) / 2**20:.1f} MiB on the wire · "
+        f"{metrics['seconds']:.1f} s in rounds · {wall_s:.1f} s in all"
+    )
+    return table
+
+
+def _score(scores: Mapping[str, float]) -> str:
+    if "accuracy" in scores:
+        return f"accuracy {scores['accuracy']:.2%}"
+    return f"perplexity {scores['perplexity']:.3f}"

@@ -1,0 +1,312 @@
+"""The configuration of a run: one TOML file, validated whole before anything starts."""
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fedft.core.errors import ConfigError
+from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, Precision, Table, TaskSpec, TrainingSpec
+from strategies import AnyStrategy, FedAvgLoRA
+
+
+class FleetSpec(Table):
+    """`[fleet]`: who takes part.
+
+    Attributes:
+        clients: registered sites of a simulation.
+        ranks: LoRA ranks of the sites, dealt out by seed; empty gives every site `[lora] rank`.
+        memory_budgets_mib: memory that sites grant to training, dealt out by seed, in MiB.
+    """
+
+    clients: PositiveInt = 100
+    ranks: tuple[PositiveInt, ...] = ()
+    memory_budgets_mib: tuple[PositiveFloat, ...] = ()
+
+
+class RoundsSpec(Table):
+    """`[rounds]`: how many, of whom, and when a round is good enough.
+
+    Attributes:
+        count: rounds to complete.
+        per_round: sites sampled each round.
+        quorum: usable replies without which the model stays as it is; None is 70 % of ``per_round``.
+        deadline_s: seconds after which a round closes with what has arrived; None waits for all.
+        retries: further tries with a fresh cohort before the run pauses.
+        evaluate_every: rounds between evaluations; the last round is always evaluated.
+        patience: evaluations without improvement after which the run ends early; None never does.
+        keep_checkpoints: number of checkpoints to keep.
+        keep_adapters: export an adapter at every evaluation, not only at the best and the last.
+    """
+
+    count: PositiveInt = 20
+    per_round: PositiveInt = 10
+    quorum: PositiveInt | None = None
+    deadline_s: PositiveFloat | None = None
+    retries: Annotated[int, Field(ge=0)] = 2
+    evaluate_every: PositiveInt = 5
+    patience: PositiveInt | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_adapters: bool = False
+
+    @property
+    def needed(self) -> int:
+        """Usable replies that make a round."""
+        return self.quorum if self.quorum is not None else max(1, -(-7 * self.per_round // 10))
+
+
+class EngineSpec(Table):
+    """`[engine]`: the machinery of a simulation. Changes speed, not results, but for ``precision``,
+    ``threads``, ``cohort`` and ``wire``, which change the last bits and are recorded with the run.
+
+    Attributes:
+        backend: ``ray`` for worker processes, ``inline`` for this process.
+        workers: worker processes; None is one a core.
+        threads: threads a worker.
+        gpus_per_worker: may be a fraction.
+        ray_address: an existing Ray cluster to join, or None to start one on this machine.
+        cohort: sites trained in one pass; ``auto`` fills a token budget; 1 is the plain PEFT loop.
+        precision: of the frozen base; ``auto`` takes what this machine does fast.
+        wire: number format of tensors between server and sites.
+        max_update_norm: largest norm of a site's change that is accepted; None accepts any.
+    """
+
+    backend: Literal["ray", "inline"] = "ray"
+    workers: PositiveInt | None = None
+    threads: PositiveInt = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    ray_address: str | None = None
+    cohort: PositiveInt | Literal["auto"] = "auto"
+    precision: Precision | Literal["auto"] = "fp32"
+    wire: Literal["fp32", "bf16"] = "fp32"
+    max_update_norm: PositiveFloat | None = None
+
+
+class RunConfig(Table):
+    """A whole run. Every key has its default in code; :meth:`to_toml` writes all of them out."""
+
+    model: ModelSpec = ModelSpec()
+    lora: LoraSpec = LoraSpec()
+    data: DataSpec = DataSpec()
+    fleet: FleetSpec = FleetSpec()
+    rounds: RoundsSpec = RoundsSpec()
+    training: TrainingSpec = TrainingSpec()
+    strategy: AnyStrategy = FedAvgLoRA()
+    engine: EngineSpec = EngineSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        rounds, fleet = self.rounds, self.fleet
+        if rounds.per_round > fleet.clients:
+            raise ValueError(
+                f"[rounds] per-round = {rounds.per_round} is more than [fleet] clients = {fleet.clients}"
+            )
+        if rounds.needed > rounds.per_round:
+            raise ValueError(
+                f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
+            )
+        ranks = {*fleet.ranks} or {self.lora.rank}
+        if len(ranks) > 1 and not self.strategy.mixed_ranks:
+            able = ", ".join(strategy_names(mixed_ranks=True)) or "none"
+            raise ValueError(
+                f"[fleet] ranks are mixed, and {self.strategy.name} needs one rank for all; "
+                f"rules that take mixed ranks: {able}"
+            )
+        if len(ranks) > 1 and self.lora.rslora:
+            raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
+        if self.model.trust_remote_code and self.model.revision is None:
+            raise ValueError("[model] trust-remote-code needs a pinned revision")
+        return self
+
+    @property
+    def rank(self) -> int:
+        """The rank of the global adapter: the largest in the fleet."""
+        return max(self.fleet.ranks, default=self.lora.rank)
+
+    def task(self, **facts: Any) -> TaskSpec:
+        """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
+        return TaskSpec(
+            model=self.model,
+            lora=self.lora,
+            data=self.data,
+            seed=self.seed,
+            clients=self.fleet.clients,
+            wire=self.engine.wire,
+            **facts,
+        )
+
+    def to_toml(self) -> str:
+        """The resolved configuration; reading it gives this object again."""
+        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def strategy_names(*, mixed_ranks: bool = False) -> list[str]:
+    """Names of all aggregation rules, or of those that take mixed ranks."""
+    union = get_args(get_args(AnyStrategy)[0])
+    return [
+        cast(type[BaseModel], rule).model_fields["name"].default
+        for rule in union
+        if rule.mixed_ranks or not mixed_ranks
+    ]
+
+
+def load_config(path: Path, settings: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a TOML file.
+
+    Args:
+        path: the file.
+        settings: overrides such as ``training.lr=1e-3``; values are TOML, bare words are strings.
+
+    Raises:
+        ConfigError: naming the key, the rule and the nearest valid name.
+    """
+    return configured(path, dict(_setting(text) for text in settings))
+
+
+def configured(source: "str | Path | RunConfig", overrides: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other values at some dotted keys.
+
+    Args:
+        source: a TOML file, or a validated configuration.
+        overrides: such as ``{"training.lr": 1e-3, "strategy": {"name": "ffa-lora"}}``.
+
+    Raises:
+        ConfigError: as for :func:`load_config`.
+    """
+    if isinstance(source, RunConfig):
+        table, where = tomllib.loads(source.to_toml()), "the configuration"
+    else:
+        table, where = _read(Path(source)), str(source)
+    for key, value in overrides.items():
+        _override(table, key, value)
+    return parse_config(table, where)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    _anchor(table, path.parent)
+    return table
+
+
+def parse_toml(text: str, where: str) -> RunConfig:
+    """Read a resolved configuration, as :meth:`RunConfig.to_toml` wrote it."""
+    return parse_config(tomllib.loads(text), where)
+
+
+def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
+    """Validate a configuration that is already a table; errors as in :func:`load_config`."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{where} cannot be run:", *_explain(error)])) from error
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each key whose value differs, as ``[table] key: old → new``."""
+
+    def flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+        if isinstance(value, dict):
+            pairs = cast(dict[str, Any], value).items()
+            return {k: v for key, sub in pairs for k, v in flat(sub, (*path, key)).items()}
+        return {path: value}
+
+    a, b = (flat(c.model_dump(mode="json", by_alias=True)) for c in (old, new))
+    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
+    return [f"{_where(key)}: {a.get(key)} → {b.get(key)}" for key in sorted(changed)]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of the command line; the value is TOML, a bare word is a string."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE", fix="Example: --set training.lr=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _override(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    try:
+        inner = reduce(lambda t, name: t.setdefault(name, {}), parents, table)
+        if key == "strategy.name" and inner.get("name") != value:
+            inner.clear()  # another rule has other hyperparameters
+        inner[last] = value
+    except (AttributeError, TypeError):
+        raise ConfigError(
+            f"{'.'.join(parents)} is a value, not a table", fix=f"Check {key!r}."
+        ) from None
+
+
+def _anchor(table: dict[str, Any], folder: Path) -> None:
+    """Make relative paths of a configuration relative to its file, so that it runs from anywhere."""
+    for section, key in (("model", "source"), ("data", "source"), ("data", "test-source")):
+        inner = table.get(section)
+        value = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(value, str) and ":" not in value and (folder / value).exists():
+            cast(dict[str, Any], inner)[key] = str((folder / value).resolve())
+
+
+def _explain(error: ValidationError) -> list[str]:
+    return [_sentence(item) for item in cast(Sequence[Mapping[str, Any]], error.errors())]
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    path = tuple(str(part) for part in item["loc"])
+    kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
+    if not path:
+        return f"  {message}"
+    if kind == "extra_forbidden":
+        return f"  {_where(path)}: unknown key{_nearest(path[-1], _keys_beside(path))}"
+    if kind == "union_tag_invalid":
+        names = strategy_names()
+        given = str(item["ctx"]["tag"])
+        return f"  {_where((*path, 'name'))}: no rule is called {given!r}{_nearest(given, names)}"
+    return f"  {_where(path)} = {item['input']!r}: {message}"
+
+
+def _where(path: tuple[str, ...]) -> str:
+    names = strategy_names()
+    parts = [p for p in path if p not in names]
+    return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _nearest(given: str, names: Sequence[str]) -> str:
+    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    known = ", ".join(sorted(names))
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
+
+
+def _keys_beside(path: tuple[str, ...]) -> list[str]:
+    """The valid keys of the table in which an unknown key was found."""
+    model: Any = RunConfig
+    for part in path[:-1]:
+        rules = get_args(get_args(AnyStrategy)[0])
+        named = [r for r in rules if r.model_fields["name"].default == part]
+        if named:
+            model = named[0]
+            continue
+        fields = {f.alias or n: f for n, f in model.model_fields.items()}
+        annotation = fields[part].annotation if part in fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

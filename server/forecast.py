@@ -1,0 +1,108 @@
+"""What a run will cost, worked out from its configuration before anything runs.
+
+Shapes come from the model's configuration; no weight is loaded and no worker is started.
+"""
+
+from typing import Any
+
+from fedft.core import codec, memory, models
+from fedft.core.types import Part, Site
+from server.config import RunConfig
+from server.run import resolved
+
+_CLASSES_FROM_DATA = "classification", "image-classification"
+
+
+def forecast(config: RunConfig) -> dict[str, Any]:
+    """Trainable parameters, bytes a round and memory a client.
+
+    Returns:
+        JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
+        first round (the base delta of some rules grows later), ``clients`` a list with one entry
+        a rank: its share of bytes and its peak memory in MiB.
+
+    Raises:
+        FedftError: the run could not be started either.
+    """
+    config = resolved(config)
+    folder = models.resolve(config.model)
+    classes = _classes(config)
+    shapes = models.schema(config.model, config.lora, classes)
+    initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
+    state = config.strategy.init(initial)
+    ranks = sorted({*config.fleet.ranks}) or [config.rank]
+    clients = [_client(config, shapes, folder, state, rank) for rank in ranks]
+    mean = {
+        way: sum(c["bytes"][way] for c in clients) / len(clients) * config.rounds.per_round
+        for way in ("up", "down")
+    }
+    trainable = max(c["trainable"] for c in clients)
+    return {
+        "parameters": {
+            "base": shapes.parameters,
+            "trainable": trainable,
+            "share": trainable / (shapes.parameters + trainable),
+        },
+        "bytes_per_round": {way: round(value) for way, value in mean.items()},
+        "rounds": config.rounds.count,
+        "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()},
+        "clients": clients,
+        "cohort": config.engine.cohort,
+        "precision": config.engine.precision,
+    }
+
+
+def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) -> dict[str, Any]:
+    mixed = len({*config.fleet.ranks}) > 1
+    plan = config.strategy.plan(state, Site("example", 1, rank if mixed else None))
+    trained: frozenset[Part] = plan.train
+    wire = config.engine.wire
+    received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
+    trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
+    peak = memory.peak(
+        models.geometry(config.model, folder),
+        base_parameters=shapes.parameters,
+        trainable=trainable,
+        batch=config.training.batch_size,
+        tokens=config.data.max_length,
+        precision=config.engine.precision,
+    )
+    return {
+        "rank": rank,
+        "trainable": trainable,
+        "bytes": {
+            "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
+            "down": codec.payload_bytes(received)
+            + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
+        },
+        "memory_mib": {name: value / 2**20 for name, value in peak.items()},
+    }
+
+
+def _classes(config: RunConfig) -> int:
+    if config.model.task not in _CLASSES_FROM_DATA:
+        return 0
+    from fedft.core.data import load
+
+    return len(load(config.data, config.model.task, seed=config.seed).classes)
+
+
+def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
+    """The forecast and the resolved configuration, for reading."""
+    size = cost["parameters"]
+    per_round = cost["bytes_per_round"]
+    lines = [
+        f"trainable parameters  {size['trainable']:,} of {size['base'] + size['trainable']:,} ({size['share']:.3%})",
+        f"bytes a round         {per_round['up']:,} up, {per_round['down']:,} down "
+        f"({config.rounds.per_round} clients)",
+        f"bytes in all          {sum(cost['bytes'].values()):,} in {cost['rounds']} rounds",
+    ]
+    for client in cost["clients"]:
+        parts = client["memory_mib"]
+        detail = ", ".join(
+            f"{name} {value:.1f}" for name, value in parts.items() if name != "total"
+        )
+        lines.append(
+            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']} ({detail})"
+        )
+    return "\n".join([*lines, "", resolved(config).to_toml()])

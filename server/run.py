@@ -1,0 +1,460 @@
+"""One simulated run, from a validated configuration to a finished run directory.
+
+The order of things is the order of this file: claim the directory, start the workers, load the
+data and freeze the partition while they come up, then consume rounds, committing each before the
+next one starts.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from flwr.app import RecordDict
+
+from fedft.core import codec, models, partition
+from fedft.core.data import Data, prepare
+from fedft.core.digest import adapter_digest, state_digest
+from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.metrics import better
+from fedft.core.partition import Manifest
+from fedft.core.peft_io import save_adapter
+from fedft.core.rundir import RunDir
+from fedft.core.spec import Precision, TaskSpec
+from fedft.core.types import ServerState
+from server.checkpoints import Checkpoints
+from server.config import RunConfig, differences, parse_toml
+from server.grids.base import SimulationGrid
+from server.grids.inline import InlineGrid
+from server.roster import SimulatedRoster
+from server.rounds import Completed, Federation, rounds
+from server.validation import Limits
+
+CLIENT_APP = "clients.app:app"
+"""The client side, by reference: the server never imports it."""
+
+COHORT_TOKENS = 512
+"""Tokens that one pass of the cohort engine is filled with when ``engine.cohort = "auto"``."""
+
+
+class Observer(Protocol):
+    """What watches a run: a progress bar, plain lines, nothing."""
+
+    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+        """The workers are up, and rounds begin."""
+        ...
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        """A round is committed; ``record`` is its line in ``rounds.jsonl``."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+
+class Silent:
+    """Watches nothing."""
+
+    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+        """See :class:`Observer`."""
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        """See :class:`Observer`."""
+
+    def note(self, text: str) -> None:
+        """See :class:`Observer`."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the commit of a round remembers beside the state.
+
+    Attributes:
+        best: line of the best evaluation so far, with its ``round``; None before the first.
+        final: the newest evaluation.
+        stale: evaluations since the best one.
+        up, down: bytes so far.
+        seconds: spent in rounds so far.
+        history: digest over the states of all rounds so far; proves that two runs went the same way.
+    """
+
+    best: dict[str, float] | None = None
+    final: dict[str, float] | None = None
+    stale: int = 0
+    up: int = 0
+    down: int = 0
+    seconds: float = 0.0
+    history: str = ""
+
+    def after(self, completed: Completed, task: str) -> "Progress":
+        """With one more round."""
+        record = completed.record
+        scores = record.get("eval")
+        improved = scores is not None and better(task, scores, self.best)
+        return Progress(
+            best={"round": record["round"], **scores} if scores and improved else self.best,
+            final=scores or self.final,
+            stale=0 if improved else self.stale + (scores is not None),
+            up=self.up + record["bytes"]["up"],
+            down=self.down + record["bytes"]["down"],
+            seconds=self.seconds + sum(record["seconds"].values()),
+            history=_chained(self.history, state_digest(completed.state)),
+        )
+
+
+def _chained(history: str, digest: str) -> str:
+    return hashlib.sha256(f"{history}{digest}".encode()).hexdigest()
+
+
+def simulate(
+    config: RunConfig,
+    run_dir: Path | None = None,
+    *,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RunDir:
+    """Simulate a federation from the beginning.
+
+    Args:
+        config: validated.
+        run_dir: an absent or empty folder; None makes ``runs/<time>-<strategy>``.
+        observer: is told about rounds as they are committed.
+        stop: is asked between replies whether to stop.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
+    """
+    config = resolved(config)
+    with RunDir.create(run_dir, hint=config.strategy.name) as run:
+        run.write_config(config.to_toml())
+        return _execute(config, run, observer or Silent(), stop)
+
+
+def resume(
+    run_dir: Path,
+    *,
+    changed: RunConfig | None = None,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RunDir:
+    """Go on with a run from its last committed round; a finished run is returned as it is.
+
+    Args:
+        run_dir: its directory.
+        changed: a configuration to go on with; it must say the same, apart from ``[engine]``
+            ``backend`` and ``workers``, which do not change results.
+        observer: as for :func:`simulate`.
+        stop: as for :func:`simulate`.
+
+    Raises:
+        ConfigError: ``changed`` differs; the message lists the keys.
+    """
+    observer = observer or Silent()
+    with RunDir.open(run_dir, writing=True) as run:
+        config = parse_toml(run.config, str(run.path / "config.toml"))
+        if changed is not None:
+            config = _same_run(config, resolved(changed))
+        for package, (then, now) in run.changed_versions().items():
+            observer.note(
+                f"{package} was {then} and is {now}: the rest of this run is not bit-exact"
+            )
+        if run.finished:
+            observer.note("this run is finished; nothing to resume")
+            return run
+        return _execute(config, run, observer, stop)
+
+
+def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
+    free = {"backend": new.engine.backend, "workers": new.engine.workers}
+    moved = old.model_copy(update={"engine": old.engine.model_copy(update=free)})
+    if lines := differences(moved, new):
+        raise ConfigError(
+            "the configuration is not the one this run was started with:\n  " + "\n  ".join(lines),
+            fix="Resume without changes, or start a new run from the changed configuration.",
+        )
+    return moved
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """``auto`` values replaced by what they come to on this machine; runs again as it is."""
+    engine = config.engine
+    precision: Precision = (
+        _fast_precision(engine.gpus_per_worker > 0)
+        if engine.precision == "auto"
+        else engine.precision
+    )
+    cohort = cohort_size(config) if engine.cohort == "auto" else engine.cohort
+    engine = engine.model_copy(update={"precision": precision, "cohort": cohort})
+    return config.model_copy(update={"engine": engine})
+
+
+def _fast_precision(gpu: bool) -> Precision:
+    if gpu:
+        return "tf32"
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16" if probe is not None and probe() else "fp32"
+
+
+def cohort_size(config: RunConfig) -> int:
+    """Sites a pass: a function of the configuration alone, never of the workers.
+
+    Fills :data:`COHORT_TOKENS`, counting a row as a quarter of the longest allowed, and never puts
+    a round into fewer than two passes, so that two workers have work.
+    """
+    row = max(1, config.data.max_length // 4)
+    fits = max(1, COHORT_TOKENS // (row * config.training.batch_size))
+    return max(1, min(max(fits, 8), -(-config.rounds.per_round // 2)))
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a run works on: loaded once, before the first round."""
+
+    config: RunConfig
+    task: TaskSpec
+    data: Data
+    manifest: Manifest
+    shapes: models.Schema
+    folder: Path
+
+
+def _execute(
+    config: RunConfig, run: RunDir, observer: Observer, stop: Callable[[], bool]
+) -> RunDir:
+    with ExitStack() as stack:
+        grid = stack.enter_context(open_grid(config))
+        setting = _prepare(config, run)
+        checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
+        state, progress = _restore(setting, run, grid, checkpoints, observer)
+        federation = federate(setting, grid, stop)
+        observer.started(run, config, state)
+        for completed in _until_patience(federation, state, progress):
+            state = completed.state
+            progress = progress.after(completed, config.model.task)
+            _commit(setting, run, grid, checkpoints, completed, progress)
+            observer.completed(completed.record)
+    _finish(setting, run, state, progress)
+    return run
+
+
+def open_grid(config: RunConfig) -> SimulationGrid:
+    """The workers of a simulation; they come up in the background."""
+    engine = config.engine
+    if engine.backend == "inline":
+        torch.set_num_threads(engine.threads)
+        return InlineGrid(CLIENT_APP, config.fleet.clients)
+    from server.grids.ray import RayGrid
+
+    return RayGrid(
+        CLIENT_APP,
+        config.fleet.clients,
+        workers=engine.workers or max(1, (os.cpu_count() or 1) // engine.threads),
+        threads=engine.threads,
+        gpus_per_worker=engine.gpus_per_worker,
+        address=engine.ray_address,
+    )
+
+
+def _prepare(config: RunConfig, run: RunDir) -> Setting:
+    folder = models.resolve(config.model)
+    encoder = models.input_encoder(config.model, folder)
+    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    shapes = models.schema(config.model, config.lora, len(data.classes))
+    _check_ranks(config, shapes)
+    manifest = _frozen_partition(config, run, data)
+    if not (run.path / "environment.json").exists():
+        hashes = {**models.fingerprint(folder), "data": data.fingerprint}
+        run.write_environment({**hashes, "partition": manifest.fingerprint}, _facts(config, data))
+    elif (then := run.environment()["hashes"]["data"]) != data.fingerprint:
+        raise MismatchError(
+            f"the data are not those of this run (fingerprint {data.fingerprint[:12]}, was {then[:12]})",
+            fix="Put the original data back, or start a new run.",
+        )
+    task = config.task(
+        run_id=run.path.name,
+        precision=config.engine.precision,
+        cohort=config.engine.cohort,
+        device="cuda" if config.engine.gpus_per_worker else "cpu",
+        manifest=str(run.partition),
+        fingerprint=manifest.fingerprint,
+    )
+    return Setting(config, task, data, manifest, shapes, folder)
+
+
+def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
+    for module, (d_out, d_in) in shapes.modules.items():
+        if config.rank > min(d_out, d_in):
+            raise ConfigError(
+                f"[lora] rank = {config.rank} is more than layer {module} allows: "
+                f"it is {d_out} x {d_in}",
+                fix=f"Choose a rank of at most {min(d_out, d_in)}.",
+            )
+
+
+def _facts(config: RunConfig, data: Data) -> dict[str, object]:
+    return {
+        "device": "cuda" if config.engine.gpus_per_worker else "cpu",
+        "classes": list(data.classes),
+        "examples": {"train": len(data.train), "test": len(data.test)},
+        "skipped": dict(data.skipped),
+    }
+
+
+def _frozen_partition(config: RunConfig, run: RunDir, data: Data) -> Manifest:
+    """The run's manifest: built and saved once, loaded ever after."""
+    if run.partition.exists():
+        return partition.load(run.partition)
+    manifest = partition.build(
+        config.data.partition,
+        examples=len(data.train),
+        clients=config.fleet.clients,
+        seed=config.seed,
+        labels=data.train.labels,
+        owners=data.owners,
+    )
+    manifest.save(run.partition)
+    return manifest
+
+
+def _restore(
+    setting: Setting,
+    run: RunDir,
+    grid: SimulationGrid,
+    checkpoints: Checkpoints,
+    observer: Observer,
+) -> tuple[ServerState, Progress]:
+    """The state to go on from: the newest intact checkpoint, or the seed's initial adapter."""
+    checkpoint = checkpoints.load()
+    if checkpoint is None:
+        run.truncate_to(0)
+        config = setting.config
+        initial = models.initial_adapter(setting.shapes, config.lora, config.rank, config.seed)
+        return config.strategy.init(initial), Progress()
+    for note in checkpoint.notes:
+        observer.note(note)
+    run.truncate_to(checkpoint.state.round)
+    indices = {name: setting.manifest.index_of(name) for name in checkpoints.sites}
+    grid.load_states(
+        {
+            index + 1: RecordDict({codec.KEPT: codec.arrays_from(checkpoints.sites[name])})
+            for name, index in indices.items()
+        }
+    )
+    return checkpoint.state, Progress(**checkpoint.extra)
+
+
+def federate(setting: Setting, grid: SimulationGrid, stop: Callable[[], bool]) -> Federation:
+    """Everything the rounds need, unpacked from the configuration."""
+    config = setting.config
+    fleet = config.fleet
+    return Federation(
+        strategy=config.strategy,
+        roster=SimulatedRoster(
+            setting.manifest,
+            config.data.holdout,
+            fleet.ranks,
+            fleet.memory_budgets_mib,
+            config.seed,
+        ),
+        grid=grid,
+        task=setting.task.model_dump_json(),
+        training=config.training.local(),
+        settings=config.rounds,
+        seed=config.seed,
+        kind=config.model.task,
+        cohort=setting.task.cohort,
+        wire=config.engine.wire,
+        limits=Limits(update_norm=config.engine.max_update_norm),
+        holdout=config.data.holdout > 0,
+        stop=stop,
+    )
+
+
+def _until_patience(
+    federation: Federation, state: ServerState, progress: Progress
+) -> Iterator[Completed]:
+    """The rounds to come, ending early when evaluations stop improving."""
+    patience = federation.settings.patience
+    if patience is not None and progress.stale >= patience:
+        return
+    for completed in rounds(federation, state):
+        yield completed
+        progress = progress.after(completed, federation.kind)
+        if patience is not None and progress.stale >= patience:
+            return
+
+
+def _commit(
+    setting: Setting,
+    run: RunDir,
+    grid: SimulationGrid,
+    checkpoints: Checkpoints,
+    completed: Completed,
+    progress: Progress,
+) -> None:
+    """Make a round durable: its lines, its adapter where one is due, then its checkpoint."""
+    start = time.monotonic()
+    state = completed.state
+    if "eval" in completed.record:
+        _export_evaluated(setting, run, state, progress)
+    touched = grid.touched_states()
+    sites = {
+        setting.manifest.name_of(node - 1): codec.tensors_from(record.array_records[codec.KEPT])
+        for node, record in touched.items()
+        if record is not None
+    }
+    for reply in completed.replies:
+        run.append_client(reply)
+    completed.record["seconds"]["commit"] = time.monotonic() - start
+    run.append_round(completed.record)
+    checkpoints.commit(state, sites, vars(progress))
+    grid.states_committed(touched)
+
+
+def _export_evaluated(
+    setting: Setting, run: RunDir, state: ServerState, progress: Progress
+) -> None:
+    """Keep the adapters of the best and of the newest evaluation, or of all."""
+    export(setting.config, state, run.adapter(state.round))
+    if setting.config.rounds.keep_adapters:
+        return
+    wanted = {state.round, int(progress.best["round"]) if progress.best else state.round}
+    for round_ in set(run.exported()) - wanted:
+        shutil.rmtree(run.adapter(round_))
+
+
+def export(config: RunConfig, state: ServerState, folder: Path) -> None:
+    """Write a state's global adapter as PEFT does."""
+    save_adapter(
+        folder,
+        state.adapter,
+        state.delta,
+        task=config.model.task,
+        base=str(models.resolve(config.model)),
+        revision=config.model.revision,
+    )
+
+
+def _finish(setting: Setting, run: RunDir, state: ServerState, progress: Progress) -> None:
+    run.write_summary(
+        {
+            "status": "finished" if state.round == setting.config.rounds.count else "stopped early",
+            "rounds": state.round,
+            "final": progress.final,
+            "best": progress.best,
+            "bytes": {"up": progress.up, "down": progress.down},
+            "seconds": progress.seconds,
+            "adapter_sha256": adapter_digest(state.adapter, state.delta),
+            "history_sha256": progress.history,
+        }
+    )
