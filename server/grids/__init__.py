@@ -1,0 +1,1 @@
+"""Ways to reach clients; each is a Flower ``Grid``."""

@@ -1,0 +1,397 @@
+"""A grid whose clients run in worker processes on Ray.
+
+Each worker is one actor: a process that stays, imports the client app once and keeps what the app
+keeps (the base model). A job goes to a worker that is free, one at a time, so that jobs of uneven
+length balance out and a worker's death is one job's doing. Jobs wait at the driver; what is in
+flight is bounded by the number of workers, not by the number of jobs.
+
+Arrays that several messages of one push share (the same ``ArrayRecord`` object) are put into
+Ray's object store once and fetched by the workers from there.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from fedft.core.errors import ConfigError, EnvironmentFailure
+from server.grids import cluster as clusters
+from server.grids.base import Job, SimulationGrid
+from server.grids.cluster import Cluster
+from server.grids.flower import APP_CRASHED
+from server.grids.serve import Answer, RunConfig, describe, error_reply
+from server.grids.worker import Parcel, Record, Server, Setting, Shared
+
+_TRIES = 2
+"""How many workers a job may cost before its messages become error replies."""
+
+_FAILED_STARTS = 3
+"""How many workers in a row may die before they are ready."""
+
+_SHARE_BYTES = 64 * 1024
+"""Arrays smaller than this travel inside the job: a look-up would cost more than the copy."""
+
+_HEALTH_S = 1.0
+"""How often to make sure that Ray is still there."""
+
+_STUCK_S = 30.0
+"""How long an abandoned job may hold a worker that is needed."""
+
+_FETCH_S = 5.0
+
+_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "FLWR_", "CUBLAS_")
+"""Environment variables that a worker must see as the driver does, by prefix."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """The driver's view of one actor.
+
+    Attributes:
+        actor: its handle.
+        ref: what it works on: getting prepared, or a job; None while it is free.
+        job: the job it serves; None while it is free or getting prepared.
+        ready: it has loaded the app.
+        abandoned: since when nobody waits for its job, on the monotonic clock; None if somebody.
+    """
+
+    actor: Any
+    ref: Any
+    job: Job | None = None
+    ready: bool = False
+    abandoned: float | None = None
+
+
+class RayGrid(SimulationGrid):
+    """Runs the client app in worker processes on Ray.
+
+    A worker that dies is replaced and its job tried once more; after that its messages get error
+    replies. Workers are started without waiting for them; :meth:`ready` waits.
+
+    Args:
+        app: reference to the client app, such as ``"clients.app:app"``; loaded in the workers.
+        nodes: how many nodes there are.
+        run_config: what every client finds in ``context.run_config``.
+        workers: how many; None for as many as there are cores for, or room on the cluster.
+        threads: CPU threads of a worker.
+        gpus_per_worker: GPUs of a worker; a fraction lets workers share one.
+        address: of a Ray cluster to join, ``host:port`` or ``"auto"``; None starts a private one,
+            or uses the one this process is connected to.
+
+    Raises:
+        ConfigError: the numbers make no sense.
+        EnvironmentFailure: Ray cannot be started or reached, or has no room for a single worker.
+        SecurityRefusal: the cluster did not accept the token.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        nodes: int,
+        run_config: RunConfig | None = None,
+        workers: int | None = None,
+        threads: int = 1,
+        gpus_per_worker: float = 0.0,
+        address: str | None = None,
+    ) -> None:
+        super().__init__(nodes, run_config)
+        _check_numbers(workers, threads, gpus_per_worker)
+        self._needs = (threads, gpus_per_worker)
+        self._setting = Setting(
+            app=app,
+            nodes=nodes,
+            run_id=self.run.run_id,
+            run_config=self.run_config,
+            threads=threads,
+            paths=tuple(str(Path(p).resolve()) for p in sys.path),
+            environment=_worker_environment(threads),
+        )
+        self._queue: list[Job] = []
+        self._parcels: dict[str, Parcel] = {}  # by message id, until it is answered
+        self._failed_starts = 0
+        self._checked = time.monotonic()
+        self._workers: list[_Worker] = []
+        self._cluster = _cluster(address, workers, threads, gpus_per_worker)
+        try:
+            self._actor_class: Any = self._cluster.ray.remote(
+                num_cpus=threads, num_gpus=gpus_per_worker, max_restarts=0
+            )(Server)
+            self._workers = [self._start_worker() for _ in range(self._worker_count(workers))]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are, ready or not."""
+        return len(self._workers)
+
+    def ready(self, timeout: float = 120.0) -> None:
+        """Waits until all workers have loaded the app.
+
+        Args:
+            timeout: in seconds.
+
+        Raises:
+            ConfigError: the app cannot be loaded.
+            EnvironmentFailure: they are not ready in time, or Ray is gone.
+        """
+        self._check_usable()
+        deadline = time.monotonic() + timeout
+        while not all(worker.ready for worker in self._workers):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise EnvironmentFailure(
+                    f"{sum(not w.ready for w in self._workers)} of {self.workers} workers were not "
+                    f"ready after {timeout:g} s",
+                    fix="Use fewer workers, or wait for room on the cluster.",
+                )
+            self._progress(min(left, _HEALTH_S))
+
+    def wait(self, message_ids: Iterable[str], timeout: float | None = None) -> bool:
+        self._check_usable()
+        wanted = set(message_ids)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while wanted.isdisjoint(self._ready):
+            if wanted.isdisjoint(self._open):
+                return False
+            left = _HEALTH_S if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._progress(min(left, _HEALTH_S))
+        return True
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        self._queue.clear()
+        self._parcels.clear()
+        for worker in self._workers:
+            self._kill(worker)
+        self._workers.clear()
+        self._cluster.close()
+
+    # --- jobs ---
+
+    def _announce(self, cohorts: Sequence[Sequence[Message]]) -> None:
+        messages = [message for cohort in cohorts for message in cohort]
+        uses = Counter(id(record) for m in messages for record in m.content.array_records.values())
+        shared: dict[int, Shared] = {}
+        for message in messages:
+            records: list[tuple[str, Record | Shared]] = []
+            for name, record in message.content.items():
+                if uses[id(record)] > 1 and _is_large(record):
+                    if id(record) not in shared:
+                        shared[id(record)] = Shared(self._cluster.ray.put(record))
+                    records.append((name, shared[id(record)]))
+                else:
+                    records.append((name, record))
+            self._parcels[message.metadata.message_id] = Parcel(message.metadata, tuple(records))
+
+    def _enqueue(self, job: Job) -> None:
+        self._queue.append(job)
+        self._dispatch()
+
+    def _abandon(self, ids: frozenset[str]) -> None:
+        for message_id in ids:
+            self._parcels.pop(message_id, None)
+        remaining = [(job, self._awaited(job)) for job in self._queue]
+        self._queue = [Job(messages, job.losses) for job, messages in remaining if messages]
+        for worker in self._workers:
+            if worker.job and worker.abandoned is None and not self._awaited(worker.job):
+                worker.abandoned = time.monotonic()
+
+    def _awaited(self, job: Job) -> tuple[Message, ...]:
+        return tuple(m for m in job.messages if m.metadata.message_id in self._open)
+
+    def _collect(self) -> None:
+        self._progress(0.0)
+
+    def _progress(self, timeout: float) -> None:
+        """Waits for one thing to happen, handles all that did, and gives free workers jobs.
+
+        Raises:
+            ConfigError: a worker could not load the app.
+            EnvironmentFailure: Ray is gone.
+        """
+        refs = [worker.ref for worker in self._workers if worker.ref is not None]
+        if refs:
+            ray = self._cluster.ray
+            done, rest = ray.wait(refs, num_returns=1, timeout=timeout)
+            if done and rest:
+                done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+            for ref in done:
+                self._settle(next(w for w in self._workers if w.ref == ref))
+        if time.monotonic() - self._checked > _HEALTH_S:
+            self._checked = time.monotonic()
+            self._cluster.check()
+        self._replace_stuck()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        for worker in self._workers:
+            if worker.ready and worker.ref is None:
+                job = self._next_job()
+                if job is None:
+                    return
+                self._submit(worker, job)
+
+    def _next_job(self) -> Job | None:
+        """The first job none of whose nodes is busy, or has an earlier job waiting."""
+        blocked = {n for w in self._workers if w.job and w.abandoned is None for n in w.job.nodes}
+        for position, job in enumerate(self._queue):
+            if blocked.isdisjoint(job.nodes):
+                return self._queue.pop(position)
+            blocked |= job.nodes
+        return None
+
+    def _submit(self, worker: _Worker, job: Job) -> None:
+        parcels = [self._parcels[m.metadata.message_id] for m in job.messages]
+        states = [self._states.get(m.metadata.dst_node_id) for m in job.messages]
+        worker.job, worker.abandoned = job, None
+        worker.ref = worker.actor.serve.remote(parcels, states)
+
+    def _settle(self, worker: _Worker) -> None:
+        """Takes in what a worker has completed, or its death."""
+        errors = self._cluster.ray.exceptions
+        job, ref, worker.ref, worker.job = worker.job, worker.ref, None, None
+        try:
+            result = self._fetch(ref)
+        except errors.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            if job is None:
+                raise _load_failure(cause, self._setting.app) from cause
+            self._fail(job, f"the worker failed: {describe(cause)}")
+        except errors.RayError as error:
+            self._bury(worker, job, error)
+        else:
+            if job is None:
+                worker.ready = True
+                self._failed_starts = 0
+                self._cluster.adopt(*result)
+            else:
+                for message, given in zip(job.messages, result, strict=True):
+                    self._finish(message, given)
+
+    def _fetch(self, ref: Any) -> Any:
+        """The value behind a ref that is done. A large one may have to come from another node."""
+        while True:
+            try:
+                return self._cluster.ray.get(ref, timeout=_FETCH_S)
+            except self._cluster.ray.exceptions.GetTimeoutError:
+                self._cluster.check()
+
+    def _finish(self, message: Message, given: Answer) -> None:
+        self._parcels.pop(message.metadata.message_id, None)
+        self._deliver(message, given)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        for message in job.messages:
+            self._finish(message, Answer(error_reply(message, APP_CRASHED, reason)))
+
+    # --- workers ---
+
+    def _worker_count(self, wanted: int | None) -> int:
+        room = self._cluster.room(*self._needs)
+        if room < 1:
+            threads, gpus = self._needs
+            raise EnvironmentFailure(
+                f"no Ray node has room for a worker with {threads} threads and {gpus:g} GPUs",
+                fix="Lower engine.threads or the GPUs of a worker, or join another cluster.",
+            )
+        return room if wanted is None else wanted
+
+    def _start_worker(self) -> _Worker:
+        actor = self._actor_class.remote()
+        return _Worker(actor, actor.prepare.remote(self._setting))
+
+    def _bury(self, worker: _Worker, job: Job | None, error: Exception) -> None:
+        """Puts a new worker in the place of a dead one, and tries its job once more."""
+        self._cluster.check()  # or is it Ray as a whole?
+        if job is None:
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                raise EnvironmentFailure(
+                    f"{_FAILED_STARTS} workers in a row died while starting: {_first_line(error)}",
+                    fix="Check free memory; use fewer workers.",
+                ) from error
+        self._replace(worker)
+        if job is None:
+            return
+        job.losses += 1
+        messages = self._awaited(job)
+        if job.losses >= _TRIES:
+            self._fail(job, f"the worker died {job.losses} times: {_first_line(error)}")
+        elif messages:
+            self._queue.insert(0, Job(messages, job.losses))
+
+    def _replace_stuck(self) -> None:
+        """Replaces workers that hold on to a job nobody waits for while others wait."""
+        if not self._queue or any(w.ready and w.ref is None for w in self._workers):
+            return
+        for worker in list(self._workers):
+            since = worker.abandoned
+            if since is not None and time.monotonic() - since > _STUCK_S:
+                self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        self._kill(worker)
+        self._workers[self._workers.index(worker)] = self._start_worker()
+
+    def _kill(self, worker: _Worker) -> None:
+        with contextlib.suppress(Exception):  # it is dead already, or Ray is
+            self._cluster.ray.kill(worker.actor)
+
+
+def _cluster(address: str | None, workers: int | None, threads: int, gpus: float) -> Cluster:
+    if address is not None:
+        return clusters.join(address)
+    if (borrowed := clusters.borrow()) is not None:
+        return borrowed
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = workers if workers is not None else max(1, (cores or 1) // threads)
+    return clusters.start(count * threads, gpus=gpus > 0)
+
+
+def _check_numbers(workers: int | None, threads: int, gpus_per_worker: float) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
+        raise ConfigError(
+            f"GPUs of a worker must be a fraction of one, or a whole number; got {gpus_per_worker}"
+        )
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    # The hub's token is a secret, and a cluster that was joined has a network in between.
+    passed_on = {
+        k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and k != "HF_TOKEN"
+    }
+    return {**passed_on, "OMP_NUM_THREADS": str(threads)}
+
+
+def _is_large(record: Record) -> bool:
+    return isinstance(record, ArrayRecord) and record.count_bytes() >= _SHARE_BYTES
+
+
+def _load_failure(cause: BaseException, app: str) -> Exception:
+    if isinstance(cause, ConfigError):
+        return ConfigError(cause.what, fix=cause.fix)
+    return EnvironmentFailure(
+        f"a worker could not prepare the client app {app!r}: {describe(cause)}",
+        fix="Run it with engine.backend = 'inline' to see the error in full.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
