@@ -181,7 +181,14 @@ class RunDir:
     def config(self) -> str:
         """Text of the resolved configuration."""
         with disk(f"read {self._config}"):
-            return self._config.read_text(encoding="utf-8")
+            text = self._config.read_bytes()
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise IntegrityError(
+                f"{self._config} is damaged: it is not UTF-8 ({error})",
+                fix="Restore it from a copy of the run directory.",
+            ) from error
 
     def write_config(self, text: str) -> None:
         """Stores the resolved configuration, TOML."""
@@ -410,8 +417,8 @@ def _key(key: object, where: str) -> str:
 
 
 def _dumps(value: object, indent: int | None = None) -> str:
-    # ASCII only, so that no text a client sent can steer a terminal; JSON itself lets DEL through.
-    return json.dumps(value, allow_nan=False, indent=indent).replace("\x7f", "\\u007f")
+    # ASCII only (json's default), so that no text a client sent can steer a terminal.
+    return json.dumps(value, allow_nan=False, indent=indent)
 
 
 def _pretty(record: Mapping[str, object]) -> bytes:

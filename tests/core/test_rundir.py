@@ -431,6 +431,14 @@ def test_digests_see_every_kind_of_change():
     assert adapter_digest(adapter) == adapter_digest(adapter, {}) != digests[0]
 
 
+def test_a_config_that_is_no_text_is_damage(run: RunDir):
+    run.write_config("# ü\n")
+    assert run.config == "# ü\n"
+    (run.path / "config.toml").write_bytes(b"\xff")
+    with pytest.raises(IntegrityError, match=r"config\.toml is damaged"):
+        _ = run.config
+
+
 def test_json_files_are_readable_by_eye(run: RunDir):
     run.write_environment({"a": "b"})
     text = (run.path / "environment.json").read_text()

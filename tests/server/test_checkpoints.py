@@ -116,14 +116,15 @@ def test_a_site_keeps_its_latest_state_over_rounds_that_left_it_out(tmp_path: Pa
             assert view[name]["a.step"].item() == value
 
 
-def test_a_pack_stays_until_its_last_site_has_moved_on(tmp_path: Path):
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_pack_stays_until_its_last_site_has_moved_on(tmp_path: Path, restarted: bool):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.commit(make_state(1), {"a": site(1), "b": site(1)})
     checkpoints.commit(make_state(2), {"a": site(2)})
     checkpoints.commit(make_state(3))
     # Two states are kept, and two packs: b's and a's.
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 + 2
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path) if restarted else checkpoints
     checkpoints.commit(make_state(4), {"b": site(4)})
     checkpoints.commit(make_state(5))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 + 2
