@@ -30,12 +30,11 @@ from server.grids import reaper
 
 _OBJECT_STORE_BYTES = 2**30
 _LEAST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less
-_LONGEST_FOLDER = 40  # characters; Unix sockets lie 60 deeper, and their paths end at 107
+_LONGEST_FOLDER = 38  # characters; Unix sockets lie 65 deeper, and their paths end at 107
 _CONNECT_S = 2.0
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",
     # Silences a warning about a change of default; workers without a GPU keep seeing them.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray starts workers at niceness 15, where any other process on the machine starves them.
@@ -130,7 +129,8 @@ def start(cpus: int, *, gpus: bool) -> Cluster:
             num_cpus=cpus,
             num_gpus=None if gpus else 0,
             object_store_memory=_object_store_bytes(),
-            _temp_dir=str(session.folder),
+            # A folder of its own in ours, because Ray opens up the one it is given to everybody.
+            _temp_dir=str(session.folder / "r"),
         )
         return Cluster(ray, session, owned=True)
     except BaseException:

@@ -92,6 +92,8 @@ def test_flowers_fedavg_runs_a_foreign_client_app_on_the_inline_grid(toy: str) -
 
 
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:unclosed file <_io.*/dev/null:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_flowers_fedavg_gives_the_same_bytes_on_ray(toy: str) -> None:
     with InlineGrid(toy, 4, {"lr": 0.3}) as inline:
         expected = run_fedavg(inline)
