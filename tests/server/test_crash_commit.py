@@ -366,12 +366,19 @@ for kill in range(20):
     child = os.fork()
     if not child:
         helpers.serve(folder)
-    time.sleep(rng.uniform(0.002, 0.06))
+    before = helpers.manifests(folder)
+    while kill % 2 and helpers.manifests(folder) == before:  # on a busy machine, too
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0.0, 0.03))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with RunDir.open(folder, writing=True) as run:  # the dead holder's lock is free
         print(helpers.resumed(run), flush=True)
 """
+
+
+def manifests(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoints/*.json")}
 
 
 def resumed(run: RunDir) -> int:
@@ -408,4 +415,4 @@ def test_sigkill_at_any_instant_costs_at_most_the_round_in_flight(tmp_path: Path
     rounds = [int(line) for line in done.stdout.split()]
     assert len(rounds) == 20
     assert rounds == sorted(rounds)
-    assert rounds[-1] > 20  # it got somewhere between the kills
+    assert rounds[-1] >= 10  # every other server lived to commit a round
