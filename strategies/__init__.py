@@ -55,9 +55,10 @@ for combinator in (FedProx, FedAvgM, FedAdam, FedYogi):  # their `inner` is any 
     combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
 
 
-def rule_names() -> list[str]:
-    """The name of every rule, as `[strategy] name` takes it."""
-    return [str(rule.model_fields["name"].default) for rule in RULES]
+def rule_names(*, mixed_ranks: bool = False) -> list[str]:
+    """The name of every rule, as `[strategy] name` takes it; or of those that take mixed ranks."""
+    chosen = [rule for rule in RULES if rule().mixed_ranks or not mixed_ranks]
+    return [str(rule.model_fields["name"].default) for rule in chosen]
 
 
 def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
@@ -73,7 +74,7 @@ def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
     distinct = set(ranks)
     if len(distinct) < 2 or strategy.mixed_ranks:
         return
-    able = [name for name, rule in zip(rule_names(), RULES, strict=True) if rule().mixed_ranks]
+    able = rule_names(mixed_ranks=True)
     shown = ", ".join("the run's" if r is None else str(r) for r in sorted(distinct, key=str))
     raise ConfigError(
         f"{strategy.name} cannot take sites of different ranks ({shown})",

@@ -15,9 +15,9 @@ merged, where the paper says it "can be". The base change since the first round 
 form with every plan, since sites are stateless; it is stored at no more than rank min(d_out, d_in),
 without loss, and may be cut by an SVD (``delta_rank``), with loss. The head is averaged.
 
-Wire, round t: pi(r_k) numbers down and as many up, plus the base change at rank min(d_out, d_in,
-delta_rank, sum over all earlier rounds of (sum_k r_k - R)), times (d_in + d_out) numbers a layer,
-down; plus the head both ways.
+Wire, round t: pi(r_k) numbers down and as many up, plus the base change times (d_in + d_out)
+numbers a layer, down, at rank min(d, delta_rank, sum over all earlier rounds of (min(d, sum_k r_k)
+- R)) with d = min(d_out, d_in); plus the head both ways.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,323 @@
+"""One round of every rule, computed by hand.
+
+One layer "m" of shape 2 x 2, two sites with 1 and 3 examples, so p = (1/4, 3/4). Unless said
+otherwise r = 1, s = 1 and
+
+    A_1 = [1 0]    B_1 = [4 0]^T    B_1 A_1 = diag(4, 0)
+    A_2 = [0 1]    B_2 = [0 4]^T    B_2 A_2 = diag(0, 4)
+
+    dW = 1/4 diag(4, 0) + 3/4 diag(0, 4) = diag(1, 3)
+    A = [1/4 3/4]    B = [1 3]^T    B A = [1/4 3/4; 3/4 9/4]
+    E = dW - B A = [3/4 -3/4; -3/4 3/4]
+"""
+
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part, ServerState, Site
+from strategies import (
+    FedAdam,
+    FedAvgLoRA,
+    FedAvgM,
+    FedExLoRA,
+    FedMomentum,
+    FedProx,
+    FedRotLoRA,
+    FedSALoRA,
+    FedSB,
+    FedSVD,
+    FedYogi,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    LoRAFAIR,
+    RaFLoRA,
+    RoLoRA,
+)
+
+EVERYTHING: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+BIAS = "base_model.model.head.bias"
+
+
+def matrix(rows) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def adapter(A, B, scale=1.0, R=None, head=()) -> Adapter:
+    core = None if R is None else matrix(R)
+    return Adapter({"m": Factors(matrix(A), matrix(B), scale, core)}, dict(head))
+
+
+START = adapter([[1, 1]], [[0], [0]])
+SITES = [(adapter([[1, 0]], [[4], [0]]), 1), (adapter([[0, 1]], [[0], [4]]), 3)]
+
+
+def play(rule, start=START, sites=SITES, state=None, parts=EVERYTHING):
+    """One round in which the sites return the given adapters."""
+    state = rule.init(start) if state is None else state
+    updates = [
+        ClientUpdate(f"site-{k}", n, end.tensors(parts), end if end.rank != start.rank else start)
+        for k, (end, n) in enumerate(sites, 1)
+    ]
+    return rule.aggregate(state, updates)
+
+
+def check(state: ServerState, A, B, delta=None) -> None:
+    f = state.adapter.factors["m"]
+    assert torch.allclose(f.A, matrix(A), atol=1e-12), f.A
+    assert torch.allclose(f.B, matrix(B), atol=1e-12), f.B
+    if delta is None:
+        assert not state.delta
+    else:
+        assert torch.allclose(state.delta["m"].product(), matrix(delta), atol=1e-12)
+
+
+def test_fedavg_lora():
+    check(play(FedAvgLoRA()), [[0.25, 0.75]], [[1], [3]])
+
+
+def test_ffa_lora():
+    # A stays [1 1]; B = 1/4 [4 0] + 3/4 [0 4].
+    check(play(FFALoRA(), parts={"B"}), [[1, 1]], [[1], [3]])
+
+
+class TestLoRAFAIR:
+    def test_frobenius_ridge(self):
+        # A A^T = 1/16 + 9/16 = 5/8; lambda = 1 * 5/8; E A^T = [-3/8 3/8]^T.
+        # dB = [-3/8 3/8] / (5/4) = [-0.3 0.3].
+        check(play(LoRAFAIR(ridge=1.0)), [[0.25, 0.75]], [[0.7], [3.3]])
+
+    def test_one_step_on_the_cosine(self):
+        # X = B = [1 3]; T = dW A^T = [1/4 9/4]; ||dW|| = sqrt(10); ||X A|| = sqrt(10 * 5/8) = 5/2.
+        # cos = (1/4 + 27/4) / (5/2 sqrt(10)) = 2.8 / sqrt(10).
+        # gradient of cos = T / (5/2 sqrt(10)) - cos * 5/8 X / (25/4)
+        #                 = ([0.1 0.9] - 0.28 [1 3]) / sqrt(10) = [-0.18 0.06] / sqrt(10).
+        rule = LoRAFAIR(objective="cosine", ridge=0.5, steps=1, step_size=1.0)
+        expected = [[1 - 0.18 / sqrt(10)], [3 + 0.06 / sqrt(10)]]
+        check(play(rule), [[0.25, 0.75]], expected)
+
+    def test_one_step_on_the_mean_cosine_of_the_columns(self):
+        # Column 1 of dW points to e1, column 2 to e2; both columns of X A point to X / sqrt(10).
+        # gradient 1: (e1 - 1/10 [1 3]) / sqrt(10) = [0.9 -0.3] / sqrt(10)
+        # gradient 2: (e2 - 3/10 [1 3]) / sqrt(10) = [-0.3 0.1] / sqrt(10);  mean [0.3 -0.1] / sqrt(10)
+        rule = LoRAFAIR(objective="cosine", cosine_dim="column", ridge=0.5, steps=1, step_size=1.0)
+        expected = [[1 + 0.3 / sqrt(10)], [3 - 0.1 / sqrt(10)]]
+        check(play(rule), [[0.25, 0.75]], expected)
+
+    def test_the_second_step_feels_the_penalty(self):
+        # After one step dB = d = [-0.18 0.06] / sqrt(10); with the cosine's own pull p at X + d,
+        # step 2 adds p - 2 * ridge * d. With ridge 0.25 and 0.5 the results differ by 0.5 d.
+        def B(ridge):
+            rule = LoRAFAIR(objective="cosine", ridge=ridge, steps=2, step_size=1.0)
+            return play(rule).adapter.factors["m"].B
+
+        d = matrix([[-0.18], [0.06]]) / sqrt(10)
+        assert torch.allclose(B(0.25) - B(0.5), 0.5 * d, atol=1e-12)
+
+
+class TestFLoRA:
+    def test_the_stack_goes_into_the_base(self):
+        state = play(FLoRA())
+        f = state.adapter.factors["m"]
+        assert torch.equal(state.delta["m"].A, matrix([[0.25, 0], [0, 0.75]]))
+        assert torch.equal(state.delta["m"].B, matrix([[4, 0], [0, 4]]))
+        assert not f.B.any()
+        assert (f.A.abs() <= 1 / sqrt(2)).all()
+        assert not torch.equal(f.A, START.factors["m"].A)
+
+    def test_ranks_and_scales_are_folded(self):
+        # R = 2 with s = 1, so a site of rank 1 trains with s = 2: 1/4 * 2 * diag(4, 0) = diag(2, 0).
+        # The other: 3/4 * diag(4, 8).
+        start = adapter([[1, 0], [0, 1]], [[0, 0], [0, 0]])
+        small = adapter([[1, 0]], [[4], [0]], scale=2.0)
+        large = adapter([[1, 0], [0, 1]], [[4, 0], [0, 8]])
+        state = play(FLoRA(), start, [(small, 1), (large, 3)])
+        assert torch.allclose(state.delta["m"].product(), matrix([[5, 0], [0, 6]]))
+
+
+class TestFlexLoRA:
+    def test_the_leading_triplet(self):
+        # diag(1, 3) = 3 e2 e2^T + 1 e1 e1^T.
+        check(play(FlexLoRA()), [[0, 1]], [[0], [3]])
+
+    def test_every_rank_gets_its_own(self):
+        # R = 2, s = 1: A = [e2; e1], B = [3 e2, 1 e1]. Rank 1 trains with s = 2, so B is halved.
+        rule = FlexLoRA()
+        start = adapter([[1, 0], [0, 1]], [[0, 0], [0, 0]])
+        small = adapter([[1, 0]], [[2], [0]], scale=2.0)  # diag(4, 0)
+        large = adapter([[0, 1], [1, 0]], [[0, 0], [4, 0]])  # diag(0, 4)
+        state = play(rule, start, [(small, 1), (large, 3)])
+        check(state, [[0, 1], [1, 0]], [[0, 1], [3, 0]])
+        f = rule.plan(state, Site("s", 1, rank=1)).start.factors["m"]
+        assert (f.A.tolist(), f.B.tolist(), f.scale) == ([[0, 1]], [[0], [1.5]], 2.0)
+
+
+class TestHetLoRA:
+    def test_padding_and_sparsity_weights(self):
+        # R = 2. Site 1, rank 1: B A = diag(3, 0), norm 3. Site 2, rank 2: diag(0, 1), norm 1.
+        # w = (3/4, 1/4), whatever the numbers of examples. A = 3/4 [1 0; 0 0] + 1/4 [0 0; 0 1].
+        start = adapter([[1, 0], [0, 1]], [[0, 0], [0, 0]])
+        small = adapter([[1, 0]], [[3], [0]])
+        large = adapter([[0, 0], [0, 1]], [[0, 0], [0, 1]])
+        state = play(HetLoRA(), start, [(small, 1), (large, 3)])
+        check(state, [[0.75, 0], [0, 0.25]], [[2.25, 0], [0, 0.25]])
+
+    def test_pruning(self):
+        # gamma = 1/2 of rank 2 keeps 1. The tail ||B[:, 1]|| ||A[1]|| falls from 4 * 1 to 3 * 1, so
+        # the second column goes, and the site continues at rank 1.
+        rule = HetLoRA(gamma=0.5)
+        start = adapter([[1, 0], [0, 1]], [[4, 0], [0, 4]])
+        end = adapter([[1, 0], [0, 1]], [[5, 0], [0, 3]])
+        state = play(rule, start, [(end, 1)])
+        check(state, [[1, 0], [0, 0]], [[5, 0], [0, 0]])
+        assert rule.plan(state, Site("site-1", 1)).start.rank == 1
+        assert rule.plan(state, Site("site-2", 1)).start.rank == 2
+
+    def test_a_tail_that_grew_is_kept(self):
+        rule = HetLoRA(gamma=0.5)
+        start = adapter([[1, 0], [0, 1]], [[4, 0], [0, 4]])
+        end = adapter([[1, 0], [0, 1]], [[5, 0], [0, 4.5]])
+        state = play(rule, start, [(end, 1)])
+        check(state, [[1, 0], [0, 1]], [[5, 0], [0, 4.5]])
+        assert not state.slots
+
+
+class TestRaFLoRA:
+    START = adapter([[1, 0], [0, 1]], [[0, 0], [0, 9]])
+
+    def test_each_rank_over_those_who_have_it(self):
+        # R = 2, s = 1; site 1 of rank 1 with s = 2: 2 * diag(4, 0). Site 2: diag(2, 4).
+        # Rank 1: 1/4 * diag(8, 0) + 3/4 * diag(2, 0) = diag(3.5, 0). Rank 2: site 2 alone, diag(0, 4).
+        small = adapter([[1, 0]], [[4], [0]], scale=2.0)
+        large = adapter([[1, 0], [0, 1]], [[2, 0], [0, 4]])
+        state = play(RaFLoRA(), self.START, [(small, 1), (large, 3)])
+        check(state, [[0, 1], [1, 0]], [[0, 3.5], [4, 0]])
+
+    def test_a_rank_that_nobody_holds_is_kept(self):
+        # Rank 1 becomes 2 * diag(4, 0); rank 2 stays the server's diag(0, 9).
+        small = adapter([[1, 0]], [[4], [0]], scale=2.0)
+        state = play(RaFLoRA(), self.START, [(small, 1)])
+        check(state, [[0, 1], [1, 0]], [[0, 8], [9, 0]])
+
+
+def test_fedex_lora():
+    check(play(FedExLoRA()), [[0.25, 0.75]], [[1], [3]], delta=[[0.75, -0.75], [-0.75, 0.75]])
+
+
+def test_fedex_lora_adds_up_over_rounds():
+    rule = FedExLoRA()
+    state = play(rule, state=play(rule))
+    check(state, [[0.25, 0.75]], [[1], [3]], delta=[[1.5, -1.5], [-1.5, 1.5]])
+
+
+def test_rolora():
+    # Round 1 averages B over A = [1 1], round 2 averages A over that B.
+    rule = RoLoRA()
+    assert rule.plan(rule.init(START), Site("s", 1)).train == {"B", "head"}
+    state = play(rule, parts={"B"})
+    check(state, [[1, 1]], [[1], [3]])
+    assert rule.plan(state, Site("s", 1)).train == {"A", "head"}
+    state = play(rule, state=state, parts={"A"})
+    check(state, [[0.25, 0.75]], [[1], [3]])
+    assert rule.plan(state, Site("s", 1)).train == {"B", "head"}
+
+
+def test_fedsa_lora():
+    rule = FedSALoRA()
+    state = play(rule, parts={"A"})
+    check(state, [[0.25, 0.75]], [[0], [0]])
+    plan = rule.plan(state, Site("s", 1))
+    assert (plan.send, plan.keep) == ({"A"}, {"B", "head"})
+
+
+class TestFedRotLoRA:
+    # The reference is A = I. Site 2 holds 2 I in a basis turned by J = [0 -1; 1 0]: A = J, B = 2 J^T.
+    START = adapter([[1, 0], [0, 1]], [[0, 0], [0, 0]])
+    SITES = (
+        (adapter([[1, 0], [0, 1]], [[1, 0], [0, 1]]), 1),
+        (adapter([[0, -1], [1, 0]], [[0, 2], [-2, 0]]), 1),
+    )
+
+    def test_full_rotation(self):
+        # R = J: R^T A = I and B R = 2 I. The mean is exact: B A = 1.5 I.
+        state = play(FedRotLoRA(strength=1.0), self.START, self.SITES)
+        check(state, [[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
+
+    def test_half_a_rotation(self):
+        # R' = nearest rotation to (I + J) / 2, by 45 degrees: (I + J) / sqrt(2) =: H.
+        # H^T J = H and 2 J^T H = 2 H^T, so A = (I + H) / 2 and B = (I + 2 H^T) / 2.
+        h = 1 / sqrt(2)
+        state = play(FedRotLoRA(strength=0.5), self.START, self.SITES)
+        A = [[(1 + h) / 2, -h / 2], [h / 2, (1 + h) / 2]]
+        check(state, A, [[0.5 + h, h], [-h, 0.5 + h]])
+
+    def test_no_rotation(self):
+        state = play(FedRotLoRA(strength=0.0), self.START, self.SITES)
+        check(state, [[0.5, -0.5], [0.5, 0.5]], [[0.5, 1], [-1, 0.5]])
+
+
+def test_fedsvd():
+    # B A = [1 3]^T [1 1] = U S V^T with u = [1 3] / sqrt(10), v = [1 1] / sqrt(2), S = sqrt(20).
+    state = play(FedSVD(), parts={"B"})
+    check(state, [[sqrt(0.5), sqrt(0.5)]], [[sqrt(2)], [3 * sqrt(2)]])
+
+
+def test_fedmomentum():
+    # diag(1, 3): the 3 stays, half of it on each factor; the 1 goes into the base.
+    state = play(FedMomentum())
+    check(state, [[0, sqrt(3)]], [[0], [sqrt(3)]], delta=[[1, 0], [0, 0]])
+
+
+def test_fed_sb():
+    # Round 1: diag(1, 3) at rank 1 is e2 3 e2^T. Round 2: R = 1/4 * 2 + 3/4 * 6 = 5.
+    rule = FedSB()
+    state = play(rule)
+    check(state, [[0, 1]], [[0], [1]])
+    assert matrix([[3]]) == state.adapter.factors["m"].R
+    cores = [(adapter([[0, 1]], [[0], [1]], R=[[r]]), n) for r, n in ((2, 1), (6, 3))]
+    state = play(rule, state.adapter, cores, state, parts={"R"})
+    check(state, [[0, 1]], [[0], [1]])
+    assert matrix([[5]]) == state.adapter.factors["m"].R
+
+
+def test_fedprox():
+    rule = FedProx(mu=0.5)
+    plan = rule.plan(rule.init(START), Site("s", 1))
+    assert plan.training == LocalTraining(proximal_mu=0.5)
+    check(play(rule), [[0.25, 0.75]], [[1], [3]])
+
+
+class TestServerOptimizers:
+    """On one number x, the head's bias, with x = 0 and sites that return a mean of 1, then 2."""
+
+    @staticmethod
+    def values(rule, rounds=2):
+        state = rule.init(adapter([[1, 1]], [[0], [0]], head={BIAS: matrix([0.0])}.items()))
+        seen = []
+        for t in range(1, rounds + 1):
+            update = ClientUpdate("s", 1, {BIAS: matrix([float(t)])}, state.adapter)
+            state = rule.aggregate(state, [update])
+            seen.append(float(state.adapter.head[BIAS]))
+        return seen
+
+    def test_fedavgm(self):
+        # D = 1: m = 1, x = 1. D = 2 - 1: m = 0.9 + 1, x = 1 + 1.9.
+        assert self.values(FedAvgM()) == pytest.approx([1.0, 2.9])
+
+    def test_fedadam(self):
+        # v0 = 0.01. m = 0.1, v = 0.99 * 0.01 + 0.01 = 0.0199; x = 0.1 * 0.1 / (sqrt(0.0199) + 0.1).
+        rule = FedAdam(lr=0.1, tau=0.1)
+        assert self.values(rule, 1) == pytest.approx([0.01 / (sqrt(0.0199) + 0.1)])
+
+    def test_fedyogi(self):
+        # v0 = 0.01 < D^2 = 1, so v = 0.01 + 0.01 * 1 = 0.02.
+        rule = FedYogi(lr=0.1, tau=0.1)
+        x = 0.01 / (sqrt(0.02) + 0.1)
+        # D = 2 - x, m = 0.09 + 0.1 D, v = 0.02 + 0.01 D^2.
+        D = 2 - x
+        step = 0.1 * (0.09 + 0.1 * D) / (sqrt(0.02 + 0.01 * D * D) + 0.1)
+        assert self.values(rule) == pytest.approx([x, x + step])

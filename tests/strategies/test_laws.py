@@ -1,0 +1,482 @@
+"""The laws that every rule keeps, as one table. A new rule is a file and a row here."""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+import strategies
+from fedft.core import codec, meters, seeds
+from fedft.core.errors import ConfigError
+from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, part_of
+from strategies import (
+    FedAdam,
+    FedAvgLoRA,
+    FedAvgM,
+    FedExLoRA,
+    FedMomentum,
+    FedProx,
+    FedRotLoRA,
+    FedSALoRA,
+    FedSB,
+    FedSVD,
+    FedYogi,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    LoRAFAIR,
+    RaFLoRA,
+    RoLoRA,
+    Strategy,
+)
+
+RANK, ALPHA = 3, 6.0
+SHAPES = {"layer.0.q": (10, 8), "layer.1.v": (6, 12)}  # (d_out, d_in)
+HEAD = {"base_model.model.classifier.weight": (4, 5), "base_model.model.classifier.bias": (4,)}
+ANY = TypeAdapter(strategies.AnyStrategy)
+
+
+# ── the wire, in numbers a round (methods.md, section B) ──────────────────────────────────────
+
+IN = sum(n for _, n in SHAPES.values())
+OUT = sum(m for m, _ in SHAPES.values())
+HEADS = 4 * 5 + 4
+NARROW = [min(shape) for shape in SHAPES.values()]
+
+
+def pi(r: int) -> int:
+    return r * (IN + OUT)
+
+
+def delta(rank: int, cap: int = 10**9) -> int:
+    """Numbers of a base change of ``rank``, stored at no more than d = min(d_out, d_in, cap)."""
+    return sum(
+        min(rank, d, cap) * (m + n) for d, (m, n) in zip(NARROW, SHAPES.values(), strict=True)
+    )
+
+
+def momentum(t: int, K: int) -> tuple[int, int]:
+    """A round's residual has rank min(d, K r) - r."""
+    residual = sum(
+        min((t - 1) * (min(d, K * RANK) - RANK), d) * (m + n)
+        for d, (m, n) in zip(NARROW, SHAPES.values(), strict=True)
+    )
+    return pi(RANK) + residual + HEADS, pi(RANK) + HEADS
+
+
+Wire = Callable[[int, int], tuple[int, int]]
+"""(round from 1, sites K) → numbers down and up for one site."""
+
+
+def both(t: int, K: int) -> tuple[int, int]:
+    return pi(RANK) + HEADS, pi(RANK) + HEADS
+
+
+def fed_sb(t: int, K: int) -> tuple[int, int]:
+    core = len(SHAPES) * RANK**2
+    return both(t, K) if t == 1 else (pi(RANK) + core + HEADS, core + HEADS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule under test.
+
+    Attributes:
+        rule: with its hyperparameters.
+        wire: the formula on its page.
+        own: a lone client, or identical ones, get exactly that client's function.
+        unbiased: the applied update is the mean update.
+    """
+
+    rule: Strategy
+    wire: Wire = both
+    own: bool = True
+    unbiased: bool = False
+
+
+TABLE = {
+    "fedavg-lora": Row(FedAvgLoRA()),
+    "ffa-lora": Row(
+        FFALoRA(), lambda t, K: (RANK * OUT + HEADS, RANK * OUT + HEADS), unbiased=True
+    ),
+    "lora-fair": Row(LoRAFAIR()),
+    "lora-fair cosine": Row(LoRAFAIR(objective="cosine", steps=20)),
+    "lora-fair column": Row(LoRAFAIR(objective="cosine", cosine_dim="column", steps=20)),
+    "flora": Row(
+        FLoRA(),
+        lambda t, K: (RANK * IN + delta((t - 1) * K * RANK) + HEADS, pi(RANK) + HEADS),
+        unbiased=True,
+    ),
+    "flora capped": Row(
+        FLoRA(delta_rank=2),
+        lambda t, K: (RANK * IN + delta((t - 1) * K * RANK, 2) + HEADS, pi(RANK) + HEADS),
+        own=False,  # rank 2 cannot hold a client of rank 3
+    ),
+    "flexlora": Row(FlexLoRA()),
+    "hetlora": Row(HetLoRA(gamma=1.0)),
+    "raflora": Row(RaFLoRA()),
+    "fedex-lora": Row(
+        FedExLoRA(),
+        lambda t, K: (pi(RANK) + delta((t - 1) * (K - 1) * RANK) + HEADS, pi(RANK) + HEADS),
+        unbiased=True,
+    ),
+    "rolora": Row(
+        RoLoRA(),
+        lambda t, K: (pi(RANK) + HEADS, RANK * (OUT if t % 2 else IN) + HEADS),
+        unbiased=True,
+    ),
+    "fedsa-lora": Row(FedSALoRA(), lambda t, K: (RANK * IN, RANK * IN)),
+    "fedsa-lora shared": Row(
+        FedSALoRA(head="shared"), lambda t, K: (RANK * IN + HEADS, RANK * IN + HEADS)
+    ),
+    "fedrot-lora": Row(FedRotLoRA()),
+    "fedsvd": Row(FedSVD(), lambda t, K: (pi(RANK) + HEADS, RANK * OUT + HEADS), unbiased=True),
+    "fedmomentum": Row(FedMomentum(), momentum, unbiased=True),
+    "fed-sb": Row(FedSB(), fed_sb),
+    "fed-sb seeded": Row(
+        FedSB(basis="seeded"),
+        lambda t, K: (len(SHAPES) * RANK**2 + HEADS, len(SHAPES) * RANK**2 + HEADS),
+        unbiased=True,
+    ),
+    "fedprox": Row(FedProx(mu=0.1, inner=LoRAFAIR())),
+    "fedavgm": Row(FedAvgM(beta=0.0, lr=1.0)),
+    "fedavgm over flexlora": Row(FedAvgM(inner=FlexLoRA()), own=False),
+    "fedadam": Row(FedAdam(inner=LoRAFAIR()), own=False),
+    "fedyogi": Row(FedYogi(inner=FedProx(inner=FedRotLoRA())), own=False),
+}
+rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+# ── a federation without models ───────────────────────────────────────────────────────────────
+
+
+def first_adapter(dtype: torch.dtype = torch.float64) -> Adapter:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    factors = {
+        module: Factors(draw(RANK, n), torch.zeros(m, RANK, dtype=dtype), ALPHA / RANK)
+        for module, (m, n) in SHAPES.items()
+    }
+    return Adapter(factors, {name: draw(*shape) for name, shape in HEAD.items()})
+
+
+def fleet(rule: Strategy, count: int = 4) -> list[Site]:
+    """Sites of unequal size; of unequal rank where the rule takes that."""
+    ranks = [3, 1, 2, 3]
+    return [
+        Site(f"site-{k}", examples=5 + 3 * k, rank=ranks[k] if rule.mixed_ranks else None)
+        for k in range(count)
+    ]
+
+
+def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = None) -> ClientUpdate:
+    """Local training as a seeded random step of whatever the plan lets learn."""
+    plan = rule.plan(state, site)
+    g = seeds.torch_generator(1, "test", state.round, noise or site.name)
+    tensors = {
+        name: tensor
+        + 0.3 * torch.randn(tensor.shape, generator=g, dtype=torch.float64).to(tensor.dtype)
+        if part_of(name) in plan.train
+        else tensor
+        for name, tensor in plan.start.tensors().items()
+    }
+    sent = {name: tensors[name] for name in plan.sent()}
+    return ClientUpdate(site.name, site.examples, sent, plan.start)
+
+
+def warm(rule: Strategy, dtype: torch.dtype = torch.float64, rounds: int = 2) -> ServerState:
+    """A state in the middle of a run."""
+    state = rule.init(first_adapter(dtype))
+    for _ in range(rounds):
+        state = rule.aggregate(state, [reply(rule, state, site) for site in fleet(rule)])
+    return state
+
+
+def tensors_of(state: ServerState) -> dict[str, torch.Tensor]:
+    flat = {f"adapter/{name}": t for name, t in state.adapter.tensors().items()}
+    for module, f in state.delta.items():
+        flat |= {f"delta/{module}/A": f.A, f"delta/{module}/B": f.B}
+    return flat | {f"slot/{name}": t for name, t in state.slots.items()}
+
+
+def same(x: ServerState, y: ServerState) -> bool:
+    a, b = tensors_of(x), tensors_of(y)
+    return (
+        x.round == y.round
+        and list(a) == list(b)
+        and all(torch.equal(a[name], b[name]) for name in a)
+        and all(f.scale == y.adapter.factors[m].scale for m, f in x.adapter.factors.items())
+    )
+
+
+def function(adapter: Adapter, base: object) -> dict[str, torch.Tensor]:
+    """What a model computes: the dense change of every adapted weight, and the head."""
+    change = {m: f.product().double() for m, f in adapter.factors.items()}
+    for module, f in base.items():  # type: ignore[attr-defined]
+        change[module] = change[module] + f.product().double()
+    return change | {name: t.double() for name, t in adapter.head.items()}
+
+
+def distance(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
+    return max(float((x[k] - y[k]).norm() / y[k].norm().clamp_min(1e-12)) for k in y)
+
+
+# ── the laws ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_rule_has_a_row_and_a_page() -> None:
+    assert {row.rule.name for row in TABLE.values()} == set(strategies.rule_names())  # type: ignore[attr-defined]
+    pages = Path(strategies.__file__).parents[1] / "docs" / "strategies"
+    for name, rule in zip(strategies.rule_names(), strategies.RULES, strict=True):
+        page = (pages / f"{name}.md").read_text(encoding="utf-8")
+        assert f'name = "{name}"' in page
+        missing = [
+            f
+            for f, info in rule.model_fields.items()
+            if f"`{info.alias}`" not in page and f not in ("name", "inner")
+        ]
+        assert not missing, f"{name}.md says nothing of {missing}"
+
+
+@rows
+def test_the_table_is_the_strategy(row: Row) -> None:
+    assert ANY.validate_python(row.rule.model_dump(by_alias=True)) == row.rule
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        ANY.validate_python({**row.rule.model_dump(by_alias=True), "no-such-key": 1})
+
+
+@rows
+@dtypes
+def test_order_of_arrival_changes_nothing(row: Row, dtype: torch.dtype) -> None:
+    state = warm(row.rule, dtype)
+    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
+    expected = row.rule.aggregate(state, updates)
+    for seed in range(3):
+        random.Random(seed).shuffle(updates)
+        assert same(row.rule.aggregate(state, updates), expected)
+
+
+@rows
+def test_scale_of_the_example_counts_changes_nothing(row: Row) -> None:
+    state = warm(row.rule)
+    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
+    scaled = [replace(u, examples=7 * u.examples) for u in updates]
+    assert same(row.rule.aggregate(state, scaled), row.rule.aggregate(state, updates))
+
+
+@rows
+def test_a_site_without_examples_changes_nothing(row: Row) -> None:
+    state = warm(row.rule)
+    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
+    empty = replace(reply(row.rule, state, Site("site-9", 1)), examples=0)
+    assert same(row.rule.aggregate(state, [*updates, empty]), row.rule.aggregate(state, updates))
+
+
+@rows
+def test_a_round_without_updates_only_counts(row: Row) -> None:
+    state = warm(row.rule)
+    for updates in ([], [replace(reply(row.rule, state, Site("site-0", 1)), examples=0)]):
+        assert same(row.rule.aggregate(state, updates), replace(state, round=state.round + 1))
+
+
+@rows
+@dtypes
+def test_inputs_are_kept_and_keys_shapes_and_dtypes_too(row: Row, dtype: torch.dtype) -> None:
+    state = warm(row.rule, dtype)
+    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
+    before = copy.deepcopy((state, updates))
+    after = row.rule.aggregate(state, updates)
+    assert same(state, before[0])
+    for update, old in zip(updates, before[1], strict=True):
+        for mine, theirs in (
+            (update.tensors, old.tensors),
+            (update.start.tensors(), old.start.tensors()),
+        ):
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    shapes = {n: (t.shape, t.dtype) for n, t in state.adapter.tensors().items()}
+    assert {n: (t.shape, t.dtype) for n, t in after.adapter.tensors().items()} == shapes
+    assert after.adapter.tensors().keys() == state.adapter.tensors().keys()
+    assert all(f.A.dtype == f.B.dtype == dtype for f in after.delta.values())
+    assert after.delta.keys() == state.delta.keys()
+    assert all(t.isfinite().all() for t in tensors_of(after).values())
+
+
+@rows
+def test_the_same_inputs_give_the_same_bytes(row: Row) -> None:
+    assert same(warm(row.rule), warm(copy.deepcopy(row.rule)))
+
+
+@rows
+@dtypes
+def test_sites_that_learned_nothing_change_nothing(row: Row, dtype: torch.dtype) -> None:
+    """The start is a fixed point, at full rank and with nothing left over from before."""
+    rule = row.rule
+    state = replace(warm(rule, dtype), slots={})
+    plans = {f"site-{k}": rule.plan(state, Site(f"site-{k}", 1)) for k in range(3)}
+    updates = [ClientUpdate(name, 4, plan.sent(), plan.start) for name, plan in plans.items()]
+    after = rule.aggregate(state, updates)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    assert (
+        distance(function(after.adapter, after.delta), function(state.adapter, state.delta))
+        < tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in TABLE.values() if r.own], ids=[k for k, r in TABLE.items() if r.own]
+)
+@pytest.mark.parametrize("count", [1, 3])
+@dtypes
+def test_one_client_or_identical_ones_get_their_own_function(
+    row: Row, count: int, dtype: torch.dtype
+) -> None:
+    rule, state = row.rule, warm(row.rule, dtype)
+    updates = [reply(rule, state, Site(f"site-{k}", 4 + k), noise="equal") for k in range(count)]
+    after = rule.aggregate(state, updates)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    mine = function(updates[0].adapter, state.delta)
+    assert distance(function(after.adapter, after.delta), mine) < tolerance
+
+
+@pytest.mark.parametrize(
+    "row",
+    [r for r in TABLE.values() if r.unbiased],
+    ids=[k for k, r in TABLE.items() if r.unbiased],
+)
+@dtypes
+def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
+    rule, state = row.rule, warm(row.rule, dtype)
+    for _ in range(2):  # both rounds of an alternation
+        updates = [reply(rule, state, site) for site in fleet(rule)]
+        after = rule.aggregate(state, updates)
+        relative = meters.measure(state, updates, after)["bias"]["relative"]
+        assert relative is not None
+        assert relative < (1e-6 if dtype == torch.float32 else 1e-12)
+        state = after
+
+
+def test_the_yardstick_sees_a_bias() -> None:
+    """Without it, the test above could not fail."""
+    rule = FedAvgLoRA()
+    state = warm(rule)
+    updates = [reply(rule, state, site) for site in fleet(rule)]
+    relative = meters.measure(state, updates, rule.aggregate(state, updates))["bias"]["relative"]
+    assert relative is not None
+    assert relative > 0.05
+
+
+@rows
+@pytest.mark.parametrize("count", [2, 4])
+def test_bytes_on_the_wire_are_the_formula(row: Row, count: int) -> None:
+    """At one rank, over four rounds: long enough for every base change to reach its ceiling."""
+    rule = row.rule
+    sites = [Site(f"site-{k}", 3) for k in range(count)]
+    state = rule.init(first_adapter(torch.float32))
+    for t in range(1, 5):
+        plan = rule.plan(state, sites[0])
+        updates = [reply(rule, state, site) for site in sites]
+        down = codec.content_bytes(codec.Encoder("task").train(plan))
+        up = codec.content_bytes(codec.reply_content(updates[0].tensors, 3, {}))
+        expected_down, expected_up = row.wire(t, count)
+        assert (down, up) == (4 * expected_down, 4 * expected_up), f"round {t}"
+        state = rule.aggregate(state, updates)
+
+
+@rows
+def test_plans_are_consistent(row: Row) -> None:
+    state = warm(row.rule)
+    for site in fleet(row.rule):
+        plan = row.rule.plan(state, site)
+        present = {part_of(name) for name in plan.start.tensors()}
+        assert plan.send <= present | {"head"}
+        assert plan.send & present <= plan.train & present
+        assert plan.keep == row.rule.personal
+        assert not plan.keep & plan.send
+        if site.rank is not None:
+            assert plan.start.rank == site.rank
+        other = row.rule.plan(state, replace(site, name="another"))
+        assert other.start is plan.start, "one object a rank, so that it is encoded once"
+
+
+@rows
+def test_layers_that_only_some_sites_hold(row: Row) -> None:
+    """Averaged over those who do; a layer that nobody holds is kept."""
+    rule, state = row.rule, warm(row.rule)
+    held, missing = SHAPES
+    full = [reply(rule, state, Site(f"site-{k}", 5 + k)) for k in range(3)]
+
+    def without(u: ClientUpdate, module: str) -> ClientUpdate:
+        return replace(u, tensors={n: t for n, t in u.tensors.items() if f".{module}." not in n})
+
+    some = rule.aggregate(state, [full[0], without(full[1], missing), without(full[2], missing)])
+    lone = rule.aggregate(state, [full[0]])
+    everyone = rule.aggregate(state, full)
+    for after, module in ((lone, missing), (everyone, held)):
+        x, y = some.adapter.factors[module], after.adapter.factors[module]
+        assert torch.allclose(x.product(), y.product(), rtol=1e-10)
+    nobody = rule.aggregate(state, [without(u, missing) for u in full])
+    assert torch.equal(
+        nobody.adapter.factors[missing].product(), state.adapter.factors[missing].product()
+    )
+
+
+def test_mixed_ranks_are_refused_by_name() -> None:
+    able = {"flora", "flexlora", "hetlora", "raflora", "fedmomentum"}
+    combinators = {"fedprox", "fedavgm", "fedadam", "fedyogi"}
+    for row in TABLE.values():
+        strategies.check_ranks(row.rule, [4, 4])  # type: ignore[arg-type]
+        inner = row.rule
+        while inner.name in combinators:  # type: ignore[attr-defined]
+            inner = inner.inner  # type: ignore[attr-defined]
+        if inner.name in able:  # type: ignore[attr-defined]
+            strategies.check_ranks(row.rule, [4, 8, None])  # type: ignore[arg-type]
+            continue
+        with pytest.raises(ConfigError) as caught:
+            strategies.check_ranks(row.rule, [4, 8])  # type: ignore[arg-type]
+        assert row.rule.name in caught.value.what  # type: ignore[attr-defined]
+        assert all(name in caught.value.fix for name in able)
+
+
+def test_a_rank_above_the_global_one_is_refused() -> None:
+    state = warm(FlexLoRA())
+    with pytest.raises(ConfigError, match="rank 5, but the global adapter has rank 3"):
+        FlexLoRA().plan(state, Site("big", 1, rank=5))
+
+
+@pytest.mark.parametrize(
+    ("table", "where"),
+    [
+        ({"name": "lora-fair", "ridge": 0}, "ridge"),
+        ({"name": "lora-fair", "ridge": -1}, "ridge"),
+        ({"name": "lora-fair", "ridge": float("nan")}, "ridge"),
+        ({"name": "lora-fair", "ridge": float("inf")}, "ridge"),
+        ({"name": "lora-fair", "objective": "cosinus"}, "objective"),
+        ({"name": "lora-fair", "objective": "cosine", "ridge": 200.0}, "diverges"),
+        ({"name": "flora", "delta-rank": 0}, "delta-rank"),
+        ({"name": "hetlora", "gamma": 0}, "gamma"),
+        ({"name": "hetlora", "gamma": 1.1}, "gamma"),
+        ({"name": "hetlora", "penalty": -0.1}, "penalty"),
+        ({"name": "fedrot-lora", "strength": 1.5}, "strength"),
+        ({"name": "fedprox", "mu": 0}, "mu"),
+        ({"name": "fedprox", "inner": {"name": "flora", "delta-rank": -3}}, "delta-rank"),
+        ({"name": "fedavgm", "beta": 1.0}, "beta"),
+        ({"name": "fedadam", "tau": 0}, "tau"),
+        ({"name": "fedyogi", "beta2": 1}, "beta2"),
+        ({"name": "fedavg"}, "fedavg-lora"),
+        ({"name": "fedprox", "inner": {"name": "sgd"}}, "fedavg-lora"),
+        ({}, "name"),
+    ],
+)
+def test_values_that_cannot_be_run(table: dict[str, object], where: str) -> None:
+    with pytest.raises(ValidationError, match=where):
+        ANY.validate_python(table)
