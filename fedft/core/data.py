@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -158,10 +159,8 @@ def prepare(
     """
     raw = load(spec, task, seed=seed, classes=classes)
     bad = BadRows(spec.skip_bad)
-    train, kept = _encode(raw.train, task, _folder(spec.source), encoder, spec.max_length, bad)
-    test, _ = _encode(
-        raw.test, task, _folder(spec.test_source or spec.source), encoder, spec.max_length, bad
-    )
+    train, kept = _encode(raw.train, task, encoder, spec.max_length, bad)
+    test, _ = _encode(raw.test, task, encoder, spec.max_length, bad)
     if not len(train):
         raise MismatchError(
             f"{spec.source} has no training rows left after skipping {dict(bad.counts)}",
@@ -251,12 +250,12 @@ def _checked(
     bad: BadRows,
 ) -> tuple[RawRows, tuple[str, ...]]:
     """The usable rows of a table, and the class names; ``column`` None reads no owners."""
-    folder = _folder(table.source)
-    faults: dict[str, Callable[[Any], str | None]] = {
-        "image": lambda value: image_fault(value, folder),
-        "label": lambda value: _label_fault(value, None),
-        "owner": _owner_fault,
+    faults: dict[str, Callable[[object], str | None]] = {
+        "label": _label_fault,
+        "owner": _label_fault,
     }
+    if task == "image-classification":
+        faults["image"] = partial(image_fault, folder=_folder(table.source))
     values: dict[str, Sequence[Any]] = {
         key: table.column(getattr(spec, key), f"data.{key}", MismatchError)
         for key in _COLUMNS[task]
@@ -267,12 +266,12 @@ def _checked(
     for key, column_values in values.items():
         _strike(usable, table, column_values, key, faults.get(key, _text_fault), bad)
     names: tuple[str, ...] = ()
-    if "label" in values:
+    if "label" in values and usable.any():
         names = tuple(
             classes or _class_names(_take(values["label"], np.flatnonzero(usable)), table)
         )
         known = set(names)
-        _strike(usable, table, values["label"], "label", lambda v: _label_fault(v, known), bad)
+        _strike(usable, table, values["label"], "label", partial(_label_fault, known=known), bad)
     return _usable(table, values, names, np.flatnonzero(usable), bad), names
 
 
@@ -331,7 +330,7 @@ def _text_fault(value: object) -> str | None:
     return None
 
 
-def _label_fault(value: object, known: set[str] | None) -> str | None:
+def _label_fault(value: object, known: set[str] | None = None) -> str | None:
     """``known``: the class names, once they are."""
     if value is None or value == "":
         return "missing or empty"
@@ -341,10 +340,6 @@ def _label_fault(value: object, known: set[str] | None) -> str | None:
         nearest = ", ".join(sorted(known)[:5])
         return f"{str(value)[:40]!r} is none of the {len(known)} classes ({nearest}, …)"
     return None
-
-
-def _owner_fault(value: object) -> str | None:
-    return _label_fault(value, None)
 
 
 def _class_names(values: Sequence[object], table: RawTable) -> list[str]:
@@ -362,13 +357,13 @@ def _class_names(values: Sequence[object], table: RawTable) -> list[str]:
 
 
 def _encode(
-    rows: RawRows, task: Task, folder: Path, encoder: Any, max_length: int, bad: BadRows
+    rows: RawRows, task: Task, encoder: Any, max_length: int, bad: BadRows
 ) -> tuple[Examples, Rows]:
     """The rows as examples, and which of them were encoded."""
     every = np.arange(len(rows))
     if task == "image-classification":
         assert rows.labels is not None
-        return ImageExamples(rows.inputs, rows.labels, encoder, folder), every
+        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every
     spilled: Mapping[int, int] = {}
     if rows.answers is not None:
         examples, spilled = tokens.answered(rows.inputs, rows.answers, encoder, max_length)

@@ -137,7 +137,7 @@ def load(folder: Path, fingerprint: str | None = None) -> Manifest:
         names = arrays[2] if named else None
         manifest = Manifest(arrays[0], arrays[1], names, _canonical(header), found)
         _check_shapes(manifest, header)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"the partition manifest in {folder} cannot be read: {error}",
             fix="start the run anew, or restore the folder",

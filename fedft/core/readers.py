@@ -116,8 +116,10 @@ def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
         table = _read_wheel(source, bad)
     elif path.suffix in _FILES:
         table = _read_file(source, path, bad)
-    elif path.is_dir() or _HUB_ID.fullmatch(source):
-        table = _read_datasets(source, subset, split, local=path.is_dir())
+    elif source and path.is_dir():
+        table = _read_datasets(source, subset, split, local=True)
+    elif _HUB_ID.fullmatch(source) and not path.exists():
+        table = _read_datasets(source, subset, split, local=False)
     else:
         raise ConfigError(
             f"data.source = {source!r} is none of the known kinds",
@@ -286,8 +288,8 @@ def _read_wheel(source: str, bad: BadRows) -> RawTable:
 def _read_chatterbot(source: str, folder: Path, bad: BadRows) -> RawTable:
     """English question-answer pairs with their topic, which serves as the natural owner.
 
-    A conversation of more than two turns gives a pair for each further turn, as the package's
-    own trainer has it: the first turn is the prompt.
+    A conversation of more than two turns gives a pair for each further turn: the first is the
+    prompt. Blank turns, of which the corpus has a few, are left out.
     """
     import yaml
 
@@ -303,6 +305,7 @@ def _read_chatterbot(source: str, folder: Path, bad: BadRows) -> RawTable:
             {"prompt": str(prompt), "answer": str(answer), "topic": path.stem}
             for prompt, *answers in turns
             for answer in answers
+            if str(prompt).strip() and str(answer or "").strip()
         )
     return _table(source, rows, range(1, len(rows) + 1))
 
