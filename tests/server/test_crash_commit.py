@@ -355,7 +355,7 @@ def test_the_harness_catches_careless_writing(tmp_path: Path, careless: Callable
 # 4. SIGKILL at random instants, run directory and all.
 
 _SERVER = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, traceback
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import helpers
@@ -363,15 +363,20 @@ from fedft.core.rundir import RunDir
 
 folder, rng = Path(sys.argv[2]), random.Random(0)
 for kill in range(20):
+    before = helpers.manifests(folder)
     child = os.fork()
     if not child:
-        helpers.serve(folder)
-    before = helpers.manifests(folder)
+        try:
+            helpers.serve(folder)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # never into the parent's code
     while kill % 2 and helpers.manifests(folder) == before:  # on a busy machine, too
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the server ended by itself"
         time.sleep(0.001)
     time.sleep(rng.uniform(0.0, 0.03))
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the server ended by itself"
     with RunDir.open(folder, writing=True) as run:  # the dead holder's lock is free
         print(helpers.resumed(run), flush=True)
 """
