@@ -122,7 +122,7 @@ def simulate(
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
     """
-    server = _server("run")
+    server = own_server("run")
     parsed = _config(config, strategy, seed, settings or {})
     folder = None if run_dir is None else Path(run_dir)
     return Run(server.simulate(parsed, folder, observer=observer).path)
@@ -130,7 +130,7 @@ def simulate(
 
 def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
     """Go on with an unfinished run; the end is the same, byte for byte, as without the pause."""
-    return Run(_server("run").resume(Path(run_dir), observer=observer).path)
+    return Run(own_server("run").resume(Path(run_dir), observer=observer).path)
 
 
 def _config(
@@ -139,7 +139,7 @@ def _config(
     seed: int | None,
     settings: Mapping[str, Any],
 ) -> "RunConfig":
-    module = _server("config")
+    module = own_server("config")
     overrides = {**settings}
     if seed is not None:
         overrides["seed"] = seed
@@ -148,7 +148,7 @@ def _config(
     return module.configured(config, overrides)
 
 
-def _server(name: str) -> Any:
+def own_server(name: str) -> Any:
     """A module of the ``server`` package: ours, not a ``server.py`` of the user's."""
     module = import_module("server")
     ours = Path(__file__).resolve().parent.parent / "server"

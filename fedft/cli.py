@@ -51,15 +51,15 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Simulate a federation on this machine."""
-    from fedft.api import Run, _server
+    from fedft.api import Run, own_server
     from fedft.console import RunConsole
 
     overrides = list(settings or [])
     overrides += [f"engine.backend={backend}"] if backend else []
     overrides += [f"engine.workers={workers}"] if workers else []
-    parsed = _server("config").load_config(config, overrides)
+    parsed = own_server("config").load_config(config, overrides)
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        run = _server("run").simulate(parsed, run_dir, observer=console, stop=stop)
+        run = own_server("run").simulate(parsed, run_dir, observer=console, stop=stop)
     console.result(Run(run.path))
 
 
@@ -73,14 +73,14 @@ def resume(
     json: Json = False,
 ) -> None:
     """Go on with a run after its last committed round."""
-    from fedft.api import Run, _server
+    from fedft.api import Run, own_server
     from fedft.console import RunConsole
 
     changed = None
     if settings:
-        changed = _server("config").load_config(run_dir / "config.toml", settings)
+        changed = own_server("config").load_config(run_dir / "config.toml", settings)
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        server = _server("run")
+        server = own_server("run")
         if fork is not None:
             run_dir, changed = server.fork(run_dir, fork, changed), None
         run = server.resume(run_dir, changed=changed, observer=console, stop=stop)
@@ -113,11 +113,11 @@ def export(
 @cli.command()
 def plan(config: Config, settings: Settings = None, json: Json = False) -> None:
     """Say what a run will cost, without starting anything."""
-    from fedft.api import _server
+    from fedft.api import own_server
     from fedft.console import print_json
 
-    forecast = _server("forecast")
-    parsed = _server("config").load_config(config, settings or [])
+    forecast = own_server("forecast")
+    parsed = own_server("config").load_config(config, settings or [])
     cost = forecast.forecast(parsed)
     if json:
         print_json(cost)

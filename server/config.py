@@ -291,9 +291,10 @@ def _where(path: tuple[str, ...]) -> str:
 
 
 def _nearest(given: str, names: Sequence[str]) -> str:
-    near = get_close_matches(given, names, n=1, cutoff=0.5)
-    known = ", ".join(sorted(names))
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
+    near = get_close_matches(given, names, n=2, cutoff=0.5)
+    if not near:
+        return f"; known: {', '.join(sorted(names))}"
+    return f"; did you mean {' or '.join(map(repr, near))}?"
 
 
 def _keys_beside(path: tuple[str, ...]) -> list[str]:

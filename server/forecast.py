@@ -8,7 +8,7 @@ from typing import Any
 from fedft.core import codec, memory, models
 from fedft.core.types import Part, Site
 from server.config import RunConfig
-from server.run import resolved
+from server.run import concrete, resolved
 
 _CLASSES_FROM_DATA = "classification", "image-classification"
 
@@ -65,7 +65,7 @@ def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) 
         trainable=trainable,
         batch=config.training.batch_size,
         tokens=config.data.max_length,
-        precision=config.engine.precision,
+        precision=concrete(config.engine.precision),
     )
     return {
         "rank": rank,

@@ -161,9 +161,10 @@ def _gather(
         if len(updates) >= needed:
             return updates, cohort, attempt + 1
     reasons = ", ".join(f"{len(sites)} {reason}" for reason, sites in ledger.failures.items())
+    first = next((r["reason"] for r in ledger.replies if r["status"] != "ok"), "")
     raise QuorumFailure(
         f"round {round_}: {len(updates)} usable replies of {settings.per_round}, {needed} needed, "
-        f"after {settings.retries + 1} attempts ({reasons})",
+        f"after {settings.retries + 1} attempts ({reasons}; the first: {first})",
         fix="The model is as it was after the last completed round; fedft resume goes on from there.",
     )
 

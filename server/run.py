@@ -6,14 +6,13 @@ next one starts.
 """
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from flwr.app import RecordDict
@@ -174,6 +173,45 @@ def resume(
         return _execute(config, run, observer, stop)
 
 
+_FORKABLE = ("rounds", "training", "strategy", "engine")
+
+
+def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
+    """A new run that starts from the last committed round of another, with changes.
+
+    Args:
+        run_dir: the old run; it is only read.
+        target: an absent or empty folder for the new one.
+        changed: its configuration; model, adapter, data, fleet and seed must stay the same,
+            because the state only means something on them.
+
+    Raises:
+        ConfigError: a change that the state cannot follow.
+    """
+    with RunDir.open(run_dir) as old:
+        config = parse_toml(old.config, str(run_dir))
+        new = resolved(changed) if changed is not None else config
+        lines = differences(config, new)
+        fixed = [line for line in lines if not line.startswith(tuple(f"[{t}" for t in _FORKABLE))]
+        if fixed:
+            raise ConfigError(
+                "a fork goes on from trained tensors, and these changes need a new run:\n  "
+                + "\n  ".join(fixed),
+                fix=f"Only {', '.join(_FORKABLE)} may change in a fork.",
+            )
+        with RunDir.create(target) as run:
+            for folder in (old.checkpoints, old.partition, old.adapters):
+                if folder.exists():
+                    shutil.copytree(folder, run.path / folder.name)
+            for record in old.clients():
+                run.append_client(record)
+            for record in old.rounds():
+                run.append_round(record)
+            shutil.copyfile(old.path / "environment.json", run.path / "environment.json")
+            run.write_config(new.to_toml())
+            return run.path
+
+
 def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
     free = {"backend": new.engine.backend, "workers": new.engine.workers}
     moved = old.model_copy(update={"engine": old.engine.model_copy(update=free)})
@@ -188,17 +226,16 @@ def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
 def resolved(config: RunConfig) -> RunConfig:
     """``auto`` values replaced by what they come to on this machine; runs again as it is."""
     engine = config.engine
-    precision: Precision = (
-        _fast_precision(engine.gpus_per_worker > 0)
-        if engine.precision == "auto"
-        else engine.precision
-    )
+    precision = concrete(engine.precision, gpu=engine.gpus_per_worker > 0)
     cohort = cohort_size(config) if engine.cohort == "auto" else engine.cohort
     engine = engine.model_copy(update={"precision": precision, "cohort": cohort})
     return config.model_copy(update={"engine": engine})
 
 
-def _fast_precision(gpu: bool) -> Precision:
+def concrete(precision: Precision | Literal["auto"], *, gpu: bool = False) -> Precision:
+    """``auto`` as what this machine does fast: TF32 on a GPU, bfloat16 where the processor has AMX."""
+    if precision != "auto":
+        return precision
     if gpu:
         return "tf32"
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -258,7 +295,7 @@ def open_grid(config: RunConfig) -> SimulationGrid:
     return RayGrid(
         CLIENT_APP,
         config.fleet.clients,
-        workers=engine.workers or max(1, (os.cpu_count() or 1) // engine.threads),
+        workers=engine.workers,
         threads=engine.threads,
         gpus_per_worker=engine.gpus_per_worker,
         address=engine.ray_address,

@@ -1,0 +1,260 @@
+"""The main job: runs end, repeat, resume and export as promised (laws 5, 6, 7, 8)."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedft.api import Run
+from fedft.core.errors import ConfigError, Interrupted, MismatchError
+from server.config import RunConfig, parse_config
+from server.run import fork, resume, simulate
+
+Table = Callable[..., dict[str, Any]]
+
+
+def run_of(table: Mapping[str, Any], folder: Path, **options: Any) -> Run:
+    return Run(simulate(parse_config(table), folder, **options).path)
+
+
+def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def test_a_run_learns_and_leaves_the_whole_record(tiny_table: Table, tmp_path: Path) -> None:
+    table = tiny_table(rounds={"count": 12}, training={"epochs": 3})
+    run = run_of(table, tmp_path / "run")
+
+    assert run.metrics["status"] == "finished"
+    assert run.metrics["rounds"] == 12
+    assert run.metrics["final"]["accuracy"] > 0.7  # three classes: chance is a third
+    assert [r["round"] for r in run.rounds] == list(range(1, 13))
+    for name in ("config.toml", "environment.json", "rounds.jsonl", "clients.jsonl"):
+        assert (run.directory / name).stat().st_size > 0
+    replies = [json.loads(x) for x in (run.directory / "clients.jsonl").read_text().splitlines()]
+    assert len(replies) == 12 * 4
+    assert {r["status"] for r in replies} == {"ok"}
+
+
+def test_the_keys_that_others_read_are_there(tiny_table: Table, tmp_path: Path) -> None:
+    run = run_of(tiny_table(), tmp_path / "run")
+    last = run.rounds[-1]
+    assert {
+        "round",
+        "cohort",
+        "failures",
+        "train",
+        "eval",
+        "bytes",
+        "seconds",
+        "bias",
+        "lag",
+        "drift",
+    } <= set(last)
+    assert {"plan", "train", "aggregate", "evaluate", "commit"} <= set(last["seconds"])
+    assert {"loss", "accuracy"} == set(last["eval"])
+    assert {"relative", "cosine", "norm_ratio"} <= set(last["bias"])
+    assert {"function_jump", "dead_start", "displacement"} <= set(last["lag"])
+    assert {"status", "rounds", "final", "best", "bytes", "seconds", "adapter_sha256"} <= set(
+        run.metrics
+    )
+
+
+def test_the_written_configuration_runs_again_as_it_is(tiny_table: Table, tmp_path: Path) -> None:
+    first = run_of(tiny_table(), tmp_path / "one")
+    import fedft
+
+    second = fedft.simulate(first.directory / "config.toml", run_dir=tmp_path / "two")
+    assert second.metrics["adapter_sha256"] == first.metrics["adapter_sha256"]
+    assert without_seconds(second.rounds) == without_seconds(first.rounds)
+
+
+def test_another_seed_gives_another_adapter(tiny_table: Table, tmp_path: Path) -> None:
+    """Positive control of the equality of hashes."""
+    one = run_of(tiny_table(), tmp_path / "one")
+    two = run_of(tiny_table() | {"seed": 1}, tmp_path / "two")
+    assert one.metrics["adapter_sha256"] != two.metrics["adapter_sha256"]
+
+
+def test_bytes_on_the_wire_are_the_formula(tiny_table: Table, tmp_path: Path) -> None:
+    """FedAvg-LoRA: pi(r) + head both ways; FFA-LoRA: the B half only."""
+    r, d, modules, head = 4, 32, 4, 3 * 32 + 3
+    avg = run_of(tiny_table(), tmp_path / "avg").rounds[0]["bytes"]
+    assert avg == dict.fromkeys(("up", "down"), 4 * 4 * (modules * r * 2 * d + head))
+    ffa = run_of(tiny_table(strategy={"name": "ffa-lora"}), tmp_path / "ffa").rounds[0]["bytes"]
+    assert ffa == dict.fromkeys(("up", "down"), 4 * 4 * (modules * r * d + head))
+
+
+def test_plan_predicts_the_bytes_that_the_run_measures(tiny_table: Table, tmp_path: Path) -> None:
+    from server.forecast import forecast
+
+    table = tiny_table(strategy={"name": "ffa-lora"})
+    assert (
+        forecast(parse_config(table))["bytes_per_round"]
+        == run_of(table, tmp_path / "r").rounds[0]["bytes"]
+    )
+
+
+def test_stock_peft_loads_the_exported_adapter(tiny_table: Table, tmp_path: Path) -> None:
+    """Law 8, row 70: the run's own logits from PeftModel.from_pretrained."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from clients.train import PeftEngine
+    from fedft.core.models import load_base
+
+    config = parse_config(tiny_table())
+    run = run_of(tiny_table(), tmp_path / "run")
+    folder = run.adapter("last").save_pretrained(tmp_path / "adapter")
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.source, num_labels=3)
+    stock = PeftModel.from_pretrained(base, folder).eval()
+    inputs = AutoTokenizer.from_pretrained(config.model.source)(
+        "the old blade", return_tensors="pt"
+    )
+    inputs.pop("token_type_ids", None)
+    ours = PeftEngine(load_base(config.model, config.lora, 3), config.lora)
+    adapter = run.adapter("last").factors()
+    ours._load(adapter, frozenset())
+    with torch.inference_mode():
+        expected = ours._model(**inputs).logits
+        assert expected.abs().max() > 0.1
+        assert torch.allclose(stock(**inputs).logits, expected, atol=1e-5)
+
+
+def test_a_stopped_run_is_resumable_and_ends_with_the_same_bytes(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    whole = run_of(tiny_table(), tmp_path / "whole")
+    asked = iter([False] * 5)
+    with pytest.raises(Interrupted):
+        run_of(tiny_table(), tmp_path / "cut", stop=lambda: next(asked, True))
+    assert 0 < len(Run(tmp_path / "cut").rounds) < 4
+    resume(tmp_path / "cut")
+    cut = Run(tmp_path / "cut")
+    assert cut.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
+    assert cut.metrics["history_sha256"] == whole.metrics["history_sha256"]
+    assert without_seconds(cut.rounds) == without_seconds(whole.rounds)
+
+
+def kill_at_random(config: RunConfig, folder: Path, after_s: float) -> bool:
+    """Run in a child process that gets SIGKILL after a while; whether it was still running."""
+    child = os.fork()
+    if child == 0:
+        try:
+            simulate(config, folder) if not folder.exists() else resume(folder)
+        finally:
+            os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
+    config = parse_config(table)
+    start = time.monotonic()
+    whole = Run(simulate(config, tmp_path / "whole").path)
+    length = time.monotonic() - start
+    rng = random.Random(0)
+    struck = 0
+    for i in range(kills):
+        folder = tmp_path / f"killed-{i}"
+        struck += kill_at_random(config, folder, rng.uniform(0.0, length))
+        if (folder / "config.toml").exists():
+            again = Run(resume(folder).path)
+        else:  # killed before the directory was claimed: nothing to resume, nothing lost
+            again = Run(simulate(config, tmp_path / f"again-{i}").path)
+        assert again.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
+        assert again.metrics["history_sha256"] == whole.metrics["history_sha256"]
+        assert without_seconds(again.rounds) == without_seconds(whole.rounds)
+    assert struck >= kills // 4  # the harness did kill runs in the middle
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_twenty_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
+    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_hundred_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
+    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=200)
+
+
+def test_resume_with_a_changed_configuration_is_refused_with_the_difference(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    run_of(tiny_table(rounds={"count": 2}), tmp_path / "run")
+    changed = parse_config(tiny_table(rounds={"count": 2}, training={"lr": 0.5}))
+    with pytest.raises(ConfigError, match=r"\[training\] lr: 0\.01 → 0\.5"):
+        resume(tmp_path / "run", changed=changed)
+
+
+def test_a_fork_goes_on_with_changes_in_a_directory_of_its_own(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    before = run_of(tiny_table(rounds={"count": 2}), tmp_path / "run")
+    changed = parse_config(tiny_table(rounds={"count": 4}, strategy={"name": "ffa-lora"}))
+    forked = Run(resume(fork(tmp_path / "run", tmp_path / "fork", changed)).path)
+    assert forked.metrics["rounds"] == 4
+    assert without_seconds(forked.rounds[:2]) == without_seconds(before.rounds)
+    assert Run(tmp_path / "run").metrics == before.metrics
+    with pytest.raises(ConfigError, match=r"\[lora\] rank"):
+        fork(tmp_path / "run", tmp_path / "no", parse_config(tiny_table(lora={"rank": 2})))
+
+
+def test_changed_data_are_noticed_on_resume(tiny_table: Table, tmp_path: Path) -> None:
+    copy = tmp_path / "data.jsonl"
+    copy.write_text(Path(tiny_table()["data"]["source"]).read_text())
+    table = tiny_table(data={"source": str(copy)})
+    asked = iter([False] * 5)
+    with pytest.raises(Interrupted):
+        run_of(table, tmp_path / "run", stop=lambda: next(asked, True))
+    copy.write_text(copy.read_text().replace("steel", "stem"))
+    with pytest.raises(MismatchError, match="not those of this run"):
+        resume(tmp_path / "run")
+
+
+def test_patience_ends_a_run_early(tiny_table: Table, tmp_path: Path) -> None:
+    settings = {"count": 30, "evaluate-every": 1, "patience": 2}
+    table = tiny_table(rounds=settings, training={"lr": 1e-9})
+    run = run_of(table, tmp_path / "run")
+    assert run.metrics["status"] == "stopped early"
+    assert run.metrics["rounds"] == 3  # one evaluation to set the best, two that do not beat it
+
+
+def test_only_the_best_and_the_last_adapter_are_kept(tiny_table: Table, tmp_path: Path) -> None:
+    run = run_of(tiny_table(rounds={"count": 6, "evaluate-every": 1}), tmp_path / "run")
+    kept = sorted(p.name for p in (run.directory / "adapters").iterdir())
+    assert kept == sorted({f"round-{int(run.metrics['best']['round']):04d}", "round-0006"})
+    with pytest.raises(ConfigError, match="not kept"):
+        run.adapter(1 if int(run.metrics["best"]["round"]) != 1 else 2)
+
+
+def test_sites_judge_their_own_models_on_their_own_examples(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    run = run_of(tiny_table(data={"holdout": 0.25}), tmp_path / "run")
+    evaluated = [r for r in run.rounds if "eval" in r]
+    assert all(0 <= r["sites"]["accuracy"] <= 1 and r["sites"]["n"] == 4 for r in evaluated)
+
+
+def test_bfloat16_on_the_wire_halves_the_bytes(tiny_table: Table, tmp_path: Path) -> None:
+    full = run_of(tiny_table(), tmp_path / "full")
+    half = run_of(tiny_table(engine={"wire": "bf16"}), tmp_path / "half")
+    assert half.rounds[0]["bytes"]["up"] * 2 == full.rounds[0]["bytes"]["up"]
+    assert half.metrics["final"]["loss"] == pytest.approx(full.metrics["final"]["loss"], abs=0.05)
+
+
+def test_a_rank_larger_than_a_layer_is_refused_before_training(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="at most 32"):
+        run_of(tiny_table(lora={"rank": 33}), tmp_path / "run")
