@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clients.attention import Grouping, PackedAttention, group_rows
 from clients.stacked import Segments
 from fedft.core.metrics import IGNORED
 from fedft.core.types import Batch
@@ -36,7 +37,8 @@ class Layout:
         length: t, tokens of the longest row.
         real: positions of the real tokens within the n·t padded ones, [T] int64, ascending.
         packed: whether the blocks are being run, so that activations are in the packed form.
-        cache: position embeddings already packed in this step.
+        cache: position embeddings already packed in this step, by identity.
+        groupings: rows sorted for attention, by the identity of the model's mask.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Layout:
     real: Tensor
     packed: bool = False
     cache: dict[int, tuple[Tensor, ...]] = field(default_factory=dict[int, tuple[Tensor, ...]])
+    groupings: dict[int, Grouping] = field(default_factory=dict[int, Grouping])
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +211,46 @@ def _attend(
     layout = _current.get()
     if layout is None or not layout.packed:
         return kernel(module, query, key, value, attention_mask, **options)
+    if _plain(attention_mask, options) and layout.length <= _LONGEST:
+        return _grouped(layout, query, key, value, attention_mask, options), None
     q, k, v = (unpack(x.transpose(1, 2), layout).transpose(1, 2) for x in (query, key, value))
     out, weights = kernel(module, q, k, v, attention_mask, **options)  # [n, t, heads, d_head]
     return pack(out, layout), weights
+
+
+_LONGEST = 512
+"""Beyond this many tokens the score matrix outweighs what grouping saves."""
+
+_HARMLESS = {"is_causal", "position_ids", "scaling", "sliding_window", "use_cache"}
+"""Options that say nothing beyond the mask; ``dropout`` is zero in evaluation mode."""
+
+
+def _plain(mask: Tensor | None, options: Mapping[str, Any]) -> TypeGuard[Tensor]:
+    """Whether this is attention as in the paper, with all its structure in the mask."""
+    return mask is not None and not any(
+        value is not None and value is not False and value != 0.0
+        for name, value in options.items()
+        if name not in _HARMLESS
+    )
+
+
+def _grouped(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    options: Mapping[str, Any],
+) -> Tensor:
+    heads, width = query.shape[1], query.shape[-1]
+    if id(mask) not in layout.groupings:
+        layout.groupings[id(mask)] = group_rows(
+            layout.real, layout.length, mask, heads, key.shape[1], query.dtype
+        )
+    scaling = options.get("scaling")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scaling = width**-0.5 if scaling is None else scaling
+    return cast(Tensor, PackedAttention.apply(q, k, v, scaling, layout.groupings[id(mask)]))[None]
 
 
 def _kernel(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
