@@ -20,7 +20,7 @@ from flwr.app import RecordDict
 from fedft.core import codec, models, partition
 from fedft.core.data import Data, prepare
 from fedft.core.digest import adapter_digest, state_digest
-from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.errors import ConfigError, IntegrityError, MismatchError
 from fedft.core.metrics import better
 from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter
@@ -360,7 +360,7 @@ def _frozen_partition(config: RunConfig, run: RunDir, data: Data) -> Manifest:
         owners=data.owners,
     )
     manifest.save(run.partition)
-    return manifest
+    return partition.load(run.partition)  # mapped: a million sites leave the memory again
 
 
 def _restore(
@@ -373,6 +373,11 @@ def _restore(
     """The state to go on from: the newest intact checkpoint, or the seed's initial adapter."""
     checkpoint = checkpoints.load()
     if checkpoint is None:
+        if any(line["round"] > 1 for line in run.rounds()):
+            raise IntegrityError(
+                f"{run.path} has lines of completed rounds, and no checkpoint of any",
+                fix="Restore the checkpoints folder from a copy, or start the run anew elsewhere.",
+            )
         run.truncate_to(0)
         config = setting.config
         initial = models.initial_adapter(setting.shapes, config.lora, config.rank, config.seed)

@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedft.core.errors import SecurityRefusal
-from fedft.core.types import Batch
+from fedft.core.types import IGNORED, Batch
 
 Rows = NDArray[np.integer[Any]]
-IGNORED = -100
-"""The label at which transformers takes no loss."""
 
 
 class Examples(ABC):

