@@ -1,0 +1,348 @@
+"""The figures of a comparison: which data they show, and in words what they show."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from fedft.report import charts
+from fedft.report.charts import INK, RULE, Line, Style
+from fedft.report.figures import (
+    Figure,
+    cumulative,
+    floored,
+    heat,
+    layer_bias,
+    legend,
+    score_axis,
+    site_scores,
+    wheel,
+)
+from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
+from fedft.report.groups import Group, Metric, baseline_of
+from fedft.report.records import BASELINE, Record, clean, mapping
+from fedft.report.statistics import interval, paired
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
+    """All figures of several runs for which there are data."""
+    look = charts.styles({g.label: g.strategy for g in groups})
+    spread = [(g.label, list(g.runs.values())) for g in groups]
+    candidates = (
+        score_bands(groups, metric, look),
+        bias_bands(groups, look),
+        score_by_bytes(groups, metric, look),
+        bias_by_gain(groups, metric, look),
+        layer_heat(groups),
+        site_scores(spread, metric),
+        seconds_bars(groups),
+        jump_bands(groups, look),
+    )
+    return [figure for figure in candidates if figure is not None]
+
+
+def score_bands(
+    groups: Sequence[Group], metric: Metric, look: Mapping[str, Style]
+) -> Figure | None:
+    """The metric per round for every rule."""
+    lines = _bands(groups, look, lambda run: run.series(*metric.keys))
+    if not lines:
+        return None
+    alt = f"{metric.title} per round. At the end: {_endings(lines, metric)}."
+    title, caption = f"{metric.title} per round", _band_note(groups)
+
+    def draw(ax: "Axes") -> None:
+        charts.plot(ax, lines)
+        score_axis(ax, metric)
+        charts.name_ends(ax, lines)
+
+    return _in_two_sizes("score-bands", title, caption, alt, draw)
+
+
+def bias_bands(groups: Sequence[Group], look: Mapping[str, Style]) -> Figure | None:
+    """Relative bias per round for every rule."""
+    return _log_bands(
+        groups,
+        look,
+        ("bias", "relative"),
+        title="Aggregation bias per round",
+        ylabel="Relative bias",
+        caption="|ΔW − applied| / |ΔW| over all layers: what the rule's new state misses of the mean update.",
+    )
+
+
+def jump_bands(groups: Sequence[Group], look: Mapping[str, Style]) -> Figure | None:
+    """Displacement of the factors at the round boundary, for every rule."""
+    return _log_bands(
+        groups,
+        look,
+        ("lag", "displacement"),
+        title="Initialisation lag per round",
+        ylabel="Displacement of the factors",
+        caption="|θ start − θ mean| / |θ mean|: how far the next start is from the mean of the sites' factors.",
+    )
+
+
+def score_by_bytes(
+    groups: Sequence[Group], metric: Metric, look: Mapping[str, Style]
+) -> Figure | None:
+    """The metric against traffic so far, means over the seeds."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for group in groups:
+        spent = [cumulative(_both_ways(run)) for run in group.runs.values()]
+        scores = [run.series(*metric.keys) for run in group.runs.values()]
+        rounds = set.intersection(*(set(s) & set(b) for s, b in zip(scores, spent, strict=True)))
+        if rounds:
+            points[group.label] = [
+                (fmean(b[r] for b in spent), fmean(s[r] for s in scores)) for r in sorted(rounds)
+            ]
+    largest = max((x for line in points.values() for x, _ in line), default=0.0)
+    if largest <= 0:
+        return None
+    size, unit = bytes_unit(largest)
+    lines = [
+        Line(label, look[label], [x / size for x, _ in line], [y for _, y in line])
+        for label, line in points.items()
+    ]
+    alt = f"{metric.title} against cumulative traffic. At the end: " + ", ".join(
+        f"{ln.label} {score(ln.y[-1], metric.percent)} after {bytes_text(ln.x[-1] * size)}"
+        for ln in lines
+    )
+    far = largest > 8 * size * min(ln.x[-1] for ln in lines) and min(ln.x[0] for ln in lines) > 0
+
+    def draw(ax: "Axes") -> None:
+        charts.plot(ax, lines)
+        if far:
+            charts.logarithmic(ax, "x", None, "")
+        score_axis(ax, metric)
+        ax.set_xlabel(f"Traffic up and down ({unit})")
+        charts.name_ends(ax, lines, tied=False)
+
+    title = f"{metric.title} against traffic"
+    return _in_two_sizes("score-bytes", title, "Mean over the seeds.", f"{alt}.", draw)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One rule in the plane of bias and gain; ``gain`` in points where the metric is a share."""
+
+    label: str
+    bias: float
+    gain: float
+    half: float | None
+
+
+def bias_by_gain(
+    groups: Sequence[Group], metric: Metric, look: Mapping[str, Style]
+) -> Figure | None:
+    """Does less bias mean a better model? One point a rule."""
+    points = [point for group in groups if (point := _point(group, groups, metric))]
+    if not any(point.half or point.gain for point in points):
+        return None
+    unit = " (points)" if metric.percent else ""
+    alt = (
+        f"Mean relative bias against the difference in {metric.title.lower()} to {BASELINE}{unit}: "
+    )
+    alt += ", ".join(f"{p.label} bias {bias_text(p.bias)}, {p.gain:+.2f}" for p in points) + "."
+    places = _side_by_side([p.bias for p in points])
+    exact = sum(p.bias <= EXACT for p in points)
+    with charts.canvas(4.7, 4.0) as (figure, ax):
+        ax.axhline(0, color=INK, linewidth=1.0)
+        for point, x in zip(points, places, strict=True):
+            _draw_point(ax, point, x, look[point.label])
+        ax.margins(x=0.14, y=0.1)
+        charts.ratio(ax, "x", places, EXACT, "Mean relative bias")
+        if exact:
+            ax.axvspan(ax.get_xlim()[0], EXACT * 1.6, color=RULE, alpha=0.45, zorder=0, linewidth=0)
+        ax.set_ylabel(f"Difference to {BASELINE}{unit}")
+        spots = [(x, p.gain) for x, p in zip(places, points, strict=True)]
+        bars = [
+            (x, p.gain + k / 10 * p.half)
+            for x, p in zip(places, points, strict=True)
+            if p.half
+            for k in range(-10, 11)
+        ]
+        charts.name_points(ax, spots, [clean(p.label, 30) for p in points], bars)
+        notes = [f"Difference in {metric.title.lower()} at the last evaluation, paired by seed."]
+        notes += ["Bars: 95 % interval."] * any(p.half for p in points)
+        notes += ["Grey: exact, side by side."] * (exact > 1)
+        drawing = charts.svg(figure, "bias-gain", alt)
+        return Figure("bias-gain", "Bias against gain", " ".join(notes), drawing)
+
+
+def _point(group: Group, groups: Sequence[Group], metric: Metric) -> _Point | None:
+    bias = interval(list(group.means("bias", "relative").values()))
+    if bias is None:
+        return None
+    scale, base = 100.0 if metric.percent else 1.0, baseline_of(group, groups)
+    if base is None:
+        return _Point(group.label, bias.mean, 0.0, None) if group.strategy == BASELINE else None
+    gain = paired(group.values(*metric.keys), base.values(*metric.keys))
+    if gain is None:
+        return None
+    half = None if gain.half is None else scale * gain.half
+    return _Point(group.label, bias.mean, scale * gain.mean, half)
+
+
+def _draw_point(ax: "Axes", point: _Point, x: float, style: Style) -> None:
+    face = "white" if style.hollow else style.color
+    bar = {"ecolor": style.color, "elinewidth": 1.0, "markersize": 6.0}
+    shape = {"fmt": style.marker, "color": style.color, "markerfacecolor": face}
+    ax.errorbar(x, point.gain, yerr=point.half or None, **bar, **shape)  # type: ignore[arg-type]
+
+
+def _side_by_side(biases: Sequence[float]) -> list[float]:
+    """Places on the axis: exact rules would hide one another, and stand apart beyond the floor."""
+    exact = [k for k, x in enumerate(biases) if x <= EXACT]
+    return [
+        EXACT * 10 ** (-0.3 * exact.index(k)) if k in exact else x for k, x in enumerate(biases)
+    ]
+
+
+def layer_heat(groups: Sequence[Group]) -> Figure | None:
+    """Relative bias by layer and rule, mean over rounds and seeds."""
+    columns: dict[str, dict[str, float]] = {}
+    for group in groups:
+        seen: dict[str, list[float]] = {}
+        for run in group.runs.values():
+            for line in run.rounds:
+                layers = layer_bias(mapping(mapping(line.get("bias")).get("layers")))
+                for module, value in layers.items():
+                    seen.setdefault(module, []).append(value)
+        if seen:
+            columns[clean(group.label, 30)] = {m: fmean(values) for m, values in seen.items()}
+    return heat(columns, name="layer-heat", title="Bias by layer", xlabel="", slanted=True)
+
+
+def seconds_bars(groups: Sequence[Group]) -> Figure | None:
+    """Where the time goes, by rule."""
+    totals: dict[str, dict[str, float]] = {}
+    for group in groups:
+        runs = list(group.runs.values())
+        phases = dict.fromkeys(
+            k for run in runs for line in run.rounds for k in mapping(line.get("seconds"))
+        )
+        totals[clean(group.label, 30)] = {
+            clean(p, 24): fmean(run.total("seconds", p) for run in runs) for p in phases
+        }
+    phases = list(dict.fromkeys(p for t in totals.values() for p in t))
+    if not phases:
+        return None
+    alt = "Seconds a run by phase. " + " ".join(
+        f"{label}: " + ", ".join(f"{p} {seconds_text(s)}" for p, s in t.items()) + "."
+        for label, t in totals.items()
+    )
+    with charts.canvas(4.7, max(1.8, 1.25 + 0.25 * len(totals))) as (figure, ax):
+        left = [0.0] * len(totals)
+        for phase, color in zip(phases, wheel(len(phases)), strict=True):
+            widths = [t.get(phase, 0.0) for t in totals.values()]
+            ax.barh(range(len(totals)), widths, left=left, height=0.6, color=color, label=phase)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        ax.set_yticks(range(len(totals)), list(totals))
+        ax.set_ylim(len(totals) - 0.4, -0.6)
+        ax.grid(visible=False, axis="y")
+        ax.grid(visible=True, axis="x")
+        ax.set_xlabel("Seconds a run")
+        legend(figure, ax)
+        return Figure(
+            "seconds-bars",
+            "Time by phase",
+            "Mean over the seeds.",
+            charts.svg(figure, "seconds-bars", alt),
+        )
+
+
+def _both_ways(record: Record) -> dict[int, float]:
+    up, down = record.series("bytes", "up"), record.series("bytes", "down")
+    return {r: up.get(r, 0.0) + down.get(r, 0.0) for r in sorted(up.keys() | down.keys())}
+
+
+def _bands(
+    groups: Sequence[Group],
+    look: Mapping[str, Style],
+    series: Callable[[Record], Mapping[int, float]],
+    back: Callable[[float], float] = float,
+) -> list[Line]:
+    """Mean and interval over the seeds, round by round, of what ``back`` then undoes."""
+    lines: list[Line] = []
+    for group in groups:
+        runs = [series(run) for run in group.runs.values()]
+        rounds = sorted(set().union(*runs))
+        found = [(r, interval([run[r] for run in runs if r in run])) for r in rounds]
+        kept = [(r, value) for r, value in found if value is not None]
+        if kept:
+            banded = any(value.half is not None for _, value in kept)
+            lines.append(
+                Line(
+                    group.label,
+                    look[group.label],
+                    [float(r) for r, _ in kept],
+                    [back(value.mean) for _, value in kept],
+                    [back(value.low) for _, value in kept] if banded else None,
+                    [back(value.high) for _, value in kept] if banded else None,
+                )
+            )
+    return lines
+
+
+def _log_bands(
+    groups: Sequence[Group],
+    look: Mapping[str, Style],
+    keys: tuple[str, str],
+    *,
+    title: str,
+    ylabel: str,
+    caption: str,
+) -> Figure | None:
+    """A ratio per round with bands: geometric means, since ratios are compared by factors."""
+
+    def logs(run: Record) -> dict[int, float]:
+        return {r: log(value) for r, value in floored(run.series(*keys)).items()}
+
+    lines = _bands(groups, look, logs, _bounded_exp)
+    if not lines:
+        return None
+    name = "-".join(keys)
+    alt = f"{title}, in the last round: " + ", ".join(
+        f"{ln.label} {bias_text(ln.y[-1]).replace('exact', 'zero to rounding')}" for ln in lines
+    )
+
+    def draw(ax: "Axes") -> None:
+        charts.plot(ax, lines)
+        charts.ratio(ax, "y", [v for ln in lines for v in ln.y], EXACT, ylabel)
+        charts.whole_rounds(ax)
+        charts.name_ends(ax, lines)
+
+    note = f"{caption} Geometric mean. {_band_note(groups)}"
+    return _in_two_sizes(name, title, note, f"{alt}.", draw)
+
+
+def _in_two_sizes(
+    name: str, title: str, caption: str, alt: str, draw: Callable[["Axes"], None]
+) -> Figure:
+    """Drawn for a column or a phone, and again for the whole width: shrunk text cannot be read."""
+    with charts.canvas(4.7, 3.4) as (figure, ax):
+        draw(ax)
+        narrow = charts.svg(figure, name, alt)
+    with charts.canvas(9.4, 3.8) as (figure, ax):
+        draw(ax)
+        wide = charts.svg(figure, f"{name}-wide", alt)
+    return Figure(name, title, caption, narrow, wide)
+
+
+def _bounded_exp(value: float) -> float:
+    """Back from the logarithm; a band over few seeds can be wider than any number."""
+    return exp(min(max(value, log(EXACT)), 300.0))
+
+
+def _band_note(groups: Sequence[Group]) -> str:
+    most = max(len(group.runs) for group in groups)
+    return f"Bands: 95 % interval over {most} seeds." if most > 1 else "One seed: no bands."
+
+
+def _endings(lines: Sequence[Line], metric: Metric) -> str:
+    return ", ".join(f"{ln.label} {score(ln.y[-1], metric.percent)}" for ln in lines)

@@ -1,0 +1,175 @@
+"""The summary table of a comparison, for the terminal, Markdown, LaTeX and JSON."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedft.report.formats import bias_text, bytes_text, seconds_text, spread
+from fedft.report.groups import Group, Metric, baseline_of, group, metric_of, traffic
+from fedft.report.records import BASELINE, Record, load
+from fedft.report.statistics import Interval, interval, paired
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule, over its seeds. Shares, bytes and seconds in their own units, not in percent.
+
+    Attributes:
+        label, strategy: of the group.
+        seeds: that were run, ascending.
+        unfinished: how many of them have no summary yet.
+        score: the metric of the last evaluated round.
+        gain: its difference to the baseline, paired by seed; None for the baseline.
+        sites: the same score of each site's own model on its own held-out part, mean over sites.
+        sites_gain: the same difference for ``sites``.
+        bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
+        traffic: bytes up and down, a run.
+        seconds: wall-clock, a run.
+    """
+
+    label: str
+    strategy: str
+    seeds: tuple[int, ...]
+    unfinished: int
+    score: Interval | None
+    gain: Interval | None
+    sites: Interval | None
+    sites_gain: Interval | None
+    bias: Interval | None
+    traffic: Interval | None
+    seconds: Interval | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows, and how they are shown."""
+
+    metric: Metric
+    rows: tuple[Row, ...]
+
+    def header(self) -> list[str]:
+        """Column titles, for as many columns as have data."""
+        return [title for title, _ in self._columns()]
+
+    def cells(self) -> list[list[str]]:
+        """One list of texts a row, under :meth:`header`."""
+        return [[show(row) for _, show in self._columns()] for row in self.rows]
+
+    def markdown(self) -> str:
+        """A pipe table."""
+        header = self.header()
+        rule = ["---"] + ["---:"] * (len(header) - 1)
+        lines = [
+            [_markdown(c) for c in header],
+            rule,
+            *([_markdown(c) for c in r] for r in self.cells()),
+        ]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def latex(self) -> str:
+        """A ``tabular`` for the booktabs package."""
+        header = self.header()
+        first, *rest = [" & ".join(map(_latex, r)) + r" \\" for r in [header, *self.cells()]]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+        lines = [begin, r"\toprule", first, r"\midrule", *rest, r"\bottomrule", r"\end{tabular}"]
+        return "\n".join(lines)
+
+    def to_json(self) -> list[dict[str, object]]:
+        """Plain numbers, for scripts."""
+        return [{"metric": self.metric.title, **asdict(row)} for row in self.rows]
+
+    def note(self) -> str:
+        """What the numbers mean."""
+        counts = sorted({len(row.seeds) for row in self.rows})
+        if counts[-1] == 1:
+            return "One seed (n = 1): no interval can be given and no difference told from chance."
+        seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+        text = f"Mean ± half of the 95 % confidence interval (Student's t) over {seeds}."
+        if self._any(lambda row: row.gain):
+            unit = "percentage points" if self.metric.percent else "the metric's own unit"
+            text += f" Differences to {BASELINE} are paired by seed, in {unit}."
+        return text
+
+    def _columns(self) -> list[tuple[str, Callable[[Row], str]]]:
+        m = self.metric
+        columns: list[tuple[str, Callable[[Row], str]]] = [
+            ("Rule", lambda r: f"{r.label} (unfinished)" if r.unfinished else r.label),
+            ("Seeds", lambda r: str(len(r.seeds))),
+            (f"{m.title} (%)" if m.percent else m.title, lambda r: spread(r.score, m.percent)),
+        ]
+        if self._any(lambda r: r.gain):
+            title = f"Δ to {BASELINE}"
+            columns += [(title, lambda r: spread(r.gain, m.percent, signed=True))]
+        if self._any(lambda r: r.sites):
+            title = f"Sites' own {m.word} (%)" if m.percent else f"Sites' own {m.word}"
+            columns += [(title, lambda r: spread(r.sites, m.percent))]
+        if self._any(lambda r: r.sites_gain):
+            columns += [("Δ sites' own", lambda r: spread(r.sites_gain, m.percent, signed=True))]
+        if self._any(lambda r: r.bias):
+            columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]
+        columns += [
+            ("Traffic a run", lambda r: bytes_text(r.traffic.mean if r.traffic else None)),
+            ("Time a run", lambda r: seconds_text(r.seconds.mean if r.seconds else None)),
+        ]
+        return columns
+
+    def _any(self, field: Callable[[Row], Interval | None]) -> bool:
+        return any(field(row) for row in self.rows)
+
+
+def summarise(run_dirs: Sequence[Path]) -> Table:
+    """The summary table of some runs: run directories, or folders of them.
+
+    Raises:
+        ConfigError: a path is not a run directory, or two runs have the same rule and seed.
+        IntegrityError: a run directory is damaged.
+    """
+    records, _ = load(run_dirs)
+    return tabulate(records)
+
+
+def tabulate(records: Sequence[Record]) -> Table:
+    """The summary table of runs that have been read."""
+    metric = metric_of(records)
+    groups = group(records)
+    return Table(metric, tuple(_row(g, baseline_of(g, groups), metric) for g in groups))
+
+
+def _row(one: Group, baseline: Group | None, metric: Metric) -> Row:
+    score, sites = one.values(*metric.keys), one.values(*metric.of_sites)
+    runs = list(one.runs.values())
+    return Row(
+        label=one.label,
+        strategy=one.strategy,
+        seeds=tuple(one.runs),
+        unfinished=sum(run.summary is None for run in runs),
+        score=interval(list(score.values())),
+        gain=paired(score, baseline.values(*metric.keys)) if baseline else None,
+        sites=interval(list(sites.values())),
+        sites_gain=paired(sites, baseline.values(*metric.of_sites)) if baseline else None,
+        bias=interval(list(one.means("bias", "relative").values())),
+        traffic=interval([b for b in map(traffic, runs) if b is not None]),
+        seconds=interval([s for s in (run.seconds() for run in runs) if s is not None]),
+    )
+
+
+def _markdown(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "Δ": r"$\Delta$",
+    "—": "---",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
