@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -413,7 +415,7 @@ def test_single_run_shows_what_ran_and_how_it_ended(single: Path, run_page: str)
     for expected in (
         "lora-fair, ridge 0.01", "dirichlet, alpha 0.3", "100 clients, 10 a round, 20 rounds",
         f"{100 * ended:.1f} %", "124 MB", "1 min 33 s", "2.13.0", "cd" * 32,
-        "Failures by reason", "timeout", "Client drift", "Spread over the sites",
+        "Failures by reason", "timeout", "Client drift", "Training loss of the sites",
     ):  # fmt: skip
         assert expected in run_page, expected
 
@@ -573,6 +575,11 @@ def test_the_same_run_twice_is_refused_by_name(tmp_path: Path) -> None:
 def test_no_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run directory"):
         write_report([], tmp_path / "out.html")
+
+
+def test_drawing_is_paid_for_by_those_who_draw() -> None:
+    code = "import sys, fedft.report; sys.exit(bool({'matplotlib', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────

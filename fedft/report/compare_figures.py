@@ -15,6 +15,7 @@ from fedft.report.figures import (
     heat,
     layer_bias,
     legend,
+    phases,
     score_axis,
     site_scores,
     wheel,
@@ -166,7 +167,7 @@ def bias_by_gain(
             if p.half
             for k in range(-10, 11)
         ]
-        charts.name_points(ax, spots, [clean(p.label, 30) for p in points], bars)
+        charts.name_points(ax, spots, [clean(p.label, 36) for p in points], bars)
         notes = [f"Difference in {metric.title.lower()} at the last evaluation, paired by seed."]
         notes += ["Bars: 95 % interval."] * any(p.half for p in points)
         notes += ["Grey: exact, side by side."] * (exact > 1)
@@ -214,35 +215,33 @@ def layer_heat(groups: Sequence[Group]) -> Figure | None:
                 for module, value in layers.items():
                     seen.setdefault(module, []).append(value)
         if seen:
-            columns[clean(group.label, 30)] = {m: fmean(values) for m, values in seen.items()}
+            columns[group.label] = {m: fmean(values) for m, values in seen.items()}
     return heat(columns, name="layer-heat", title="Bias by layer", xlabel="", slanted=True)
 
 
 def seconds_bars(groups: Sequence[Group]) -> Figure | None:
     """Where the time goes, by rule."""
-    totals: dict[str, dict[str, float]] = {}
-    for group in groups:
-        runs = list(group.runs.values())
-        phases = dict.fromkeys(
-            k for run in runs for line in run.rounds for k in mapping(line.get("seconds"))
-        )
-        totals[clean(group.label, 30)] = {
-            clean(p, 24): fmean(run.total("seconds", p) for run in runs) for p in phases
-        }
-    phases = list(dict.fromkeys(p for t in totals.values() for p in t))
-    if not phases:
+    names = phases([run for group in groups for run in group.runs.values()])
+    if not names:
         return None
+    totals = {
+        group.label: {
+            clean(phase, 24): fmean(run.total("seconds", phase) for run in group.runs.values())
+            for phase in names
+        }
+        for group in groups
+    }
     alt = "Seconds a run by phase. " + " ".join(
         f"{label}: " + ", ".join(f"{p} {seconds_text(s)}" for p, s in t.items()) + "."
         for label, t in totals.items()
     )
     with charts.canvas(4.7, max(1.8, 1.25 + 0.25 * len(totals))) as (figure, ax):
         left = [0.0] * len(totals)
-        for phase, color in zip(phases, wheel(len(phases)), strict=True):
+        for phase, color in zip([clean(n, 24) for n in names], wheel(len(names)), strict=True):
             widths = [t.get(phase, 0.0) for t in totals.values()]
             ax.barh(range(len(totals)), widths, left=left, height=0.6, color=color, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        ax.set_yticks(range(len(totals)), list(totals))
+        ax.set_yticks(range(len(totals)), [clean(label, 36) for label in totals])
         ax.set_ylim(len(totals) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
         ax.grid(visible=True, axis="x")

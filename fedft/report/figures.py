@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+_PHASES = ("plan", "train", "aggregate", "evaluate", "commit")
+
 _CELLS = 3000
 """A heat map of more cells is embedded as an image."""
 
@@ -41,7 +43,7 @@ class Figure:
 
 def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -> Figure | None:
     """The score of every site's own model in the last evaluation, by rule."""
-    spread = [(clean(label, 30), _last_scores(runs, metric.word)) for label, runs in named]
+    spread = [(clean(label, 36), _last_scores(runs, metric.word)) for label, runs in named]
     spread = [(label, values) for label, values in spread if values]
     if not spread:
         return None
@@ -68,10 +70,19 @@ def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -
         ax.set_xlabel(f"{metric.word.capitalize()} on the site's own held-out data")
         return Figure(
             "sites",
-            "Spread over the sites",
+            f"Sites' own {metric.word}",
             "Box: middle half; line: 5th to 95th percentile; dots: sites beyond. Last evaluation, all seeds.",
             charts.svg(figure, "sites", alt),
         )
+
+
+def phases(runs: Sequence[Record]) -> list[str]:
+    """Names of the phases that took time, in the order of a round."""
+    found = dict.fromkeys(
+        phase for run in runs for line in run.rounds for phase in mapping(line.get("seconds"))
+    )
+    known = [phase for phase in _PHASES if phase in found]
+    return known + [phase for phase in found if phase not in _PHASES]
 
 
 def curve(label: str, style: Style, values: Mapping[int, float]) -> Line:
@@ -181,7 +192,7 @@ def heat(
         ax.set_yticks([k + 0.5 for k in rows], [clean(short[k], 34) for k in rows], fontsize=7.5)
         columns_shown = range(0, len(columns), 1 if slanted else -(-len(columns) // 10))
         turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        names = [list(columns)[k] for k in columns_shown]
+        names = [clean(list(columns)[k], 36) for k in columns_shown]
         ax.set_xticks([k + 0.5 for k in columns_shown], names, **turn)  # type: ignore[arg-type]
         ax.set_xlabel(xlabel)
         drawing = charts.svg(figure, name, alt)

@@ -15,6 +15,7 @@ from fedft.report.figures import (
     last,
     layer_bias,
     legend,
+    phases,
     replies,
     score_axis,
     site_scores,
@@ -119,8 +120,7 @@ def run_bytes(record: Record) -> Figure | None:
 
 def run_seconds(record: Record) -> Figure | None:
     """Seconds by phase, stacked."""
-    phases = list(dict.fromkeys(k for line in record.rounds for k in mapping(line.get("seconds"))))
-    series = {phase: record.series("seconds", phase) for phase in phases}
+    series = {phase: record.series("seconds", phase) for phase in phases([record])}
     return _stacked(
         record,
         {clean(phase, 24): values for phase, values in series.items() if values},
@@ -146,6 +146,7 @@ def run_failures(record: Record) -> Figure | None:
         name="failures",
         title="Failures by reason",
         ylabel="Sites a round",
+        whole=True,
         show=lambda count: f"{count:g}",
         caption="Sites that were asked and gave no usable reply.",
     )
@@ -176,7 +177,7 @@ def client_losses(record: Record) -> Figure | None:
         ax.set_ylabel("Training loss of a site")
         return Figure(
             "client-losses",
-            "Spread over the sites",
+            "Training loss of the sites",
             "Line: median. Bands: middle half and 5th to 95th percentile of the sites in a round.",
             charts.svg(figure, "client-losses", alt),
         )
@@ -316,6 +317,7 @@ def _stacked(
     name: str,
     title: str,
     ylabel: str,
+    whole: bool = False,
     show: Callable[[float], str],
     caption: str,
 ) -> Figure | None:
@@ -334,6 +336,7 @@ def _stacked(
             base = top
         charts.whole_rounds(ax)
         ax.set_ylabel(ylabel)
+        ax.yaxis.get_major_locator().set_params(min_n_ticks=1, integer=whole)  # type: ignore[call-arg]
         ax.set_ylim(bottom=0)
         ax.margins(x=0.01)
         legend(figure, ax)
