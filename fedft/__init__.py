@@ -11,26 +11,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedft.api import ExportedAdapter, Run, resume, simulate
+    from fedft.api import Comparison, ExportedAdapter, Run, compare, resume, simulate
     from fedft.core.errors import FedftError
     from fedft.core.types import Adapter, Factors
 
 _HOME = {
     "Adapter": "fedft.core.types",
+    "Comparison": "fedft.api",
     "ExportedAdapter": "fedft.api",
     "Factors": "fedft.core.types",
     "FedftError": "fedft.core.errors",
     "Run": "fedft.api",
+    "compare": "fedft.api",
     "resume": "fedft.api",
     "simulate": "fedft.api",
 }
 
 __all__ = [
     "Adapter",
+    "Comparison",
     "ExportedAdapter",
     "Factors",
     "FedftError",
     "Run",
+    "compare",
     "resume",
     "simulate",
 ]

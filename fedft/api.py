@@ -1,7 +1,7 @@
 """The Python face: the same runs as the command line, as objects."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from fedft.core.rundir import RunDir
 from fedft.core.types import Adapter
 
 if TYPE_CHECKING:
+    from fedft.report.tables import Table
     from server.config import RunConfig
     from server.run import Observer
 
@@ -126,6 +127,60 @@ def simulate(
     parsed = _config(config, strategy, seed, settings or {})
     folder = None if run_dir is None else Path(run_dir)
     return Run(server.simulate(parsed, folder, observer=observer).path)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several rules over several seeds.
+
+    Attributes:
+        directory: folder of the comparison.
+        runs: one a rule and seed.
+    """
+
+    directory: Path
+    runs: tuple[Run, ...]
+
+    def table(self) -> "Table":
+        """Means, confidence intervals and paired differences to FedAvg-LoRA."""
+        from fedft.report.tables import summarise
+
+        return summarise([run.directory for run in self.runs])
+
+    def to_html(self, output: str | Path) -> Path:
+        """Write the report: one self-contained page."""
+        from fedft.report import write_report
+
+        write_report([run.directory for run in self.runs], Path(output))
+        return Path(output)
+
+
+def compare(
+    config: "str | Path | RunConfig",
+    *,
+    strategies: Sequence[str],
+    seeds: Iterable[int],
+    run_dir: str | Path,
+    settings: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Run several rules over several seeds, on the same partitions, cohorts and batches.
+
+    Finished runs in ``run_dir`` are kept, unfinished ones resumed.
+
+    Args:
+        config: a TOML file, or a validated configuration.
+        strategies: names of the rules.
+        seeds: one run a rule and seed.
+        run_dir: folder of the comparison.
+        settings: overrides by dotted key.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`.
+    """
+    parsed = _config(config, None, None, settings or {})
+    folder = Path(run_dir)
+    paths = own_server("compare").compare(parsed, list(strategies), list(seeds), folder)
+    return Comparison(folder, tuple(Run(path) for path in paths))
 
 
 def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:

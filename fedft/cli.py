@@ -48,19 +48,68 @@ def simulate(
     run_dir: Annotated[Path | None, typer.Option(help="An absent or empty folder.")] = None,
     backend: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    report_too: Annotated[bool, typer.Option("--report", help="Draw the report, too.")] = False,
     json: Json = False,
 ) -> None:
     """Simulate a federation on this machine."""
     from fedft.api import Run, own_server
     from fedft.console import RunConsole
 
-    overrides = list(settings or [])
-    overrides += [f"engine.backend={backend}"] if backend else []
-    overrides += [f"engine.workers={workers}"] if workers else []
-    parsed = own_server("config").load_config(config, overrides)
+    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers))
     with _graceful() as stop, RunConsole(json_output=json) as console:
         run = own_server("run").simulate(parsed, run_dir, observer=console, stop=stop)
+    if report_too:
+        from fedft.report import write_report
+
+        write_report([run.path], run.report / "report.html")
     console.result(Run(run.path))
+
+
+@cli.command()
+def compare(
+    config: Config,
+    run_dir: Annotated[Path, typer.Option(help="Folder of the comparison.")],
+    strategies: Annotated[str, typer.Option(help="Rules, separated by commas.")] = "fedavg-lora",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    settings: Settings = None,
+    backend: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    report_to: Annotated[Path | None, typer.Option("--report", help="HTML file to write.")] = None,
+    json: Json = False,
+) -> None:
+    """Run several rules over several seeds, on the same partitions, cohorts and batches."""
+    from fedft.api import own_server
+    from fedft.console import ComparisonConsole
+    from fedft.report import write_report
+    from fedft.report.tables import summarise
+
+    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers))
+    rules, numbers = strategies.split(","), _numbers(seeds)
+    comparison = own_server("compare")
+    with _graceful() as stop, ComparisonConsole(len(rules) * len(numbers), json) as console:
+        paths = comparison.compare(
+            parsed, rules, numbers, run_dir, observer=console.cell, stop=stop
+        )
+    if report_to is not None:
+        write_report(paths, report_to)
+    console.result(summarise(paths), run_dir)
+
+
+def _overrides(settings: list[str] | None, backend: str | None, workers: int | None) -> list[str]:
+    """All overrides of a command line as ``KEY=VALUE``."""
+    given = list(settings or [])
+    given += [f"engine.backend={backend}"] if backend else []
+    given += [f"engine.workers={workers}"] if workers else []
+    return given
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of integers", param_hint="--seeds"
+        ) from None
 
 
 @cli.command()

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fedft.api import Run
     from fedft.core.rundir import RunDir
     from fedft.core.types import ServerState
+    from fedft.report.tables import Table as ReportTable
+    from server.compare import Cell
     from server.config import RunConfig
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -96,10 +99,111 @@ class RunConsole:
     def result(self, run: "Run") -> None:
         """The end: a table, or the summary as JSON."""
         if self._json:
-            print(json.dumps({**run.metrics, "run_dir": str(run.directory)}, indent=2))
+            print_json({**run.metrics, "run_dir": str(run.directory)})
             return
-        self._out.print(_table(run, time.monotonic() - self._begun))
+        metrics, traffic = run.metrics, run.metrics["bytes"]
+        self._out.print(_table(metrics))
+        self._out.print(
+            f"{metrics['status']}: {(traffic['up'] + traffic['down']) / 2**20:.1f} MiB on the wire, "
+            f"{metrics['seconds']:.1f} s in rounds, {time.monotonic() - self._begun:.1f} s in all"
+        )
         self._out.print(f"run directory  {safe(run.directory)}", soft_wrap=True)
+        page = run.directory / "report" / "report.html"
+        if page.exists():
+            self._out.print(f"report         {safe(page)}", soft_wrap=True)
+
+
+class ComparisonConsole:
+    """Watches a grid of runs. A context manager.
+
+    Args:
+        total: runs in the grid.
+        json_output: keep standard output for one JSON object.
+    """
+
+    def __init__(self, total: int, json_output: bool = False) -> None:
+        self._json = json_output
+        self._total = total
+        self._err = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._fractions: dict[str, float] = {}  # of each run under way, by its folder's name
+
+    def __enter__(self) -> "ComparisonConsole":
+        if self._err.is_terminal and not self._json:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[scores]}"),
+                TimeElapsedColumn(),
+                console=self._err,
+            )
+            self._bar.start()
+            self._bar.add_task("runs", total=self._total, scores="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+        if not self._json:
+            self._err.print(text, soft_wrap=True)
+
+    def cell(self, cell: "Cell") -> "_CellObserver":
+        """What watches one run of the grid."""
+        if self._bar is None:
+            self.note(f"{cell.strategy}, seed {cell.seed} → {safe(cell.path)}")
+        return _CellObserver(self, cell)
+
+    def advance(self, cell: "Cell", rounds_done: int, scores: str) -> None:
+        """A round of a run is committed."""
+        done = rounds_done / cell.config.rounds.count
+        if self._bar is None:
+            if scores:
+                self.note(f"  round {rounds_done:>4}  {scores}")
+            return
+        before = sum(self._fractions.values())
+        self._fractions[cell.path.name] = done
+        self._bar.update(
+            self._bar.task_ids[0],
+            advance=sum(self._fractions.values()) - before,
+            scores=f"{cell.path.name}  {scores}",
+        )
+
+    def result(self, table: "ReportTable", folder: Path) -> None:
+        """The end: the table of rules, or the same as JSON."""
+        if self._json:
+            print_json({"run_dir": str(folder), "rules": table.to_json(), "note": table.note()})
+            return
+        shown = Table(show_header=True, header_style="bold", caption=table.note())
+        for index, title in enumerate(table.header()):
+            shown.add_column(title, justify="left" if index == 0 else "right")
+        for cells in table.cells():
+            shown.add_row(*map(safe, cells))
+        Console(highlight=False).print(shown)
+        print(f"runs  {folder}")
+
+
+class _CellObserver:
+    """Passes the rounds of one run on to its :class:`ComparisonConsole`."""
+
+    def __init__(self, console: ComparisonConsole, cell: "Cell") -> None:
+        self._console = console
+        self._cell = cell
+
+    def started(self, run: "RunDir", config: "RunConfig", state: "ServerState") -> None:
+        """Rounds begin."""
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        """A round is committed."""
+        scores = _round_line(record) if "eval" in record else ""
+        self._console.advance(self._cell, record["round"], scores)
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+        self._console.note(f"{self._cell.path.name}: {text}")
 
 
 def print_error(error: FedftError) -> None:
@@ -122,8 +226,7 @@ def _round_line(record: Mapping[str, Any]) -> str:
     return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
 
 
-def _table(run: "Run", wall_s: float) -> Table:
-    metrics = run.metrics
+def _table(metrics: Mapping[str, Any]) -> Table:
     table = Table(title=None, show_header=True, header_style="bold")
     table.add_column("")
     for column in ("round", "loss", "score"):
@@ -132,11 +235,6 @@ def _table(run: "Run", wall_s: float) -> Table:
     for name, scores in (("best", metrics["best"]), ("last", last)):
         if scores:
             table.add_row(name, str(int(scores["round"])), f"{scores['loss']:.4f}", _score(scores))
-    traffic = metrics["bytes"]
-    table.caption = (
-        f"{metrics['status']} · {(traffic['up'] + traffic['down']) / 2**20:.1f} MiB on the wire · "
-        f"{metrics['seconds']:.1f} s in rounds · {wall_s:.1f} s in all"
-    )
     return table
 
 

@@ -126,7 +126,13 @@ def one_round(federation: Federation, state: ServerState) -> Completed:
     updates, cohort, attempts = _gather(federation, state, clock, ledger)
     with clock.phase("aggregate"):
         after = federation.strategy.aggregate(state, updates)
-        measured = meters.measure(state, updates, after)
+        measured = meters.measure(
+            state,
+            updates,
+            after,
+            personal=federation.strategy.personal,
+            following=_next_starts(federation, after, cohort),
+        )
     record: dict[str, Any] = {
         "round": after.round,
         "cohort": [site.name for site in cohort],
@@ -143,6 +149,15 @@ def one_round(federation: Federation, state: ServerState) -> Completed:
                 record["sites"] = _evaluate_sites(federation, after, cohort, ledger)
     record["seconds"] = clock.seconds
     return Completed(after, record, ledger.replies)
+
+
+def _next_starts(
+    federation: Federation, after: ServerState, cohort: Sequence[Site]
+) -> dict[str, TrainPlan] | None:
+    """What the sites of a round would start the next one from; only mixed ranks need it told."""
+    if len({site.rank for site in cohort}) < 2:
+        return None
+    return {site.name: plan_for(federation, after, site) for site in cohort}
 
 
 def _gather(
@@ -219,6 +234,7 @@ def _accept(
     ledger.up += size
     ledger.replies.append(
         {
+            **update.metrics,
             "kind": "train",
             "round": plan.round,
             "site": site.name,
@@ -226,7 +242,6 @@ def _accept(
             "examples": update.examples,
             "rank": update.start.rank,
             "bytes_up": size,
-            **update.metrics,
         }
     )
     return update

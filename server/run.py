@@ -118,6 +118,7 @@ def simulate(
     *,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
+    grid: SimulationGrid | None = None,
 ) -> RunDir:
     """Simulate a federation from the beginning.
 
@@ -126,6 +127,7 @@ def simulate(
         run_dir: an absent or empty folder; None makes ``runs/<time>-<strategy>``.
         observer: is told about rounds as they are committed.
         stop: is asked between replies whether to stop.
+        grid: workers to use and leave running; None starts its own and ends them.
 
     Returns:
         The finished run.
@@ -136,7 +138,7 @@ def simulate(
     config = resolved(config)
     with RunDir.create(run_dir, hint=config.strategy.name) as run:
         run.write_config(config.to_toml())
-        return _execute(config, run, observer or Silent(), stop)
+        return _execute(config, run, observer or Silent(), stop, grid)
 
 
 def resume(
@@ -145,6 +147,7 @@ def resume(
     changed: RunConfig | None = None,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
+    grid: SimulationGrid | None = None,
 ) -> RunDir:
     """Go on with a run from its last committed round; a finished run is returned as it is.
 
@@ -154,6 +157,7 @@ def resume(
             ``backend`` and ``workers``, which do not change results.
         observer: as for :func:`simulate`.
         stop: as for :func:`simulate`.
+        grid: as for :func:`simulate`.
 
     Raises:
         ConfigError: ``changed`` differs; the message lists the keys.
@@ -170,7 +174,7 @@ def resume(
         if run.finished:
             observer.note("this run is finished; nothing to resume")
             return run
-        return _execute(config, run, observer, stop)
+        return _execute(config, run, observer, stop, grid)
 
 
 _FORKABLE = ("rounds", "training", "strategy", "engine")
@@ -266,10 +270,14 @@ class Setting:
 
 
 def _execute(
-    config: RunConfig, run: RunDir, observer: Observer, stop: Callable[[], bool]
+    config: RunConfig,
+    run: RunDir,
+    observer: Observer,
+    stop: Callable[[], bool],
+    workers: SimulationGrid | None,
 ) -> RunDir:
     with ExitStack() as stack:
-        grid = stack.enter_context(open_grid(config))
+        grid = workers if workers is not None else stack.enter_context(open_grid(config))
         setting = _prepare(config, run)
         checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
         state, progress = _restore(setting, run, grid, checkpoints, observer)
@@ -379,6 +387,7 @@ def _restore(
                 fix="Restore the checkpoints folder from a copy, or start the run anew elsewhere.",
             )
         run.truncate_to(0)
+        grid.load_states({})
         config = setting.config
         initial = models.initial_adapter(setting.shapes, config.lora, config.rank, config.seed)
         return config.strategy.init(initial), Progress()
