@@ -132,7 +132,7 @@ class CohortEngine:
                     leaves = stack.leaves(count)
                 step = self._joined(own)
                 now = _Now(step, leaves, scales[:count], generators[:count])
-                losses[:count] += self._backward(now) * torch.tensor(step.rows)
+                losses[:count] += self._backward(now, stack, optimizer)
                 optimizer.add_proximal(count)
                 norms = norms or {
                     "grad_A_norm": stack.gradient_norms("A").tolist(),
@@ -144,16 +144,16 @@ class CohortEngine:
             for k, mine in enumerate(batches)
         ]
 
-    def _backward(self, now: _Now) -> Tensor:
-        """Forward and backward of one step; each site's loss, [K] float64."""
+    def _backward(self, now: _Now, stack: Stack, optimizer: StackOptimizer) -> Tensor:
+        """Forward and backward of one step; each site's loss times its rows, [K] float64."""
         logits = self._logits(now)
         step = now.step
         each = F.cross_entropy(_wide(logits), step.targets, reduction="none")  # [m]
         share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
         weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
-        (each @ weight).backward()
+        stack.backward(each @ weight + optimizer.penalty(now.leaves), now.leaves)
         per_site = (each.detach() * weight).double().split(step.items)
-        return torch.stack([losses.sum() for losses in per_site])
+        return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
 
     def _generators(self, plans: Sequence[TrainPlan]) -> list[torch.Generator]:
         if self._keep == 1.0:

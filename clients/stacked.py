@@ -5,7 +5,7 @@ of them belong to each site, in order. A product with "each site's own matrix" i
 products on K slices, or one batched product where all slices have the same size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +105,8 @@ class Branch:
 class AdaptedLinear(torch.autograd.Function):
     """``y = x W^T + b + s ((x * mask) A_k^T R_k^T) B_k^T`` on the rows of site k.
 
-    x: [n, d_in], W: [d_out, d_in] frozen, A: [K, r, d_in], B: [K, d_out, r], R: [K, r, r] or None.
-    The branch's gradient with respect to ``x`` is added into the base's in place.
+    x: [n, d_in], W: [d_out, d_in] frozen, A: [K, r, d_in], Bt: [K, r, d_out] (B transposed, for
+    the kernels' sake), R: [K, r, r] or None. The branch's gradient with respect to ``x`` is added into the base's in place.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class AdaptedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         A: Tensor,
-        B: Tensor,
+        Bt: Tensor,
         R: Tensor | None,
         branch: Branch,
     ) -> Tensor:
@@ -128,31 +128,31 @@ class AdaptedLinear(torch.autograd.Function):
         c = h if R is None else times_own(h, R.mT, branch.segments)  # [n, r]
         c = c * branch.scale
         if y.dtype == c.dtype:
-            add_times_own_(y, c, B.mT, branch.segments)
+            add_times_own_(y, c, Bt, branch.segments)
         else:
-            y += times_own(c, B.mT, branch.segments)
-        ctx.save_for_backward(dropped, h if R is not None else None, c, A, B, R)
+            y += times_own(c, Bt, branch.segments)
+        ctx.save_for_backward(dropped, h if R is not None else None, c, A, Bt, R)
         ctx.weight, ctx.branch = weight, branch
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, h, c, A, B, R = ctx.saved_tensors
+        dropped, h, c, A, Bt, R = ctx.saved_tensors
         branch: Branch = ctx.branch
         segments, (need_x, _, _, need_A, need_B, need_R, _) = branch.segments, ctx.needs_input_grad
-        gy, gx, gA, gB, gR = grads[0], None, None, None, None
+        gy, gx, gA, gBt, gR = grads[0], None, None, None, None
         wide = gy.to(A.dtype)
         if need_B:
-            gB = outer_own(wide, c, segments)
+            gBt = outer_own(c, wide, segments)
         if need_A or need_R or need_x:
-            gh = times_own(wide, B, segments) * branch.scale  # [n, r]
+            gh = times_own(wide, Bt.mT, segments) * branch.scale  # [n, r]
             if R is not None:
                 gR = outer_own(gh, h, segments) if need_R else None
                 gh = times_own(gh, R, segments)
             gA = outer_own(gh, dropped, segments) if need_A else None
             if need_x:
                 gx = _input_gradient(gy, gh, ctx.weight, A, branch)
-        return gx, None, None, gA, gB, gR, None
+        return gx, None, None, gA, gBt, gR, None
 
 
 def _input_gradient(gy: Tensor, gh: Tensor, weight: Tensor, A: Tensor, branch: Branch) -> Tensor:
@@ -180,6 +180,7 @@ class Stack:
     """K adapters of one schema in two flat buffers: what trains, and what is frozen.
 
     One row a site, so that a norm, a proximal term and an optimiser step are single operations.
+    B is held transposed, [r, d_out]: products with few columns are slow.
     Lower ranks are padded with zeros: zero rows under A, zero columns beside B. Their gradients are
     exactly zero (each is a product with the other pad), so the pads stay zero without a mask, under
     weight decay too.
@@ -207,20 +208,26 @@ class Stack:
         self._frozen = torch.zeros(K, _width(self._slots, False), dtype=dtype, device=device)
         for k, adapter in enumerate(adapters):
             for name, tensor in adapter.tensors().items():
-                _corner(self._view(name)[k], tensor.shape).copy_(tensor)
+                self._own(name, k, tensor.shape).copy_(tensor)
 
     def leaves(self, count: int) -> dict[str, Tensor]:
-        """The first ``count`` sites' tensors by PEFT name, [count, *shape].
+        """The first ``count`` sites' tensors by PEFT name, [count, *shape]; B is [count, r, d_out].
 
-        What trains is a leaf whose gradient accumulates into :attr:`grad`.
+        What trains requires a gradient, see :meth:`backward`.
         """
-        views: dict[str, Tensor] = {}
-        for name, slot in self._slots.items():
-            leaf = views[name] = self._view(name)[:count].detach()
-            if slot.trains:
-                leaf.requires_grad_()
-                leaf.grad = self._view(name, self.grad)[:count]
-        return views
+        return {
+            name: self._view(name)[:count].detach().requires_grad_(slot.trains)
+            for name, slot in self._slots.items()
+        }
+
+    def backward(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Put the gradient of ``loss`` with respect to what trains into :attr:`grad`."""
+        trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        gradients = torch.autograd.grad(
+            loss, list(trained.values()), allow_unused=True, materialize_grads=True
+        )
+        for (name, leaf), gradient in zip(trained.items(), gradients, strict=True):
+            self._view(name, self.grad)[: len(leaf)].copy_(gradient)
 
     def gradient_norms(self, part: Part) -> Tensor:
         """Norm of the present gradient over one part of every site, [K] float64."""
@@ -234,10 +241,16 @@ class Stack:
         """Site k's adapter, unpadded, in the dtype that it came in, on the CPU."""
         start = self.adapters[k]
         trained = {
-            name: _corner(self._view(name)[k], tensor.shape).to("cpu", tensor.dtype, copy=True)
+            name: self._own(name, k, tensor.shape).to("cpu", tensor.dtype, copy=True)
             for name, tensor in start.tensors().items()
         }
         return start.replaced({name: tensor.contiguous() for name, tensor in trained.items()})
+
+    def _own(self, name: str, k: int, shape: Sequence[int]) -> Tensor:
+        """One site's tensor without its padding, as adapters shape it. A view."""
+        own = self._view(name)[k]
+        own = own.T if part_of(name) == "B" else own
+        return own[tuple(slice(size) for size in shape)]
 
     def _view(self, name: str, buffer: Tensor | None = None) -> Tensor:
         slot = self._slots[name]
@@ -251,7 +264,8 @@ def _slots(adapters: Sequence[Adapter], train: frozenset[Part]) -> dict[str, _Sl
     offsets = {True: 0, False: 0}
     named = [adapter.tensors() for adapter in adapters]
     for name in named[0]:
-        shape = tuple(map(max, *[own[name].shape for own in named], named[0][name].shape))
+        shape = tuple(max(sizes) for sizes in zip(*(own[name].shape for own in named), strict=True))
+        shape = shape[::-1] if part_of(name) == "B" else shape
         trains = part_of(name) in train
         slots[name] = _Slot(trains, offsets[trains], shape)
         offsets[trains] += torch.Size(shape).numel()
@@ -260,11 +274,6 @@ def _slots(adapters: Sequence[Adapter], train: frozenset[Part]) -> dict[str, _Sl
 
 def _width(slots: dict[str, _Slot], trains: bool) -> int:
     return sum(torch.Size(s.shape).numel() for s in slots.values() if s.trains == trains)
-
-
-def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The leading part of a padded tensor."""
-    return tensor[tuple(slice(size) for size in shape)]
 
 
 def same_layout(a: Adapter, b: Adapter) -> bool:
@@ -307,6 +316,11 @@ class StackOptimizer:
         mu = [s.proximal_mu for s in settings]
         self._mu = torch.tensor(mu, dtype=dtype, device=device)[:, None]
         self._anchor = stack.theta.clone() if any(mu) else None
+        self._tails = _Tails.of(stack, settings)
+
+    def penalty(self, leaves: Mapping[str, Tensor]) -> Tensor | float:
+        """The sum of the sites' tail penalties; zero where no site has one."""
+        return 0.0 if self._tails is None else self._tails.penalty(leaves)
 
     def add_proximal(self, count: int) -> None:
         """Add ``mu (theta - theta_start)``, the proximal term's gradient."""
@@ -315,10 +329,7 @@ class StackOptimizer:
             self._stack.grad[:count].add_(drift.mul_(self._mu[:count]))
 
     def step(self, count: int) -> None:
-        """Clip each site's gradient by its own norm and step the first ``count`` sites.
-
-        The gradients are zero afterwards.
-        """
+        """Clip each site's gradient by its own norm and step the first ``count`` sites."""
         grad = self._stack.grad[:count]
         if self._clips:  # as torch.nn.utils.clip_grad_norm_
             norm = torch.linalg.vector_norm(grad, dim=1)
@@ -326,7 +337,41 @@ class StackOptimizer:
         for k, row in enumerate(self._rows):
             row.grad = grad[k] if k < count else None
         self._optimizer.step()
-        grad.zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class _Tails:
+    """HetLoRA's regulariser of each site, see :class:`~fedft.core.types.LocalTraining`.
+
+    Attributes:
+        strength: lambda of each site, [K].
+        tail: 1 for the ranks that are penalised, [K, r, 1]. Pads count too: they are zero.
+    """
+
+    strength: Tensor
+    tail: Tensor
+
+    @staticmethod
+    def of(stack: Stack, settings: Sequence[LocalTraining]) -> "_Tails | None":
+        if not any(own.tail_penalty for own in settings):
+            return None
+        ranks = [adapter.rank for adapter in stack.adapters]
+        first = [int(own.tail_keep * rank) for own, rank in zip(settings, ranks, strict=True)]
+        like = {"dtype": stack.theta.dtype, "device": stack.device}
+        tail = torch.arange(max(ranks)) >= torch.tensor(first)[:, None]
+        strength = torch.tensor([own.tail_penalty for own in settings], **like)
+        return _Tails(strength, tail[..., None].to(**like))
+
+    def penalty(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """``sum_k lambda_k sum_modules ||B[:, tail]||_F ||A[tail, :]||_F``. Scalar."""
+        norms: dict[Part, list[Tensor]] = {"A": [], "B": []}
+        for name, leaf in leaves.items():
+            if (part := part_of(name)) in norms:
+                squares = (leaf * self.tail[: len(leaf)]).square().sum((1, 2))
+                # The gradient at zero is zero, as in the plain loop.
+                norms[part].append((squares + torch.finfo(leaf.dtype).tiny).sqrt())
+        products = torch.stack(norms["A"]) * torch.stack(norms["B"])  # [modules, K]
+        return (products.sum(0) * self.strength[: products.shape[1]]).sum()
 
 
 def _make(kind: str, groups: dict[tuple[float, ...], list[Tensor]]) -> torch.optim.Optimizer:
