@@ -197,8 +197,8 @@ def grown(delta: Delta, module: str, more: Factors, rank: int | None) -> Factors
         more: what to add.
         rank: the cap; None keeps everything.
     """
-    parts = [delta[module], more] if module in delta else [more]
-    return algebra.capped(algebra.stack(parts), rank)
+    total = algebra.stack([delta[module], more]) if module in delta else more
+    return algebra.capped(total, rank)
 
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────

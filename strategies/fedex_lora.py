@@ -52,14 +52,10 @@ class FedExLoRA(Strategy):
 
 
 def residual(layer: Layer) -> Factors:
-    """``s E`` at rank (K - 1) r, in the sites' dtype."""
+    """``s E`` at rank (K - 1) r and scale 1, in the sites' dtype."""
     *others, origin = layer.parts
+    p, dtype = layer.p[:-1], origin.A.dtype
+    A_j = origin.A.double()
     B = weighted_sum([x.B for x in layer.parts], layer.p)
-    dtype = origin.A.dtype
-    return Factors(
-        torch.cat(
-            [p * (x.A.double() - origin.A.double()) for p, x in zip(layer.p, others, strict=False)]
-        ).to(dtype),
-        torch.cat([x.B.double() - B for x in others], dim=1).to(dtype),
-        origin.scale,
-    )
+    A = [(w * x.scale * (x.A - A_j)).to(dtype) for w, x in zip(p, others, strict=True)]
+    return Factors(torch.cat(A), torch.cat([(x.B - B).to(dtype) for x in others], dim=1), 1.0)

@@ -35,7 +35,8 @@ def inner(x: Factors, y: Factors) -> float:
 
 def norm(x: Factors) -> float:
     """Frobenius norm of the product."""
-    return max(inner(x, x), 0.0) ** 0.5
+    grams = _gram(x.B.double()) * _gram(x.folded_A().double().T)
+    return abs(x.scale) * max(float(grams.sum()), 0.0) ** 0.5
 
 
 def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
@@ -135,7 +136,8 @@ def peel(x: Factors, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Factors 
     N = _leading(B, A, k)
     U, S, Vt = _project(B, A, N)
     reflectors, tau = torch.geqrf(N)
-    rest_B = torch.ormqr(reflectors, tau, B - U @ (U.T @ B), left=False)[:, k:]
+    outside = torch.addmm(B, U, U.T @ B, alpha=-1)
+    rest_B = torch.ormqr(reflectors, tau, outside, left=False)[:, k:]
     rest_A = torch.ormqr(reflectors, tau, A, transpose=True)[k:]
     dtype = x.A.dtype
     rest = Factors(rest_A.to(dtype).contiguous(), rest_B.to(dtype).contiguous(), 1.0)

@@ -308,7 +308,10 @@ def test_inputs_are_kept_and_keys_shapes_and_dtypes_too(row: Row, dtype: torch.d
     assert after.adapter.tensors().keys() == state.adapter.tensors().keys()
     assert all(f.A.dtype == f.B.dtype == dtype for f in after.delta.values())
     assert after.delta.keys() == state.delta.keys()
-    assert all(t.isfinite().all() for t in tensors_of(after).values())
+    assert all(f.scale == 1.0 for f in after.delta.values()), "so that a delta only ever grows"
+    for tensor in tensors_of(after).values():
+        assert tensor.isfinite().all()
+        assert tensor.is_contiguous(), "safetensors stores nothing else"
 
 
 @rows
