@@ -8,10 +8,10 @@ stopped early or seeded, which is why this one exists; it talks to clients throu
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
 
@@ -20,7 +20,6 @@ from fedft.core.errors import Interrupted, QuorumFailure, UpdateRejected
 from fedft.core.metrics import Tally
 from fedft.core.types import ClientUpdate, EvalPlan, LocalTraining, ServerState, Site, TrainPlan
 from server.config import RoundsSpec
-from server.grids.base import SimulationGrid
 from server.roster import Roster
 from server.validation import Limits, validate
 from strategies import Strategy
@@ -30,6 +29,29 @@ EVALUATION_SHARDS = 8
 
 LOOK_UP_S = 0.5
 """Seconds after which a wait for replies looks whether the run was asked to stop."""
+
+
+class Courier(Protocol):
+    """What the rounds ask of a grid. Node id = index of the site + 1.
+
+    See :class:`~server.grids.base.SimulationGrid` for what each call promises.
+    """
+
+    def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:
+        """Send cohorts of messages; returns the ids of all of them, in order."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
+        """The replies that are there, each once."""
+        ...
+
+    def wait(self, message_ids: Iterable[str], timeout: float | None = None) -> bool:
+        """Block until there may be a reply; False when the time, in seconds, is over."""
+        ...
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Give up on messages; their replies are dropped."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ class Federation:
 
     strategy: Strategy
     roster: Roster
-    grid: SimulationGrid
+    grid: Courier
     task: str
     training: LocalTraining
     settings: RoundsSpec
@@ -180,7 +202,7 @@ def _gather(
     raise QuorumFailure(
         f"round {round_}: {len(updates)} usable replies of {settings.per_round}, {needed} needed, "
         f"after {settings.retries + 1} attempts ({reasons}; the first: {first})",
-        fix="The model is as it was after the last completed round; fedft resume goes on from there.",
+        fix="The model is as it was after the last completed round.",
     )
 
 
@@ -300,7 +322,7 @@ def evaluate(federation: Federation, state: ServerState) -> dict[str, float]:
     if missing:
         raise QuorumFailure(
             f"round {state.round}: {missing} of {len(tallies)} slices of the test set were not evaluated",
-            fix="The last committed round stands; fedft resume evaluates again.",
+            fix="The last committed round stands, and this one is run again.",
         )
     return Tally.total(t for t in tallies if t is not None).scores(federation.kind)
 

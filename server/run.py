@@ -8,8 +8,8 @@ next one starts.
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,14 @@ from flwr.app import RecordDict
 from fedft.core import codec, models, partition
 from fedft.core.data import Data, prepare
 from fedft.core.digest import adapter_digest, state_digest
-from fedft.core.errors import ConfigError, IntegrityError, MismatchError
+from fedft.core.errors import (
+    ConfigError,
+    EnvironmentFailure,
+    IntegrityError,
+    Interrupted,
+    MismatchError,
+    QuorumFailure,
+)
 from fedft.core.metrics import better
 from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter
@@ -32,7 +39,7 @@ from server.config import RunConfig, differences, parse_toml
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
 from server.roster import SimulatedRoster
-from server.rounds import Completed, Federation, rounds
+from server.rounds import Completed, Courier, Federation, rounds
 from server.validation import Limits
 
 CLIENT_APP = "clients.app:app"
@@ -55,6 +62,25 @@ class Observer(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+        ...
+
+
+class StatefulGrid(Courier, Protocol):
+    """A grid that lends out the states of its sites, to be committed with the rounds.
+
+    See :class:`~server.grids.base.SimulationGrid`.
+    """
+
+    def touched_states(self) -> dict[int, RecordDict | None]:
+        """Node id → the state it has now, where that changed since it was committed."""
+        ...
+
+    def states_committed(self, nodes: Iterable[int]) -> None:
+        """The present states of these nodes are on disk."""
+        ...
+
+    def load_states(self, states: Mapping[int, RecordDict]) -> None:
+        """Put the states of a checkpoint in place."""
         ...
 
 
@@ -118,7 +144,7 @@ def simulate(
     *,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
-    grid: SimulationGrid | None = None,
+    grid: StatefulGrid | None = None,
 ) -> RunDir:
     """Simulate a federation from the beginning.
 
@@ -138,7 +164,8 @@ def simulate(
     config = resolved(config)
     with RunDir.create(run_dir, hint=config.strategy.name) as run:
         run.write_config(config.to_toml())
-        return _execute(config, run, observer or Silent(), stop, grid)
+        with _resumable(run):
+            return _execute(config, run, observer or Silent(), stop, grid)
 
 
 def resume(
@@ -147,7 +174,7 @@ def resume(
     changed: RunConfig | None = None,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
-    grid: SimulationGrid | None = None,
+    grid: StatefulGrid | None = None,
 ) -> RunDir:
     """Go on with a run from its last committed round; a finished run is returned as it is.
 
@@ -174,7 +201,19 @@ def resume(
         if run.finished:
             observer.note("this run is finished; nothing to resume")
             return run
-        return _execute(config, run, observer, stop, grid)
+        with _resumable(run):
+            return _execute(config, run, observer, stop, grid)
+
+
+@contextmanager
+def _resumable(run: RunDir) -> Iterator[None]:
+    """Errors after which the run can go on say how."""
+    try:
+        yield
+    except (EnvironmentFailure, Interrupted, QuorumFailure) as pause:
+        how = f"Go on with: fedft resume {run.path}"
+        pause.fix = f"{pause.fix} {how}" if pause.fix else how
+        raise
 
 
 _FORKABLE = ("rounds", "training", "strategy", "engine")
@@ -274,7 +313,7 @@ def _execute(
     run: RunDir,
     observer: Observer,
     stop: Callable[[], bool],
-    workers: SimulationGrid | None,
+    workers: StatefulGrid | None,
 ) -> RunDir:
     with ExitStack() as stack:
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
@@ -374,7 +413,7 @@ def _frozen_partition(config: RunConfig, run: RunDir, data: Data) -> Manifest:
 def _restore(
     setting: Setting,
     run: RunDir,
-    grid: SimulationGrid,
+    grid: StatefulGrid,
     checkpoints: Checkpoints,
     observer: Observer,
 ) -> tuple[ServerState, Progress]:
@@ -394,6 +433,12 @@ def _restore(
     for note in checkpoint.notes:
         observer.note(note)
     run.truncate_to(checkpoint.state.round)
+    if setting.config.strategy.personal and not checkpoints.sites:
+        raise IntegrityError(
+            f"{run.path} holds no site's own parts, and {setting.config.strategy.name} keeps "
+            f"{', '.join(sorted(setting.config.strategy.personal))} at the sites",
+            fix="Start a new run; one that Flower ran left those parts with Flower's nodes.",
+        )
     indices = {name: setting.manifest.index_of(name) for name in checkpoints.sites}
     grid.load_states(
         {
@@ -404,7 +449,7 @@ def _restore(
     return checkpoint.state, Progress(**checkpoint.extra)
 
 
-def federate(setting: Setting, grid: SimulationGrid, stop: Callable[[], bool]) -> Federation:
+def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
     """Everything the rounds need, unpacked from the configuration."""
     config = setting.config
     fleet = config.fleet
@@ -448,7 +493,7 @@ def _until_patience(
 def _commit(
     setting: Setting,
     run: RunDir,
-    grid: SimulationGrid,
+    grid: StatefulGrid,
     checkpoints: Checkpoints,
     completed: Completed,
     progress: Progress,

@@ -1,0 +1,122 @@
+"""What is encoded comes back, and counts as many bytes as the formula says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedft.core import codec
+from fedft.core.algebra import orthonormal_basis
+from fedft.core.types import Adapter, EvalPlan, Factors, LocalTraining, TrainPlan
+
+HEAD = "base_model.model.classifier.weight"
+
+
+def adapter(rank: int = 2, seed: int = 0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: Factors(
+            torch.randn(rank, 5, generator=generator),
+            torch.randn(4, rank, generator=generator),
+            0.5,
+        )
+        for name in ("block.1.q", "block.0.v")
+    }
+    return Adapter(factors, {HEAD: torch.randn(3, 4, generator=generator)})
+
+
+def same(x: Adapter, y: Adapter) -> bool:
+    a, b = x.tensors(), y.tensors()
+    scales = [
+        (f.scale, g.scale) for f, g in zip(x.factors.values(), y.factors.values(), strict=True)
+    ]
+    return (
+        list(a) == list(b)
+        and all(torch.equal(a[n], b[n]) for n in a)
+        and all(s == t for s, t in scales)
+    )
+
+
+@given(st.sampled_from([torch.float32, torch.float64]), st.lists(st.integers(0, 4), max_size=3))
+def test_float32_round_trips_bit_for_bit(dtype: torch.dtype, shape: list[int]) -> None:
+    tensor = torch.randn(shape, dtype=dtype)
+    back = codec.tensors_from(codec.arrays_from({"x": tensor}))["x"]
+    assert torch.equal(back, tensor.float())
+
+
+def test_bfloat16_round_trips_as_rounded_and_takes_half_the_bytes() -> None:
+    x = torch.randn(7, 3)
+    full, half = codec.arrays_from({"x": x}), codec.arrays_from({"x": x}, "bf16")
+    assert torch.equal(codec.tensors_from(half)["x"], x.to(torch.bfloat16).float())
+    assert codec.payload_bytes(full) == 7 * 3 * 4 == 2 * codec.payload_bytes(half)
+    assert not torch.equal(codec.tensors_from(half)["x"], x)
+
+
+def test_integers_keep_their_dtype() -> None:
+    x = torch.arange(4)
+    assert torch.equal(codec.tensors_from(codec.arrays_from({"x": x}, "bf16"))["x"], x)
+
+
+def test_a_train_plan_comes_back_whole() -> None:
+    training = LocalTraining(steps=3, lr=0.1, clip_norm=None, proximal_mu=0.5)
+    plan = TrainPlan(
+        adapter(), train=frozenset({"B"}), send=frozenset({"B", "head"}), keep=frozenset({"A"}),
+        training=training, layers=(0, 2), round=4, site="site-1", seed=9,
+    )  # fmt: skip
+    back = codec.train_plan(codec.Encoder("{}").train(plan), adapter(seed=1), seed=9)
+    assert same(back.start, plan.start)
+    assert vars(replace(back, start=plan.start)) == vars(plan)
+
+
+def test_what_does_not_travel_is_made_from_the_common_seed() -> None:
+    common = adapter(seed=1)
+    plan = TrainPlan(common.replaced({HEAD: torch.ones(3, 4)}), receive=frozenset({"B", "head"}))
+    content = codec.Encoder("{}").train(plan)
+    assert not any("lora_A" in name for name in content.array_records["arrays"])
+    assert same(codec.train_plan(content, common, 0).start, plan.start)
+    # Control: another seed at the other end gives another A.
+    assert not same(codec.train_plan(content, adapter(seed=2), 0).start, plan.start)
+
+
+def test_a_basis_is_made_at_the_other_end() -> None:
+    A, B = orthonormal_basis(7, "q", (4, 5), 2)
+    start = Adapter({"q": Factors(A, B, 0.5, torch.eye(2))})
+    plan = TrainPlan(start, receive=frozenset({"R"}), basis=7)
+    content = codec.Encoder("{}").train(plan)
+    assert codec.content_bytes(content) == 2 * 2 * 4
+    blank = Adapter({"q": Factors(torch.zeros(2, 5), torch.zeros(4, 2), 1.0)})
+    assert same(codec.train_plan(content, blank, 0).start, start)
+
+
+def test_a_base_delta_travels_in_factors_with_its_scale_folded() -> None:
+    delta = {"block.0.v": Factors(torch.randn(3, 5), torch.randn(4, 3), 0.25)}
+    plan = EvalPlan(adapter(), delta)
+    content = codec.Encoder("{}").evaluate(plan)
+    back = codec.eval_plan(content, adapter(seed=1))
+    assert torch.allclose(
+        back.delta["block.0.v"].product(), delta["block.0.v"].product(), atol=1e-6
+    )
+    assert codec.content_bytes(content) == 4 * (2 * 2 * 9 + 12 + 3 * 9)
+
+
+def test_one_adapter_in_many_plans_is_one_record() -> None:
+    """What lets a grid send a broadcast once."""
+    encoder, shared = codec.Encoder("{}"), adapter()
+    records: list[ArrayRecord] = [
+        encoder.train(TrainPlan(shared, site=f"site-{i}")).array_records["arrays"] for i in range(3)
+    ]
+    other = encoder.train(TrainPlan(adapter(seed=1))).array_records["arrays"]
+    half = encoder.train(TrainPlan(shared, receive=frozenset({"B"}))).array_records["arrays"]
+    assert records[0] is records[1] is records[2]
+    assert other is not records[0]
+    assert half is not records[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_the_wire_is_what_the_other_side_reads(dtype: codec.WireDtype) -> None:
+    content = codec.Encoder("{}", dtype).train(TrainPlan(adapter()))
+    read = codec.train_plan(content, adapter(seed=1), 0).start
+    assert same(read, codec.on_the_wire(adapter(), dtype))
