@@ -433,12 +433,6 @@ def _restore(
     for note in checkpoint.notes:
         observer.note(note)
     run.truncate_to(checkpoint.state.round)
-    if setting.config.strategy.personal and not checkpoints.sites:
-        raise IntegrityError(
-            f"{run.path} holds no site's own parts, and {setting.config.strategy.name} keeps "
-            f"{', '.join(sorted(setting.config.strategy.personal))} at the sites",
-            fix="Start a new run; one that Flower ran left those parts with Flower's nodes.",
-        )
     indices = {name: setting.manifest.index_of(name) for name in checkpoints.sites}
     grid.load_states(
         {
