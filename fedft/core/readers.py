@@ -9,7 +9,6 @@ which stops at the first or counts them. No message quotes the text of an exampl
 import codecs
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.packages import package_folder
 
 MAX_LINE_BYTES = 1_000_000
 """Longest line of a text file. A longer one is not a training example but another kind of file."""
@@ -274,15 +274,8 @@ def _read_wheel(source: str, bad: BadRows) -> RawTable:
             f"data.source = {source!r}: no reader for the data of that package",
             fix=f"use one of: {', '.join(f'wheel:{known}' for known in _WHEELS)}",
         )
-    module, reader = _WHEELS[name]
     # Found, not imported: the code of a data package has no business here.
-    spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise MismatchError(
-            f"data.source = {source!r}: the package is not installed", fix=f"pip install {name}"
-        )
-    return reader(source, Path(folders[0]), bad)
+    return _WHEELS[name](source, package_folder(name), bad)
 
 
 def _read_chatterbot(source: str, folder: Path, bad: BadRows) -> RawTable:
@@ -310,8 +303,8 @@ def _read_chatterbot(source: str, folder: Path, bad: BadRows) -> RawTable:
     return _table(source, rows, range(1, len(rows) + 1))
 
 
-_WHEELS: Mapping[str, tuple[str, Callable[[str, Path, BadRows], RawTable]]] = {
-    "chatterbot-corpus": ("chatterbot_corpus", _read_chatterbot),
+_WHEELS: Mapping[str, Callable[[str, Path, BadRows], RawTable]] = {
+    "chatterbot-corpus": _read_chatterbot,
 }
 
 
