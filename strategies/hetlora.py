@@ -74,10 +74,11 @@ class HetLoRA(Strategy):
     def plan(self, state: ServerState, site: Site) -> TrainPlan:
         pruned = state.slots.get(_SLOT + site.name)
         rank = site.rank if pruned is None else int(pruned)
+        start = at_rank(state.adapter, rank, common_scale=True)
+        prunable = self._kept(start.rank) < start.rank
+        training = LocalTraining(tail_penalty=self.penalty, tail_keep=self.gamma)
         return TrainPlan(
-            start=at_rank(state.adapter, rank, common_scale=True),
-            delta=state.delta,
-            training=LocalTraining(tail_penalty=self.penalty, tail_keep=self.gamma),
+            start=start, delta=state.delta, training=training if prunable else LocalTraining()
         )
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
@@ -94,10 +95,13 @@ class HetLoRA(Strategy):
     def pruned_rank(self, update: ClientUpdate) -> int | None:
         """The rank at which this site continues, or None where it keeps its own."""
         rank = update.start.rank
-        kept = max(floor(self.gamma * rank), self.min_rank)
+        kept = self._kept(rank)
         if kept >= rank or tail(update.adapter, kept) >= tail(update.start, kept):
             return None
         return kept
+
+    def _kept(self, rank: int) -> int:
+        return max(floor(self.gamma * rank), self.min_rank)
 
 
 def tail(adapter: Adapter, kept: int) -> float:

@@ -436,6 +436,10 @@ class TestHetLoRA:
             configured, tail_penalty=0.2, tail_keep=0.75
         )
 
+    @pytest.mark.parametrize("rule", [HetLoRA(gamma=1.0), HetLoRA(gamma=0.5, min_rank=4)])
+    def test_no_penalty_where_nothing_can_be_pruned(self, rule):
+        assert rule.plan(ServerState(adapter()), Site("s", 1)).training == LocalTraining()
+
     def test_ranks_fall_step_by_step_to_the_least(self):
         rule, state = HetLoRA(gamma=0.5, min_rank=2), ServerState(adapter())
         ranks = []
