@@ -96,15 +96,13 @@ class SuperLinkGrid:
         """Nothing to do: no state is handed out."""
 
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
-        """A run cannot be resumed on Flower, which starts each of its runs anew.
+        """Flower starts the nodes of each of its runs anew.
 
         Raises:
-            EnvironmentFailure: always.
+            EnvironmentFailure: there are states, which cannot be put into Flower's nodes.
         """
-        raise EnvironmentFailure(
-            "the states of sites cannot be put into Flower's nodes",
-            fix="Resume with: fedft resume RUN_DIR",
-        )
+        if states:
+            raise EnvironmentFailure("states of sites cannot be put into Flower's nodes")
 
     def _addressed(self, message: Message) -> Message:
         about = message.metadata
