@@ -545,6 +545,23 @@ class TestFedMomentum:
             assert float(f.A[3].norm()) == pytest.approx(1.0)  # idle, and able to learn
 
 
+@pytest.mark.parametrize("rule", [FLoRA(), FedExLoRA(), FedMomentum()], ids=lambda r: r.name)
+def test_exact_in_float32_long_after_the_base_change_is_full(rule):
+    """Twenty rounds; the change reaches its full rank in the first few."""
+    start = adapter(dtype=torch.float32)
+    state = ServerState(
+        start.map_factors({m: replace(f, B=0 * f.B) for m, f in start.factors.items()})
+    )
+    for t in range(20):
+        updates = [
+            near(rule.plan(state, Site("s", 1)).start, 10 * t + k, size=0.03) for k in range(6)
+        ]
+        after = rule.aggregate(state, updates)
+        assert bias(updates, after, state) < 1e-6
+        state = after
+    assert all(f.rank == min(f.shape) for f in state.delta.values())
+
+
 # ── rules that freeze, rotate or hide ─────────────────────────────────────────────────────────
 
 
