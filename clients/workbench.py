@@ -92,9 +92,9 @@ def workbench(task_json: str) -> Workbench:
     """
     task = TaskSpec.model_validate_json(task_json)
     folder = models.resolve(task.model)
-    data = prepare(
-        task.data, task.model.task, models.input_encoder(task.model, folder), seed=task.seed
-    )
+    encoder = models.input_encoder(task.model, folder)
+    classes = task.classes or None
+    data = prepare(task.data, task.model.task, encoder, seed=task.seed, classes=classes)
     manifest = _manifest(task, data)
     base = models.load_base(
         task.model, task.lora, len(data.classes), precision=task.precision, device=task.device
@@ -113,6 +113,8 @@ def _engine(task: TaskSpec, base: models.Base) -> Engine:
 
 
 def _manifest(task: TaskSpec, data: Data) -> Manifest:
+    if task.site is not None:
+        return partition.undivided(len(data.train), task.site)
     if task.manifest and Path(task.manifest).is_dir():
         return partition.load(Path(task.manifest), task.fingerprint)
     manifest = partition.build(

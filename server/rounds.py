@@ -62,6 +62,8 @@ class Federation:
         strategy: the aggregation rule.
         roster: the registered sites.
         grid: how they are reached.
+        evaluator: what scores the global model on the server's test set, where the sites do not
+            hold it; None is the grid itself.
         task: JSON of the :class:`~fedft.core.spec.TaskSpec`, sent with every message.
         training: local optimisation.
         settings: the `[rounds]` table.
@@ -86,6 +88,7 @@ class Federation:
     wire: codec.WireDtype = "fp32"
     limits: Limits = field(default_factory=Limits)
     holdout: bool = False
+    evaluator: Courier | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -231,7 +234,7 @@ def _train(
     order = itertools.chain.from_iterable(groups)
     asked = {id_: (cohort[i], plans[i]) for id_, i in zip(ids, order, strict=True)}
     updates: list[ClientUpdate] = []
-    for reply in _replies(federation, ids, federation.settings.deadline_s):
+    for reply in _replies(federation, federation.grid, ids, federation.settings.deadline_s):
         site, plan = asked.pop(reply.metadata.reply_to_message_id)
         if (update := _accept(federation, reply, site, plan, ledger)) is not None:
             updates.append(update)
@@ -270,24 +273,24 @@ def _accept(
 
 
 def _replies(
-    federation: Federation, ids: Sequence[str], deadline_s: float | None
+    federation: Federation, grid: Courier, ids: Sequence[str], deadline_s: float | None
 ) -> Iterator[Message]:
     """Replies as they arrive, each once, until all are in or the deadline has passed."""
     waiting = set(ids)
     closes = time.monotonic() + (deadline_s if deadline_s is not None else float("inf"))
     while waiting and time.monotonic() < closes:
         if federation.stop():
-            federation.grid.cancel(waiting)
+            grid.cancel(waiting)
             raise Interrupted("stopped; the last completed round is committed")
-        for reply in federation.grid.pull_messages(waiting):
+        for reply in grid.pull_messages(waiting):
             if reply.metadata.reply_to_message_id in waiting:
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
         look_up = min(closes, time.monotonic() + LOOK_UP_S)
-        arrived = not waiting or federation.grid.wait(waiting, max(0.0, look_up - time.monotonic()))
+        arrived = not waiting or grid.wait(waiting, max(0.0, look_up - time.monotonic()))
         if not arrived and time.monotonic() < look_up:
             break  # nothing is under way that could still answer
-    federation.grid.cancel(waiting)
+    grid.cancel(waiting)
 
 
 def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
@@ -317,7 +320,7 @@ def evaluate(federation: Federation, state: ServerState) -> dict[str, float]:
     nodes = [1 + shard % federation.settings.per_round for shard in shards]
     contents = [encoder.evaluate(plan) for plan in plans]
     messages = _messages(MessageType.EVALUATE, state.round, contents, nodes)
-    tallies = _tallies(federation, messages)
+    tallies = _tallies(federation, federation.evaluator or federation.grid, messages, None)
     missing = sum(tally is None for tally in tallies)
     if missing:
         raise QuorumFailure(
@@ -343,7 +346,9 @@ def _evaluate_sites(
     nodes = [federation.roster.node_of(site) for site in cohort]
     messages = _messages(MessageType.EVALUATE, state.round, contents, nodes)
     scores: list[Mapping[str, float]] = []
-    for site, tally in zip(cohort, _tallies(federation, messages), strict=True):
+    deadline = federation.settings.deadline_s
+    tallies = _tallies(federation, federation.grid, messages, deadline)
+    for site, tally in zip(cohort, tallies, strict=True):
         if tally is None or tally.count == 0:
             continue
         scores.append(tally.scores(federation.kind))
@@ -364,17 +369,29 @@ def _messages(
     ]
 
 
-def _tallies(federation: Federation, messages: Sequence[Message]) -> list[Tally | None]:
+def _tallies(
+    federation: Federation, grid: Courier, messages: Sequence[Message], deadline_s: float | None
+) -> list[Tally | None]:
     """The sums behind the replies, in the order of the messages; None where there was none."""
-    ids = federation.grid.push_jobs([[message] for message in messages])
+    ids = grid.push_jobs([[message] for message in messages])
     tallies: dict[str, Tally] = {}
-    for reply in _replies(federation, ids, None):
-        if not reply.has_error():
-            metrics: Any = reply.content.metric_records["metrics"]
-            tallies[reply.metadata.reply_to_message_id] = Tally(
-                float(metrics["loss-sum"]), int(metrics["correct"]), int(metrics["num-examples"])
-            )
+    for reply in _replies(federation, grid, ids, deadline_s):
+        tally = None if reply.has_error() else _tally(reply.content)
+        if tally is not None:
+            tallies[reply.metadata.reply_to_message_id] = tally
     return [tallies.get(id_) for id_ in ids]
+
+
+def _tally(content: RecordDict) -> Tally | None:
+    """The sums in a reply; None where it holds none that can be used."""
+    metrics: Any = content.metric_records.get("metrics", {})
+    try:
+        tally = Tally(
+            float(metrics["loss-sum"]), int(metrics["correct"]), int(metrics["num-examples"])
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return tally if 0 <= tally.correct <= tally.count else None
 
 
 def _evaluation_due(settings: RoundsSpec, round_: int) -> bool:

@@ -317,18 +317,25 @@ def _execute(
 ) -> RunDir:
     with ExitStack() as stack:
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
-        setting = _prepare(config, run)
-        checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
-        state, progress = _restore(setting, run, grid, checkpoints, observer)
-        federation = federate(setting, grid, stop)
-        observer.started(run, config, state)
-        for completed in _until_patience(federation, state, progress):
-            state = completed.state
-            progress = progress.after(completed, config.model.task)
-            _commit(setting, run, grid, checkpoints, completed, progress)
-            observer.completed(completed.record)
-    _finish(setting, run, state, progress)
+        setting = prepare_run(config, run)
+        complete(setting, run, grid, federate(setting, grid, stop), observer)
     return run
+
+
+def complete(
+    setting: Setting, run: RunDir, grid: StatefulGrid, federation: Federation, observer: Observer
+) -> None:
+    """Go through the rounds that are left, from the last committed one, and write the summary."""
+    config = setting.config
+    checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
+    state, progress = _restore(setting, run, grid, checkpoints, observer)
+    observer.started(run, config, state)
+    for completed in _until_patience(federation, state, progress):
+        state = completed.state
+        progress = progress.after(completed, config.model.task)
+        _commit(setting, run, grid, checkpoints, completed, progress)
+        observer.completed(completed.record)
+    _finish(setting, run, state, progress)
 
 
 def open_grid(config: RunConfig) -> SimulationGrid:
@@ -349,7 +356,12 @@ def open_grid(config: RunConfig) -> SimulationGrid:
     )
 
 
-def _prepare(config: RunConfig, run: RunDir) -> Setting:
+def prepare_run(config: RunConfig, run: RunDir) -> Setting:
+    """Load what a run works on; freeze the partition and record the surroundings at its start.
+
+    Raises:
+        MismatchError: model or data are not there, or not those that the run started with.
+    """
     folder = models.resolve(config.model)
     encoder = models.input_encoder(config.model, folder)
     data = prepare(config.data, config.model.task, encoder, seed=config.seed)

@@ -159,6 +159,9 @@ class TaskSpec(Table):
         wire: number format of the tensors in a reply.
         manifest: folder of the partition manifest, where this machine can read it.
         fingerprint: of the manifest; a site refuses data that are partitioned otherwise.
+        site: name of the one site that all training rows here belong to, in the order of the file;
+            None where they are divided among many.
+        classes: names of the run's classes, where sites read data of their own.
     """
 
     model: ModelSpec
@@ -173,3 +176,5 @@ class TaskSpec(Table):
     wire: Literal["fp32", "bf16"] = "fp32"
     manifest: str | None = None
     fingerprint: str = ""
+    site: str | None = None
+    classes: tuple[str, ...] = ()

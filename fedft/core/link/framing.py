@@ -206,11 +206,13 @@ class Assembly:
 
     header: pb.Content
     expected: Expected
+    declared: int = field(init=False)
+    """Bytes in all."""
     missing: int = field(init=False)
     """Bytes still to come."""
 
     def __post_init__(self) -> None:
-        self.missing = check(self.header, self.expected)
+        self.declared = self.missing = check(self.header, self.expected)
         self._pieces: list[bytes] = []
 
     @property

@@ -4,84 +4,87 @@
 # source: fedft/core/link/link.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "fedft/core/link/link.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'fedft/core/link/link.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1a\x66\x65\x64\x66t/core/link/link.proto\x12\rfedft.link.v1"\x1b\n\x0c\x45nrolRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c"2\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0f\n\x07refusal\x18\x02 \x01(\t"\x8a\x02\n\x08\x46romSite\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.fedft.link.v1.HelloH\x00\x12%\n\x05offer\x18\x02 \x01(\x0b\x32\x14.fedft.link.v1.OfferH\x00\x12-\n\theartbeat\x18\x03 \x01(\x0b\x32\x18.fedft.link.v1.HeartbeatH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.fedft.link.v1.ResultH\x00\x12%\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x14.fedft.link.v1.ChunkH\x00\x12)\n\x07goodbye\x18\x06 \x01(\x0b\x32\x16.fedft.link.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody"\xfd\x02\n\nFromServer\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x13.fedft.link.v1.TaskH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.fedft.link.v1.WelcomeH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.RefusalH\x00\x12-\n\theartbeat\x18\x04 \x01(\x0b\x32\x18.fedft.link.v1.HeartbeatH\x00\x12#\n\x04work\x18\x05 \x01(\x0b\x32\x13.fedft.link.v1.WorkH\x00\x12%\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x14.fedft.link.v1.ChunkH\x00\x12!\n\x03\x61\x63k\x18\x07 \x01(\x0b\x32\x12.fedft.link.v1.AckH\x00\x12\'\n\x06\x63\x61ncel\x18\x08 \x01(\x0b\x32\x15.fedft.link.v1.CancelH\x00\x12%\n\x05\x64rain\x18\t \x01(\x0b\x32\x14.fedft.link.v1.DrainH\x00\x42\x06\n\x04\x62ody"\xa0\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x34\n\x08versions\x18\x02 \x03(\x0b\x32".fedft.link.v1.Hello.VersionsEntry\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"H\n\x04Task\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12%\n\x06hashes\x18\x03 \x01(\x0b\x32\x15.fedft.link.v1.Hashes"D\n\x06Hashes\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x03 \x01(\t"b\n\x05Offer\x12\x10\n\x08\x65xamples\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nmemory_mib\x18\x03 \x01(\x01\x12%\n\x06hashes\x18\x04 \x01(\x0b\x32\x15.fedft.link.v1.Hashes"\t\n\x07Welcome"(\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08"\x0b\n\tHeartbeat"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t"N\n\x06Ticket\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x05 \x01(\t"d\n\x04Work\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\'\n\x07\x63ontent\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.Content"\x90\x01\n\x06Result\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12)\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x16.fedft.link.v1.ContentH\x00\x12)\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.FailureH\x00\x42\t\n\x07outcome"\'\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t"e\n\x03\x41\x63k\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12\'\n\x07verdict\x18\x02 \x01(\x0e\x32\x16.fedft.link.v1.Verdict\x12\x0e\n\x06reason\x18\x03 \x01(\t"0\n\x06\x43\x61ncel\x12&\n\x07tickets\x18\x01 \x03(\x0b\x32\x15.fedft.link.v1.Ticket")\n\x05\x44rain\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t"Y\n\x07\x43ontent\x12&\n\x07records\x18\x01 \x03(\x0b\x32\x15.fedft.link.v1.Arrays\x12&\n\x07metrics\x18\x02 \x03(\x0b\x32\x15.fedft.link.v1.Metric"B\n\x06\x41rrays\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x1a.fedft.link.v1.ArrayHeader"W\n\x0b\x41rrayHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x0c\n\x04size\x18\x05 \x01(\x04"@\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x05whole\x18\x02 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x03 \x01(\x01H\x00\x42\x07\n\x05value"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*k\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x08\n\x04SEND\x10\x01\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x02\x12\r\n\tDUPLICATE\x10\x03\x12\x08\n\x04LATE\x10\x04\x12\t\n\x05STALE\x10\x05\x12\x0b\n\x07REFUSED\x10\x06\x32\x90\x01\n\nFederation\x12?\n\x05\x45nrol\x12\x1b.fedft.link.v1.EnrolRequest\x1a\x19.fedft.link.v1.EnrolReply\x12\x41\n\x07Session\x12\x17.fedft.link.v1.FromSite\x1a\x19.fedft.link.v1.FromServer(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x66t/core/link/link.proto\x12\rfedft.link.v1\"\x1b\n\x0c\x45nrolRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"2\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"\x8a\x02\n\x08\x46romSite\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.fedft.link.v1.HelloH\x00\x12%\n\x05offer\x18\x02 \x01(\x0b\x32\x14.fedft.link.v1.OfferH\x00\x12-\n\theartbeat\x18\x03 \x01(\x0b\x32\x18.fedft.link.v1.HeartbeatH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.fedft.link.v1.ResultH\x00\x12%\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x14.fedft.link.v1.ChunkH\x00\x12)\n\x07goodbye\x18\x06 \x01(\x0b\x32\x16.fedft.link.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\xfd\x02\n\nFromServer\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x13.fedft.link.v1.TaskH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.fedft.link.v1.WelcomeH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.RefusalH\x00\x12-\n\theartbeat\x18\x04 \x01(\x0b\x32\x18.fedft.link.v1.HeartbeatH\x00\x12#\n\x04work\x18\x05 \x01(\x0b\x32\x13.fedft.link.v1.WorkH\x00\x12%\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x14.fedft.link.v1.ChunkH\x00\x12!\n\x03\x61\x63k\x18\x07 \x01(\x0b\x32\x12.fedft.link.v1.AckH\x00\x12\'\n\x06\x63\x61ncel\x18\x08 \x01(\x0b\x32\x15.fedft.link.v1.CancelH\x00\x12%\n\x05\x64rain\x18\t \x01(\x0b\x32\x14.fedft.link.v1.DrainH\x00\x42\x06\n\x04\x62ody\"\xa0\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x34\n\x08versions\x18\x02 \x03(\x0b\x32\".fedft.link.v1.Hello.VersionsEntry\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\x04Task\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12%\n\x06hashes\x18\x03 \x01(\x0b\x32\x15.fedft.link.v1.Hashes\"D\n\x06Hashes\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x03 \x01(\t\"b\n\x05Offer\x12\x10\n\x08\x65xamples\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nmemory_mib\x18\x03 \x01(\x01\x12%\n\x06hashes\x18\x04 \x01(\x0b\x32\x15.fedft.link.v1.Hashes\"\t\n\x07Welcome\":\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08\x12\x10\n\x08mismatch\x18\x03 \x01(\x08\"\x0b\n\tHeartbeat\"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\"N\n\x06Ticket\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x05 \x01(\t\"d\n\x04Work\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\'\n\x07\x63ontent\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.Content\"\x90\x01\n\x06Result\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12)\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x16.fedft.link.v1.ContentH\x00\x12)\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x16.fedft.link.v1.FailureH\x00\x42\t\n\x07outcome\"\'\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\"e\n\x03\x41\x63k\x12%\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.fedft.link.v1.Ticket\x12\'\n\x07verdict\x18\x02 \x01(\x0e\x32\x16.fedft.link.v1.Verdict\x12\x0e\n\x06reason\x18\x03 \x01(\t\"0\n\x06\x43\x61ncel\x12&\n\x07tickets\x18\x01 \x03(\x0b\x32\x15.fedft.link.v1.Ticket\")\n\x05\x44rain\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"Y\n\x07\x43ontent\x12&\n\x07records\x18\x01 \x03(\x0b\x32\x15.fedft.link.v1.Arrays\x12&\n\x07metrics\x18\x02 \x03(\x0b\x32\x15.fedft.link.v1.Metric\"B\n\x06\x41rrays\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x1a.fedft.link.v1.ArrayHeader\"W\n\x0b\x41rrayHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x0c\n\x04size\x18\x05 \x01(\x04\"@\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x05whole\x18\x02 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x03 \x01(\x01H\x00\x42\x07\n\x05value\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*k\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x08\n\x04SEND\x10\x01\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x02\x12\r\n\tDUPLICATE\x10\x03\x12\x08\n\x04LATE\x10\x04\x12\t\n\x05STALE\x10\x05\x12\x0b\n\x07REFUSED\x10\x06\x32\x90\x01\n\nFederation\x12?\n\x05\x45nrol\x12\x1b.fedft.link.v1.EnrolRequest\x1a\x19.fedft.link.v1.EnrolReply\x12\x41\n\x07Session\x12\x17.fedft.link.v1.FromSite\x1a\x19.fedft.link.v1.FromServer(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "fedft.core.link.link_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedft.core.link.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_HELLO_VERSIONSENTRY"]._loaded_options = None
-    _globals["_HELLO_VERSIONSENTRY"]._serialized_options = b"8\001"
-    _globals["_VERDICT"]._serialized_start = 2182
-    _globals["_VERDICT"]._serialized_end = 2289
-    _globals["_ENROLREQUEST"]._serialized_start = 45
-    _globals["_ENROLREQUEST"]._serialized_end = 72
-    _globals["_ENROLREPLY"]._serialized_start = 74
-    _globals["_ENROLREPLY"]._serialized_end = 124
-    _globals["_FROMSITE"]._serialized_start = 127
-    _globals["_FROMSITE"]._serialized_end = 393
-    _globals["_FROMSERVER"]._serialized_start = 396
-    _globals["_FROMSERVER"]._serialized_end = 777
-    _globals["_HELLO"]._serialized_start = 780
-    _globals["_HELLO"]._serialized_end = 940
-    _globals["_HELLO_VERSIONSENTRY"]._serialized_start = 893
-    _globals["_HELLO_VERSIONSENTRY"]._serialized_end = 940
-    _globals["_TASK"]._serialized_start = 942
-    _globals["_TASK"]._serialized_end = 1014
-    _globals["_HASHES"]._serialized_start = 1016
-    _globals["_HASHES"]._serialized_end = 1084
-    _globals["_OFFER"]._serialized_start = 1086
-    _globals["_OFFER"]._serialized_end = 1184
-    _globals["_WELCOME"]._serialized_start = 1186
-    _globals["_WELCOME"]._serialized_end = 1195
-    _globals["_REFUSAL"]._serialized_start = 1197
-    _globals["_REFUSAL"]._serialized_end = 1237
-    _globals["_HEARTBEAT"]._serialized_start = 1239
-    _globals["_HEARTBEAT"]._serialized_end = 1250
-    _globals["_GOODBYE"]._serialized_start = 1252
-    _globals["_GOODBYE"]._serialized_end = 1277
-    _globals["_TICKET"]._serialized_start = 1279
-    _globals["_TICKET"]._serialized_end = 1357
-    _globals["_WORK"]._serialized_start = 1359
-    _globals["_WORK"]._serialized_end = 1459
-    _globals["_RESULT"]._serialized_start = 1462
-    _globals["_RESULT"]._serialized_end = 1606
-    _globals["_FAILURE"]._serialized_start = 1608
-    _globals["_FAILURE"]._serialized_end = 1647
-    _globals["_ACK"]._serialized_start = 1649
-    _globals["_ACK"]._serialized_end = 1750
-    _globals["_CANCEL"]._serialized_start = 1752
-    _globals["_CANCEL"]._serialized_end = 1800
-    _globals["_DRAIN"]._serialized_start = 1802
-    _globals["_DRAIN"]._serialized_end = 1843
-    _globals["_CONTENT"]._serialized_start = 1845
-    _globals["_CONTENT"]._serialized_end = 1934
-    _globals["_ARRAYS"]._serialized_start = 1936
-    _globals["_ARRAYS"]._serialized_end = 2002
-    _globals["_ARRAYHEADER"]._serialized_start = 2004
-    _globals["_ARRAYHEADER"]._serialized_end = 2091
-    _globals["_METRIC"]._serialized_start = 2093
-    _globals["_METRIC"]._serialized_end = 2157
-    _globals["_CHUNK"]._serialized_start = 2159
-    _globals["_CHUNK"]._serialized_end = 2180
-    _globals["_FEDERATION"]._serialized_start = 2292
-    _globals["_FEDERATION"]._serialized_end = 2436
+  DESCRIPTOR._loaded_options = None
+  _globals['_HELLO_VERSIONSENTRY']._loaded_options = None
+  _globals['_HELLO_VERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_VERDICT']._serialized_start=2200
+  _globals['_VERDICT']._serialized_end=2307
+  _globals['_ENROLREQUEST']._serialized_start=45
+  _globals['_ENROLREQUEST']._serialized_end=72
+  _globals['_ENROLREPLY']._serialized_start=74
+  _globals['_ENROLREPLY']._serialized_end=124
+  _globals['_FROMSITE']._serialized_start=127
+  _globals['_FROMSITE']._serialized_end=393
+  _globals['_FROMSERVER']._serialized_start=396
+  _globals['_FROMSERVER']._serialized_end=777
+  _globals['_HELLO']._serialized_start=780
+  _globals['_HELLO']._serialized_end=940
+  _globals['_HELLO_VERSIONSENTRY']._serialized_start=893
+  _globals['_HELLO_VERSIONSENTRY']._serialized_end=940
+  _globals['_TASK']._serialized_start=942
+  _globals['_TASK']._serialized_end=1014
+  _globals['_HASHES']._serialized_start=1016
+  _globals['_HASHES']._serialized_end=1084
+  _globals['_OFFER']._serialized_start=1086
+  _globals['_OFFER']._serialized_end=1184
+  _globals['_WELCOME']._serialized_start=1186
+  _globals['_WELCOME']._serialized_end=1195
+  _globals['_REFUSAL']._serialized_start=1197
+  _globals['_REFUSAL']._serialized_end=1255
+  _globals['_HEARTBEAT']._serialized_start=1257
+  _globals['_HEARTBEAT']._serialized_end=1268
+  _globals['_GOODBYE']._serialized_start=1270
+  _globals['_GOODBYE']._serialized_end=1295
+  _globals['_TICKET']._serialized_start=1297
+  _globals['_TICKET']._serialized_end=1375
+  _globals['_WORK']._serialized_start=1377
+  _globals['_WORK']._serialized_end=1477
+  _globals['_RESULT']._serialized_start=1480
+  _globals['_RESULT']._serialized_end=1624
+  _globals['_FAILURE']._serialized_start=1626
+  _globals['_FAILURE']._serialized_end=1665
+  _globals['_ACK']._serialized_start=1667
+  _globals['_ACK']._serialized_end=1768
+  _globals['_CANCEL']._serialized_start=1770
+  _globals['_CANCEL']._serialized_end=1818
+  _globals['_DRAIN']._serialized_start=1820
+  _globals['_DRAIN']._serialized_end=1861
+  _globals['_CONTENT']._serialized_start=1863
+  _globals['_CONTENT']._serialized_end=1952
+  _globals['_ARRAYS']._serialized_start=1954
+  _globals['_ARRAYS']._serialized_end=2020
+  _globals['_ARRAYHEADER']._serialized_start=2022
+  _globals['_ARRAYHEADER']._serialized_end=2109
+  _globals['_METRIC']._serialized_start=2111
+  _globals['_METRIC']._serialized_end=2175
+  _globals['_CHUNK']._serialized_start=2177
+  _globals['_CHUNK']._serialized_end=2198
+  _globals['_FEDERATION']._serialized_start=2310
+  _globals['_FEDERATION']._serialized_end=2454
 # @@protoc_insertion_point(module_scope)

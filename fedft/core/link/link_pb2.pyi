@@ -16,7 +16,6 @@ class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LATE: _ClassVar[Verdict]
     STALE: _ClassVar[Verdict]
     REFUSED: _ClassVar[Verdict]
-
 VERDICT_UNSPECIFIED: Verdict
 SEND: Verdict
 ACCEPTED: Verdict
@@ -37,9 +36,7 @@ class EnrolReply(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     refusal: str
-    def __init__(
-        self, certificate: _Optional[bytes] = ..., refusal: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, certificate: _Optional[bytes] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class FromSite(_message.Message):
     __slots__ = ("hello", "offer", "heartbeat", "result", "chunk", "goodbye")
@@ -55,28 +52,10 @@ class FromSite(_message.Message):
     result: Result
     chunk: Chunk
     goodbye: Goodbye
-    def __init__(
-        self,
-        hello: _Optional[_Union[Hello, _Mapping]] = ...,
-        offer: _Optional[_Union[Offer, _Mapping]] = ...,
-        heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...,
-        result: _Optional[_Union[Result, _Mapping]] = ...,
-        chunk: _Optional[_Union[Chunk, _Mapping]] = ...,
-        goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class FromServer(_message.Message):
-    __slots__ = (
-        "task",
-        "welcome",
-        "refusal",
-        "heartbeat",
-        "work",
-        "chunk",
-        "ack",
-        "cancel",
-        "drain",
-    )
+    __slots__ = ("task", "welcome", "refusal", "heartbeat", "work", "chunk", "ack", "cancel", "drain")
     TASK_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
@@ -95,18 +74,7 @@ class FromServer(_message.Message):
     ack: Ack
     cancel: Cancel
     drain: Drain
-    def __init__(
-        self,
-        task: _Optional[_Union[Task, _Mapping]] = ...,
-        welcome: _Optional[_Union[Welcome, _Mapping]] = ...,
-        refusal: _Optional[_Union[Refusal, _Mapping]] = ...,
-        heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...,
-        work: _Optional[_Union[Work, _Mapping]] = ...,
-        chunk: _Optional[_Union[Chunk, _Mapping]] = ...,
-        ack: _Optional[_Union[Ack, _Mapping]] = ...,
-        cancel: _Optional[_Union[Cancel, _Mapping]] = ...,
-        drain: _Optional[_Union[Drain, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "versions", "instance", "site")
@@ -117,7 +85,6 @@ class Hello(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -126,13 +93,7 @@ class Hello(_message.Message):
     versions: _containers.ScalarMap[str, str]
     instance: str
     site: str
-    def __init__(
-        self,
-        protocol: _Optional[int] = ...,
-        versions: _Optional[_Mapping[str, str]] = ...,
-        instance: _Optional[str] = ...,
-        site: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., instance: _Optional[str] = ..., site: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("run", "spec", "hashes")
@@ -142,12 +103,7 @@ class Task(_message.Message):
     run: str
     spec: str
     hashes: Hashes
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        spec: _Optional[str] = ...,
-        hashes: _Optional[_Union[Hashes, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., spec: _Optional[str] = ..., hashes: _Optional[_Union[Hashes, _Mapping]] = ...) -> None: ...
 
 class Hashes(_message.Message):
     __slots__ = ("base_model", "tokenizer", "data_schema")
@@ -157,12 +113,7 @@ class Hashes(_message.Message):
     base_model: str
     tokenizer: str
     data_schema: str
-    def __init__(
-        self,
-        base_model: _Optional[str] = ...,
-        tokenizer: _Optional[str] = ...,
-        data_schema: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, base_model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., data_schema: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("examples", "rank", "memory_mib", "hashes")
@@ -174,25 +125,21 @@ class Offer(_message.Message):
     rank: int
     memory_mib: float
     hashes: Hashes
-    def __init__(
-        self,
-        examples: _Optional[int] = ...,
-        rank: _Optional[int] = ...,
-        memory_mib: _Optional[float] = ...,
-        hashes: _Optional[_Union[Hashes, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, examples: _Optional[int] = ..., rank: _Optional[int] = ..., memory_mib: _Optional[float] = ..., hashes: _Optional[_Union[Hashes, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("reason", "retry")
+    __slots__ = ("reason", "retry", "mismatch")
     REASON_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
+    MISMATCH_FIELD_NUMBER: _ClassVar[int]
     reason: str
     retry: bool
-    def __init__(self, reason: _Optional[str] = ..., retry: bool = ...) -> None: ...
+    mismatch: bool
+    def __init__(self, reason: _Optional[str] = ..., retry: bool = ..., mismatch: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -216,14 +163,7 @@ class Ticket(_message.Message):
     site: str
     kind: str
     base: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        round: _Optional[int] = ...,
-        site: _Optional[str] = ...,
-        kind: _Optional[str] = ...,
-        base: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., site: _Optional[str] = ..., kind: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Work(_message.Message):
     __slots__ = ("ticket", "plan", "content")
@@ -233,12 +173,7 @@ class Work(_message.Message):
     ticket: Ticket
     plan: str
     content: Content
-    def __init__(
-        self,
-        ticket: _Optional[_Union[Ticket, _Mapping]] = ...,
-        plan: _Optional[str] = ...,
-        content: _Optional[_Union[Content, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., plan: _Optional[str] = ..., content: _Optional[_Union[Content, _Mapping]] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("ticket", "content", "failure")
@@ -248,12 +183,7 @@ class Result(_message.Message):
     ticket: Ticket
     content: Content
     failure: Failure
-    def __init__(
-        self,
-        ticket: _Optional[_Union[Ticket, _Mapping]] = ...,
-        content: _Optional[_Union[Content, _Mapping]] = ...,
-        failure: _Optional[_Union[Failure, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., content: _Optional[_Union[Content, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "reason")
@@ -271,12 +201,7 @@ class Ack(_message.Message):
     ticket: Ticket
     verdict: Verdict
     reason: str
-    def __init__(
-        self,
-        ticket: _Optional[_Union[Ticket, _Mapping]] = ...,
-        verdict: _Optional[_Union[Verdict, str]] = ...,
-        reason: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("tickets",)
@@ -298,11 +223,7 @@ class Content(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedCompositeFieldContainer[Arrays]
     metrics: _containers.RepeatedCompositeFieldContainer[Metric]
-    def __init__(
-        self,
-        records: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ...,
-        metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, records: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ...) -> None: ...
 
 class Arrays(_message.Message):
     __slots__ = ("name", "arrays")
@@ -310,11 +231,7 @@ class Arrays(_message.Message):
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
     name: str
     arrays: _containers.RepeatedCompositeFieldContainer[ArrayHeader]
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        arrays: _Optional[_Iterable[_Union[ArrayHeader, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., arrays: _Optional[_Iterable[_Union[ArrayHeader, _Mapping]]] = ...) -> None: ...
 
 class ArrayHeader(_message.Message):
     __slots__ = ("name", "dtype", "shape", "format", "size")
@@ -328,14 +245,7 @@ class ArrayHeader(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     format: str
     size: int
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        dtype: _Optional[str] = ...,
-        shape: _Optional[_Iterable[int]] = ...,
-        format: _Optional[str] = ...,
-        size: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., format: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Metric(_message.Message):
     __slots__ = ("name", "whole", "real")
@@ -345,9 +255,7 @@ class Metric(_message.Message):
     name: str
     whole: int
     real: float
-    def __init__(
-        self, name: _Optional[str] = ..., whole: _Optional[int] = ..., real: _Optional[float] = ...
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., whole: _Optional[int] = ..., real: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("data",)

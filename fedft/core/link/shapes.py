@@ -1,0 +1,62 @@
+"""What may come, by name and shape: worked out by each end from the model it knows itself."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from fedft.core.errors import UpdateRejected
+from fedft.core.link import link_pb2 as pb
+from fedft.core.link.framing import Expected, Shape
+from fedft.core.types import Part, factor_name, module_of
+
+if TYPE_CHECKING:
+    from fedft.core.models import Schema
+
+ALL: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+
+
+def of_adapter(schema: "Schema", rank: int, parts: Collection[Part]) -> dict[str, Shape]:
+    """PEFT name → shape of every tensor that these parts of an adapter can have."""
+    shapes: dict[str, Shape] = {}
+    for module, (d_out, d_in) in schema.modules.items():
+        whole: dict[Part, Shape] = {"A": (rank, d_in), "B": (d_out, rank), "R": (rank, rank)}
+        for part, shape in whole.items():
+            if part in parts:
+                shapes[factor_name(module, part)] = shape
+    if "head" in parts:
+        shapes |= {name: tuple(shape) for name, shape in schema.head.items()}
+    return shapes
+
+
+def of_work(schema: "Schema", rank: int, header: pb.Content) -> Expected:
+    """What a server may send a site: an adapter of a rank, and a change of the base weights.
+
+    The change may have any rank up to that of the weights themselves, twice over: beyond that a
+    factored form is larger than what it stands for.
+
+    Raises:
+        UpdateRejected: the rank is none that this model can have.
+    """
+    largest = min((min(shape) for shape in schema.modules.values()), default=0)
+    if not 1 <= rank <= largest:
+        raise UpdateRejected("shape", f"rank {rank} is none this model can have: 1 to {largest}")
+    delta: dict[str, Shape] = {}
+    for record in header.records:
+        if record.name == "delta":
+            delta = _of_delta(schema, record)
+    return {"arrays": of_adapter(schema, rank, ALL), "delta": delta}
+
+
+def _of_delta(schema: "Schema", record: pb.Arrays) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for array in record.arrays:
+        module = module_of(array.name)
+        names = {factor_name(module, "A"), factor_name(module, "B")}
+        if module not in schema.modules or array.name not in names or len(array.shape) != 2:
+            raise UpdateRejected("keys", f"delta: {array.name[:100]!r} belongs to no layer here")
+        d_out, d_in = schema.modules[module]
+        first = array.name == factor_name(module, "A")
+        rank = array.shape[0] if first else array.shape[1]
+        if not 1 <= rank <= 2 * min(d_out, d_in):
+            raise UpdateRejected("shape", f"delta: rank {rank} for a layer of {d_out} x {d_in}")
+        shapes[array.name] = (rank, d_in) if first else (d_out, rank)
+    return shapes
