@@ -81,12 +81,15 @@ class StandIn(Grid):
         raise AssertionError("cannot be interrupted")
 
 
-def query(node: int) -> Message:
-    return Message(RecordDict(), node, MessageType.QUERY)
+def query(node: int, round_: int = 0) -> Message:
+    return Message(RecordDict(), node, MessageType.QUERY, group_id=str(round_))
 
 
-def test_a_run_on_flowers_grid_gives_the_same_bytes(tiny_table: Table, tmp_path: Path) -> None:
-    config = parse_config(tiny_table(data={"holdout": 0.25}))
+@pytest.mark.parametrize("rule", ["fedavg-lora", "fedsa-lora"])  # without and with own parts
+def test_a_run_on_flowers_grid_gives_the_same_bytes(
+    rule: str, tiny_table: Table, tmp_path: Path
+) -> None:
+    config = parse_config(tiny_table(data={"holdout": 0.25}, strategy={"name": rule}))
     plain = simulate(config, tmp_path / "plain").summary()
     order = random.Random(1).sample(range(8), 8)
     flower = simulate(config, tmp_path / "flower", grid=SuperLinkGrid(StandIn(order), 8)).summary()
@@ -107,10 +110,11 @@ def test_messages_reach_the_site_they_are_meant_for() -> None:
 
 def test_nodes_that_are_no_site_are_left_alone() -> None:
     grid = SuperLinkGrid(StandIn([4, 1, 0]), 2)
-    (id_,) = grid.push_jobs([[query(2)]])
+    (id_,) = grid.push_jobs([[query(2, round_=7)]])
     assert grid.wait([id_], 5.0)
     (reply,) = grid.pull_messages([id_])
     assert reply.content.config_records["config"]["index"] == 1
+    assert reply.metadata.group_id == "7"
 
 
 @pytest.mark.parametrize("taken", [None, ""])
