@@ -5,6 +5,7 @@ the server's certificate authority, and a certificate of its own with the key. A
 the site draws a key that never leaves it and has it certified; from then on the kit is worthless.
 """
 
+import ipaddress
 import json
 import os
 import stat
@@ -23,6 +24,16 @@ from fedft.core.files import Files, disk, place
 
 KIT_FORMAT = "fedft-kit/1"
 _LARGEST_KIT = 65_536  # bytes
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class PrivateFiles(Files):

@@ -1,0 +1,627 @@
+"""A site's side of its stream: stay connected, take work, give back results, each exactly once.
+
+Work is done in one thread of its own, so that the stream stays alive while a model trains. A
+result is kept until the server has judged it, over as many connections as that takes; work that
+comes again is not done again.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import platform
+import random
+import socket
+import ssl
+import tempfile
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from flwr.app import RecordDict
+
+from fedft.core.errors import (
+    EnvironmentFailure,
+    FedftError,
+    Interrupted,
+    MismatchError,
+    SecurityRefusal,
+    UpdateRejected,
+)
+from fedft.core.link import link_pb2 as pb
+from fedft.core.link import link_pb2_grpc
+from fedft.core.link.framing import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL,
+    Assembly,
+    Expected,
+    Ticket,
+    chunks,
+    describe,
+)
+from fedft.core.link.secrets import Credentials
+
+logger = logging.getLogger(__name__)
+
+UNUSABLE = 102
+"""Code of a failure for work that this client cannot do as it was sent."""
+
+_KEPT_RESULTS = 2
+_EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a site brings.
+
+    Attributes:
+        examples: it can train on.
+        rank: it can train; None takes the run's.
+        memory_mib: it grants to training; None is unlimited.
+        hashes: of base model, tokenizer and data schema, as found here.
+    """
+
+    examples: int
+    rank: int | None
+    memory_mib: float | None
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Work that could not be done, and why."""
+
+    code: int
+    reason: str
+
+
+class Worker(Protocol):
+    """What does the work. Called from one thread, one call at a time, but for ``expected``."""
+
+    def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
+        """Get ready for a run; quick where the same run is loaded already."""
+        ...
+
+    def expected(self, plan: str, header: pb.Content) -> Expected:
+        """The arrays that work with this plan may have."""
+        ...
+
+    def work(self, ticket: Ticket, plan: str, content: RecordDict) -> RecordDict | Failure:
+        """Do it."""
+        ...
+
+    def judged(self, ticket: Ticket, *, counted: bool) -> None:
+        """The server took the result, or did not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Patience of a client, in seconds.
+
+    Attributes:
+        heartbeat: between heartbeats.
+        silence: without a word after which a connection is given up.
+        first_delay, longest_delay: between attempts to connect; drawn between half and all of a
+            delay that doubles each time.
+        give_up: without a connection after which the client ends; None tries for ever.
+    """
+
+    heartbeat: float = 10.0
+    silence: float = 35.0
+    first_delay: float = 0.5
+    longest_delay: float = 30.0
+    give_up: float | None = None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a site reaches its server.
+
+    Attributes:
+        target: ``host:port``.
+        name: of the site.
+        credentials: None for a server without TLS, on loopback.
+    """
+
+    target: str
+    name: str
+    credentials: Credentials | None
+
+    def channel(self) -> Any:
+        """A new channel; it connects when it is first used."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+        own = self.credentials
+        tls = grpc.ssl_channel_credentials(own.ca, own.key, own.certificate)
+        return grpc.aio.secure_channel(self.target, tls, options=_OPTIONS)
+
+
+@dataclass(eq=False)
+class _Job:
+    ticket: Ticket
+    outcome: RecordDict | Failure | None = None  # None while it is being worked on
+    announced: bool = False  # on the present connection
+    judged: bool = False
+    wanted: bool = True
+
+
+class _Lost(Exception):
+    """The connection broke; ``why`` in a few words."""
+
+
+class _Paused(Exception):
+    """The server goes away for a while."""
+
+
+class _Finished(Exception):
+    """The run is over."""
+
+
+@dataclass
+class Session:
+    """A site's part in a run, from the first connection to the end of the run.
+
+    Args:
+        connection: how to reach the server.
+        worker: does the work.
+        tell: takes a line for whoever watches.
+        stop: says whether to leave; asked several times a second.
+        timing: patience.
+    """
+
+    connection: Connection
+    worker: Worker
+    tell: Callable[[str], None] = lambda text: None
+    stop: Callable[[], bool] = lambda: False
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self._instance = uuid.uuid4().hex
+        self._jobs: OrderedDict[Ticket, _Job] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedft-work")
+        self._random = random.Random()
+        self._stream: _Stream | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def run(self) -> str:
+        """Stay until the run is over.
+
+        Returns:
+            The server's last word.
+
+        Raises:
+            SecurityRefusal: the server refused this site, or is not the one of the kit.
+            MismatchError: model, data or version are not the run's.
+            EnvironmentFailure: there was no connection for ``timing.give_up`` seconds.
+            Interrupted: ``stop`` said so.
+        """
+        try:
+            return asyncio.run(self.attend())
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def attend(self) -> str:
+        """What :meth:`run` does, on an event loop that is there already."""
+        delay, alone_since = self.timing.first_delay, time.monotonic()
+        while True:
+            stream, reason = _Stream(self), "the stream ended"
+            try:
+                await self._unless_stopped(stream.serve())
+            except _Finished as finished:
+                return str(finished)
+            except (_Lost, _Paused) as lost:
+                reason = str(lost)
+            finally:
+                self._stream = None
+            if stream.welcomed:
+                delay, alone_since = self.timing.first_delay, time.monotonic()
+            elif (trouble := await self._tls_trouble()) is not None:
+                raise SecurityRefusal(
+                    f"{self.connection.target} and this site do not trust each other: {trouble}",
+                    fix="Check the address, the clocks of both machines, and that the kit is of "
+                    "this server.",
+                )
+            waited = time.monotonic() - alone_since
+            if self.timing.give_up is not None and waited > self.timing.give_up:
+                raise EnvironmentFailure(
+                    f"no connection to {self.connection.target} for {waited:.0f} s: {reason}",
+                    fix="Check that the server runs and can be reached; then join again.",
+                )
+            pause = delay * self._random.uniform(0.5, 1.0)
+            self.tell(f"{reason}; trying again in {pause:.1f} s")
+            await self._unless_stopped(asyncio.sleep(pause))
+            delay = min(2 * delay, self.timing.longest_delay)
+
+    async def _unless_stopped(self, work: Any) -> None:
+        """Await something, unless asked to stop; then say goodbye first."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            if self.stop():
+                if self._stream is not None:
+                    await self._stream.goodbye("stopped by its owner")
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                raise Interrupted("stopped; the site can join again with the same command")
+            await asyncio.wait([task], timeout=0.2)
+        task.result()
+
+    async def _tls_trouble(self) -> str | None:
+        credentials = self.connection.credentials
+        if credentials is None:
+            return None
+        return await asyncio.to_thread(tls_trouble, self.connection.target, credentials)
+
+    # work, over all connections
+
+    def take(self, ticket: Ticket, plan: str, content: RecordDict) -> None:
+        """Start on work that came, or give back what came of it before."""
+        job = self._jobs.get(ticket)
+        if job is None:
+            self._jobs[ticket] = job = _Job(ticket)
+            task = asyncio.create_task(self._do(job, plan, content))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            job.judged, job.wanted = False, True
+            self.offer_results()
+
+    def call_off(self, ticket: Ticket) -> None:
+        """Do not start on this any more."""
+        if (job := self._jobs.get(ticket)) is not None:
+            job.wanted = False
+
+    def outcome(self, ticket: Ticket) -> RecordDict | Failure | None:
+        """What came of a piece of work."""
+        job = self._jobs.get(ticket)
+        return job.outcome if job is not None else None
+
+    async def _do(self, job: _Job, plan: str, content: RecordDict) -> None:
+        def work() -> RecordDict | Failure | None:
+            # Called off while it waited behind other work: nothing is lost.
+            try:
+                return self.worker.work(job.ticket, plan, content) if job.wanted else None
+            except Exception as error:  # a bug here must not leave the server waiting
+                logger.exception("work on %s failed", job.ticket)
+                return Failure(UNUSABLE, f"{type(error).__name__}: {error}")
+
+        outcome = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        if outcome is None:
+            self._jobs.pop(job.ticket, None)
+            return
+        job.outcome = outcome
+        self.offer_results()
+
+    def offer_results(self, *, again: bool = False) -> None:
+        """Announce every result that is not judged yet; ``again`` on a new connection."""
+        for job in self._jobs.values():
+            if again:
+                job.announced = False
+            ready = job.outcome is not None and not job.judged and not job.announced
+            if ready and self._stream is not None:
+                job.announced = True
+                self._stream.announce(job.ticket)
+
+    async def judged(self, ack: pb.Ack) -> None:
+        """The server's verdict on a result."""
+        ticket = Ticket.read(ack.ticket)
+        job = self._jobs.get(ticket)
+        if job is None or job.outcome is None:
+            return
+        counted = ack.verdict in (pb.ACCEPTED, pb.DUPLICATE)
+        failed = isinstance(job.outcome, Failure)
+        job.judged, job.announced = True, False
+        word = pb.Verdict.Name(ack.verdict).lower()
+        detail = f" ({ack.reason})" if ack.reason else ""
+        self.tell(f"round {ticket.round}: {ticket.kind} {'failed' if failed else word}{detail}")
+        if failed or not counted:
+            self._jobs.pop(ticket)
+        self._forget_old()
+        await self.in_thread(lambda: self.worker.judged(ticket, counted=counted and not failed))
+
+    def _forget_old(self) -> None:
+        """Keep the newest results that were counted: a server that lost them asks again."""
+        judged = [ticket for ticket, job in self._jobs.items() if job.judged]
+        for ticket in judged[:-_KEPT_RESULTS]:
+            del self._jobs[ticket]
+
+    async def in_thread(self, call: Callable[[], Any]) -> Any:
+        """Run something in the thread that works."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def connected(self, stream: "_Stream") -> None:
+        """A stream is open for work."""
+        self._stream = stream
+        self.offer_results(again=True)
+
+    @property
+    def instance(self) -> str:
+        """Drawn when this session was made."""
+        return self._instance
+
+
+class _Stream:
+    """One connection."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._timing = session.timing
+        self._outbox: asyncio.Queue[Ticket | _Upload] = asyncio.Queue()
+        self._inbox: _Download | None = None
+        self._writing = asyncio.Lock()
+        self._call: Any = None
+        self._refused = False
+        self.welcomed = False
+
+    def announce(self, ticket: Ticket) -> None:
+        """Tell the server about a result, in its turn."""
+        self._outbox.put_nowait(ticket)
+
+    async def goodbye(self, reason: str) -> None:
+        """A last word, if the server still listens."""
+        try:
+            async with asyncio.timeout(2.0):
+                await self._write(pb.FromSite(goodbye=pb.Goodbye(reason=reason[:500])))
+                await self._call.done_writing()
+        except (TimeoutError, _Lost, grpc.aio.BaseError):
+            logger.debug("the server did not hear the goodbye")
+
+    async def serve(self) -> None:
+        """Connect, introduce the site, and work until the stream ends, which it does by raising."""
+        async with self._session.connection.channel() as channel:
+            self._call = link_pb2_grpc.FederationStub(channel).Session()
+            heart: asyncio.Task[None] | None = None
+            try:
+                await self._write(pb.FromSite(hello=self._hello()))
+                task = (await self._expect("task")).task
+                heart = asyncio.create_task(self._beat())
+                await self._write(pb.FromSite(offer=await self._offer(task)))
+                await self._expect("welcome")
+                self.welcomed = True
+                self._session.tell("joined; waiting for work")
+                self._session.connected(self)
+                await _first(self._read_on(), self._send_on(), heart)
+            except FedftError as error:
+                if not self._refused:
+                    await self.goodbye(error.what)
+                raise
+            except (_Finished, _Paused):
+                await self.goodbye("as the server asked")
+                raise
+            finally:
+                if heart is not None:
+                    heart.cancel()
+                self._call.cancel()
+
+    def _hello(self) -> pb.Hello:
+        packages = ("fedft", "torch", "transformers", "peft")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        return pb.Hello(
+            protocol=PROTOCOL,
+            versions={**versions, "python": platform.python_version()},
+            instance=self._session.instance,
+            site=self._session.connection.name,
+        )
+
+    async def _offer(self, task: pb.Task) -> pb.Offer:
+        hashes = {f: getattr(task.hashes, f) for f in ("base_model", "tokenizer", "data_schema")}
+        offer: Offer = await self._session.in_thread(
+            lambda: self._session.worker.load(task.run, task.spec, hashes)
+        )
+        return pb.Offer(
+            examples=offer.examples,
+            rank=offer.rank or 0,
+            memory_mib=offer.memory_mib or 0.0,
+            hashes=pb.Hashes(**offer.hashes),
+        )
+
+    async def _expect(self, kind: str) -> pb.FromServer:
+        while True:
+            message = await self._read()
+            match message.WhichOneof("body"):
+                case found if found == kind:
+                    return message
+                case "heartbeat":
+                    continue
+                case "refusal":
+                    raise self._turned_away(message.refusal)
+                case "drain":
+                    raise _drained(message.drain)
+                case other:
+                    raise _Lost(f"the server said {other} where {kind} was expected")
+
+    async def _read(self) -> pb.FromServer:
+        try:
+            async with asyncio.timeout(self._timing.silence):
+                message = await self._call.read()
+        except TimeoutError:
+            raise _Lost(f"nothing was heard for {self._timing.silence:.0f} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from None
+        if message is _EOF:
+            raise _Lost("the server ended the stream")
+        return message
+
+    async def _write(self, message: pb.FromSite) -> None:
+        async with self._writing:
+            try:
+                async with asyncio.timeout(self._timing.silence):
+                    await self._call.write(message)
+            except TimeoutError:
+                raise _Lost(f"the server took nothing for {self._timing.silence:.0f} s") from None
+            except grpc.aio.AioRpcError as error:
+                raise _lost(error) from None
+            except asyncio.InvalidStateError:
+                raise _Lost("the stream has ended") from None
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._timing.heartbeat)
+            await self._write(pb.FromSite(heartbeat=pb.Heartbeat()))
+
+    async def _send_on(self) -> None:
+        while True:
+            item = await self._outbox.get()
+            if isinstance(item, _Upload):
+                for data in chunks(item.content):
+                    await self._write(pb.FromSite(chunk=pb.Chunk(data=data)))
+            elif (outcome := self._session.outcome(item)) is not None:
+                await self._write(pb.FromSite(result=_result(item, outcome)))
+
+    async def _read_on(self) -> None:
+        while True:
+            message = await self._read()
+            match message.WhichOneof("body"):
+                case "heartbeat":
+                    pass
+                case "work":
+                    self._work(message.work)
+                case "chunk":
+                    self._chunk(message.chunk.data)
+                case "ack":
+                    await self._ack(message.ack)
+                case "cancel":
+                    for ticket in message.cancel.tickets:
+                        self._session.call_off(Ticket.read(ticket))
+                case "refusal":
+                    raise self._turned_away(message.refusal)
+                case "drain":
+                    raise _drained(message.drain)
+                case other:
+                    raise _Lost(f"the server said {other} in the middle of a stream")
+
+    def _work(self, work: pb.Work) -> None:
+        """Work is announced; its tensors follow."""
+        try:
+            expected = self._session.worker.expected(work.plan, work.content)
+            self._inbox = _Download(work, Assembly(work.content, expected))
+        except UpdateRejected as rejected:
+            # What follows cannot be told from anything else any more.
+            raise _Lost(f"unusable work: {rejected.reason}: {rejected.what}") from rejected
+        self._take_if_complete()
+
+    def _chunk(self, data: bytes) -> None:
+        if self._inbox is None:
+            raise _Lost("bytes came that belong to nothing")
+        try:
+            self._inbox.assembly.feed(data)
+        except UpdateRejected as rejected:
+            raise _Lost(f"unusable work: {rejected.what}") from rejected
+        self._take_if_complete()
+
+    def _take_if_complete(self) -> None:
+        if self._inbox is not None and self._inbox.assembly.complete:
+            work, content = self._inbox.work, self._inbox.assembly.content()
+            self._inbox = None
+            self._session.take(Ticket.read(work.ticket), work.plan, content)
+
+    async def _ack(self, ack: pb.Ack) -> None:
+        if ack.verdict != pb.SEND:
+            await self._session.judged(ack)
+            return
+        outcome = self._session.outcome(Ticket.read(ack.ticket))
+        if isinstance(outcome, RecordDict):
+            self._outbox.put_nowait(_Upload(outcome))
+
+    def _turned_away(self, refusal: pb.Refusal) -> Exception:
+        if refusal.retry:
+            return _Lost(f"not now: {refusal.reason}")
+        self._refused = True
+        kind = MismatchError if refusal.mismatch else SecurityRefusal
+        return kind(
+            f"the server refused this site: {refusal.reason}",
+            fix="Ask whoever runs the server; `fedft clients` there shows what it knows.",
+        )
+
+
+@dataclass(eq=False)
+class _Download:
+    work: pb.Work
+    assembly: Assembly
+
+
+@dataclass(frozen=True, eq=False)
+class _Upload:
+    content: RecordDict
+
+
+async def _first(*work: Any) -> None:
+    """Until one of them ends, which it does by raising."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def _result(ticket: Ticket, outcome: RecordDict | Failure) -> pb.Result:
+    if isinstance(outcome, Failure):
+        failure = pb.Failure(code=outcome.code, reason=outcome.reason[:1000])
+        return pb.Result(ticket=ticket.message(), failure=failure)
+    return pb.Result(ticket=ticket.message(), content=describe(outcome))
+
+
+def _drained(drain: pb.Drain) -> Exception:
+    return (
+        _Finished(drain.reason) if drain.finished else _Paused(f"the server pauses: {drain.reason}")
+    )
+
+
+def _lost(error: grpc.aio.AioRpcError) -> Exception:
+    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return MismatchError(
+            "whatever listens there is not a fedft server of this version",
+            fix="Check the address in the kit.",
+        )
+    return _Lost(f"no connection ({error.code().name.lower()}: {(error.details() or '')[:200]})")
+
+
+def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -> str | None:
+    """Why TLS with a server fails; None where it works, or where there is no server.
+
+    gRPC says "unavailable" to all of this; a handshake of Python's own tells what it is.
+    """
+    host, _, port = target.rpartition(":")
+    host = host.strip("[]")
+    context = ssl.create_default_context(cadata=credentials.ca.decode())
+    context.set_alpn_protocols(["h2"])
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "own.pem"
+        own.touch(mode=0o600)
+        own.write_bytes(credentials.certificate + credentials.key)
+        context.load_cert_chain(own)
+    try:
+        with (
+            socket.create_connection((host, int(port)), timeout_s) as plain,
+            context.wrap_socket(plain, server_hostname=host) as tls,
+        ):
+            tls.recv(1)  # TLS 1.3 says here what it thinks of our certificate
+    except ssl.SSLCertVerificationError as error:
+        return f"the server's certificate: {error.verify_message}"
+    except ssl.SSLEOFError:
+        return None
+    except ssl.SSLError as error:
+        return f"{error.reason or error}".lower().replace("_", " ")
+    except OSError:
+        return None
+    return None
+
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]

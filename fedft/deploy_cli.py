@@ -1,0 +1,159 @@
+"""The commands of a deployment: ``serve``, ``invite``, ``join``, ``clients`` and ``revoke``."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Config = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Existing = Annotated[
+    Path, typer.Option("--run-dir", help="The run directory of the server.", show_default=False)
+]
+Name = Annotated[str, typer.Argument(help="Of the client.", show_default=False)]
+Graceful = Callable[[], AbstractContextManager[Any]]
+
+
+def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
+    """Mount the commands.
+
+    Args:
+        cli: the ``fedft`` command.
+        graceful: gives a flag that the first SIGINT or SIGTERM sets.
+    """
+
+    @cli.command()
+    def serve(
+        config: Config,
+        run_dir: Annotated[
+            Path | None, typer.Option(help="A new folder, or one whose run goes on.")
+        ] = None,
+        host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(help="0 takes the port of before, or a free one.")] = 0,
+        public: Annotated[
+            str | None, typer.Option(help="Name or address under which clients reach this machine.")
+        ] = None,
+        insecure: Annotated[bool, typer.Option(help="Without TLS; on loopback only.")] = False,
+        wait_for: Annotated[
+            int | None, typer.Option(help="Clients to wait for before the first round.")
+        ] = None,
+        patience: Annotated[
+            float, typer.Option(help="Seconds to wait for enough clients before pausing.")
+        ] = 600.0,
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
+        ] = None,
+        json: Json = False,
+    ) -> None:
+        """Run a federation of real clients; goes on with a run that was left."""
+        from fedft.api import Run, own_server
+        from fedft.console import RunConsole
+
+        parsed = own_server("config").load_config(config, settings or [])
+        server = own_server("serve")
+        address = own_server("identity").Address(host, port, public, insecure)
+        hosting = server.Hosting(first=wait_for, patience_s=patience)
+        with graceful() as stop, RunConsole(json_output=json) as console:
+            run = server.serve(
+                parsed, run_dir, address, hosting=hosting, observer=console, stop=stop
+            )
+        console.result(Run(run.path))
+
+    @cli.command()
+    def invite(
+        name: Name,
+        run_dir: Existing,
+        output: Annotated[
+            Path, typer.Option("-o", "--output", help="Kit file to write.", show_default=False)
+        ],
+        days: Annotated[float, typer.Option(help="Days until the kit expires.")] = 7.0,
+    ) -> None:
+        """Write a join kit for one client. It works once; send it by a private way."""
+        from fedft.api import own_server
+
+        kit = own_server("identity").invite(run_dir, name, output, days)
+        print(f"{output}: {kit.name} may join {kit.server}, until {kit.expires}")
+        print(f"there: fedft join {output.name} --data FILE")
+
+    @cli.command()
+    def join(
+        kit: Annotated[Path, typer.Argument(help="Join kit.", show_default=False)],
+        data: Annotated[
+            Path, typer.Option(help="This site's examples; they stay here.", show_default=False)
+        ],
+        rank: Annotated[int | None, typer.Option(help="LoRA rank to train.")] = None,
+        memory: Annotated[float | None, typer.Option(help="MiB to grant to training.")] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+        threads: Annotated[int | None, typer.Option(help="Threads to train with.")] = None,
+        model: Annotated[str | None, typer.Option(help="Where the base model is here.")] = None,
+        skip_bad: Annotated[bool, typer.Option(help="Leave malformed rows out.")] = False,
+        trust_remote_code: Annotated[
+            bool, typer.Option(help="Let the base model bring code of its own.")
+        ] = False,
+        site_dir: Annotated[
+            Path | None, typer.Option(help="This site's own folder: key, kept parts.")
+        ] = None,
+        give_up: Annotated[
+            float | None, typer.Option(help="Seconds without a server after which to end.")
+        ] = None,
+    ) -> None:
+        """Take part in a federation with data of one's own, until it is over."""
+        from clients import join as joining
+        from clients.session import Timing
+        from fedft.console import safe
+
+        def tell(text: str) -> None:
+            typer.echo(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}", err=True)
+
+        site = joining.Site(data, rank, memory, device, threads, model, skip_bad, trust_remote_code)
+        tell("loading the libraries is done; connecting …")
+        try:
+            with graceful() as stop:
+                last = joining.join(
+                    kit, site, folder=site_dir, tell=tell, stop=stop, timing=Timing(give_up=give_up)
+                )
+        except KeyboardInterrupt:
+            os._exit(130)  # a second signal: not even the training in hand is waited for
+        tell(last)
+
+    @cli.command()
+    def clients(run_dir: Existing, json: Json = False) -> None:
+        """List who was invited, has joined, or was revoked."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from fedft.api import own_server
+        from fedft.console import print_json, safe
+
+        identity = own_server("identity")
+        registered = sorted(
+            identity.Registry(identity.folder_of(run_dir)).clients().values(),
+            key=lambda client: client.name,
+        )
+        if json:
+            print_json([{**asdict(client), "state": client.state} for client in registered])
+            return
+        table = Table("client", "state", "examples", "rank", "MiB", "since", "why")
+        for c in registered:
+            since = c.revoked or c.joined or c.invited
+            cells = (c.name, c.state, c.examples, c.rank or "", c.memory_mib or "", since, c.why)
+            table.add_row(*(safe(cell) for cell in cells))
+        Console(highlight=False).print(table)
+
+    @cli.command()
+    def revoke(
+        name: Name,
+        run_dir: Existing,
+        why: Annotated[str, typer.Option(help="For the record, and for the client.")] = "",
+    ) -> None:
+        """Shut a client out for good; a running server cuts its stream at once."""
+        from fedft.api import own_server
+
+        own_server("identity").revoke(run_dir, name, why or "by the operator")
+        print(f"{name} is revoked")

@@ -1,0 +1,297 @@
+"""One run with real clients: listen, let sites join, go through the rounds, let the sites go.
+
+The same directory, checkpoints and rounds as a simulation. A server that is started again on its
+run directory goes on after the last committed round, on the same port and with the same identity,
+so that its clients find it by themselves.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from flwr.app import Message
+
+from fedft.core import codec, memory, models
+from fedft.core.errors import ConfigError, FedftError
+from fedft.core.link.framing import Expected, Shape, data_schema
+from fedft.core.link.shapes import of_adapter
+from fedft.core.rundir import RunDir
+from fedft.core.spec import PartitionSpec, TaskSpec
+from fedft.core.types import Site
+from server.checkpoints import Checkpoints
+from server.config import RunConfig, configured, differences, parse_toml
+from server.enrolment import EnrolledRoster
+from server.grids.grpc import GrpcGrid, Terms, Timing
+from server.grids.inline import InlineGrid
+from server.identity import (
+    Address,
+    Audit,
+    Authority,
+    Registry,
+    folder_of,
+    load_address,
+    save_address,
+)
+from server.run import (
+    CLIENT_APP,
+    Observer,
+    Setting,
+    Silent,
+    complete,
+    federate,
+    prepare_run,
+    resolved,
+)
+
+OWN_DATA = "own"
+"""What stands for the data in the task that sites are told: they have their own."""
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """How a server treats its clients. Changes when a run ends, not what comes of it.
+
+    Attributes:
+        first: sites to wait for before the first round; None is ``rounds.per-round``.
+        patience_s: seconds to wait for enough sites before the run pauses.
+        grace_s: see :class:`~server.enrolment.EnrolledRoster`.
+        timing: of the streams.
+    """
+
+    first: int | None = None
+    patience_s: float = 600.0
+    grace_s: float = 30.0
+    timing: Timing = field(default_factory=Timing)
+
+
+def serve(
+    config: RunConfig,
+    run_dir: Path | None,
+    address: Address,
+    *,
+    hosting: Hosting | None = None,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RunDir:
+    """Run a federation of real clients, from the beginning or from where it was left.
+
+    Args:
+        config: validated. ``[data]`` is the server's own: its test set scores the global model,
+            its classes are the run's. ``[fleet]`` and ``[data] partition`` are not looked at.
+        run_dir: of the run; None makes ``runs/<time>-<strategy>``.
+        address: where to listen. With port 0 a run that goes on takes its old port.
+        hosting: patience.
+        observer: is told about rounds as they are committed, and about clients.
+        stop: is asked several times a second whether to stop.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
+    """
+    config = for_sites(config)
+    observer = observer or Silent()
+    hosting = hosting or Hosting()
+    with _claimed(config, run_dir) as run:
+        if run.finished:
+            observer.note("this run is finished; nothing to serve")
+            return run
+        torch.set_num_threads(config.engine.threads)
+        setting = replace(prepare_run(_undivided(config), run), config=config)
+        with _listening(setting, run, _with_port(address, run), hosting, observer) as grid:
+            _rounds(setting, run, grid, hosting, observer, stop)
+    return run
+
+
+def for_sites(config: RunConfig) -> RunConfig:
+    """The configuration as sites run it: each trains alone, in the plain loop."""
+    return configured(resolved(config), {"engine.cohort": 1})
+
+
+def _undivided(config: RunConfig) -> RunConfig:
+    """Nothing of the server's own data is handed out, so that nothing of it needs dividing."""
+    data = config.data.model_copy(update={"partition": PartitionSpec(kind="iid")})
+    fleet = config.fleet.model_copy(update={"clients": 1})
+    return config.model_copy(update={"data": data, "fleet": fleet})
+
+
+@contextmanager
+def _claimed(config: RunConfig, run_dir: Path | None) -> Iterator[RunDir]:
+    """The run's directory, new or from before.
+
+    Raises:
+        ConfigError: it belongs to a run with another configuration; the message lists the keys.
+    """
+    if run_dir is not None and (run_dir / "config.toml").exists():
+        with RunDir.open(run_dir, writing=True) as run:
+            _check_same(parse_toml(run.config, str(run.path / "config.toml")), config)
+            yield run
+        return
+    with RunDir.create(run_dir, hint=config.strategy.name) as run:
+        run.write_config(config.to_toml())
+        yield run
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    if lines := differences(old, new):
+        raise ConfigError(
+            "the configuration is not the one this run was started with:\n  " + "\n  ".join(lines),
+            fix="Start again without changes, or name another --run-dir for a new run.",
+        )
+
+
+def _with_port(address: Address, run: RunDir) -> Address:
+    if address.port:
+        return address
+    try:
+        return replace(address, port=load_address(folder_of(run.path)).port)
+    except ConfigError:
+        return address
+
+
+@contextmanager
+def _listening(
+    setting: Setting, run: RunDir, address: Address, hosting: Hosting, observer: Observer
+) -> Iterator[GrpcGrid]:
+    folder = folder_of(run.path)
+    authority = None if address.insecure else Authority(folder)
+    registry, audit = Registry(folder), Audit(run.path)
+    terms = _terms(setting, run)
+    with GrpcGrid(terms, address, registry, authority, audit, hosting.timing) as grid:
+        address = replace(address, port=grid.port)
+        save_address(folder, address)
+        observer.note(
+            f"listening on {address.binding}, for clients {address.target}"
+            f"{' WITHOUT TLS' if address.insecure else ''}; invite them with: "
+            f"fedft invite NAME --run-dir {run.path} -o NAME.kit"
+        )
+        yield grid
+
+
+def _rounds(
+    setting: Setting,
+    run: RunDir,
+    grid: GrpcGrid,
+    hosting: Hosting,
+    observer: Observer,
+    stop: Callable[[], bool],
+) -> None:
+    rounds = setting.config.rounds
+    roster = EnrolledRoster(
+        Registry(folder_of(run.path)),
+        grid,
+        quorum=rounds.needed,
+        first=hosting.first or rounds.per_round,
+        patience_s=hosting.patience_s,
+        grace_s=hosting.grace_s,
+        tell=observer.note,
+        stop=stop,
+    )
+    with InlineGrid(CLIENT_APP, rounds.per_round) as evaluator:
+        federation = replace(federate(setting, grid, stop), roster=roster, evaluator=evaluator)
+        try:
+            complete(setting, run, grid, federation, observer)
+        except FedftError as error:
+            grid.drain(finished=False, reason=error.what)
+            raise
+    grid.drain(finished=True, reason=f"the run is over after {rounds.count} rounds at most")
+
+
+def _terms(setting: Setting, run: RunDir) -> Terms:
+    task = sites_task(setting)
+    hashes = models.fingerprint(setting.folder)
+    return Terms(
+        run=run.path.name,
+        task=task.model_dump_json(),
+        hashes={**hashes, "data_schema": data_schema(task, task.classes)},
+        expected=_expectations(setting),
+        objection=lambda site: objection(setting, site),
+        history=_history(setting, run),
+    )
+
+
+def sites_task(setting: Setting) -> TaskSpec:
+    """The task as sites are told it: without the server's own data and folders."""
+    data = setting.task.data.model_copy(update={"source": OWN_DATA, "test_source": None})
+    return setting.task.model_copy(
+        update={
+            "data": data,
+            "classes": setting.data.classes,
+            "manifest": None,
+            "fingerprint": "",
+            "device": "cpu",
+        }
+    )
+
+
+def objection(setting: Setting, site: Site) -> str | None:
+    """Why a site cannot take part in this run, for its rank or its memory; None if it can."""
+    config = setting.config
+    rank = site.rank if site.rank is not None else config.rank
+    if rank > config.rank:
+        return f"{site.name} wants rank {rank}, and the run's largest is {config.rank}"
+    if rank != config.rank and not config.strategy.mixed_ranks:
+        return (
+            f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} at all"
+        )
+    needed = _needed_mib(setting, rank)
+    if site.memory_mib is not None and site.memory_mib < needed:
+        return (
+            f"training takes {needed:.0f} MiB at rank {rank}, and {site.name} grants "
+            f"{site.memory_mib:.0f} MiB"
+        )
+    return None
+
+
+def _needed_mib(setting: Setting, rank: int) -> float:
+    config, shapes = setting.config, setting.shapes
+    tensors = of_adapter(shapes, rank, {"A", "B", "head"})
+    return (
+        memory.peak(
+            models.geometry(config.model, setting.folder),
+            base_parameters=shapes.parameters,
+            trainable=sum(_elements(shape) for shape in tensors.values()),
+            batch=config.training.batch_size,
+            tokens=config.data.max_length,
+            precision=setting.task.precision,
+        )["total"]
+        / 2**20
+    )
+
+
+def _elements(shape: Shape) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _expectations(setting: Setting) -> Callable[[Message], Expected]:
+    """What a reply may hold: the parts that its plan asks for, at the plan's rank."""
+    known: dict[tuple[int, tuple[str, ...]], Expected] = {}
+
+    def expected(message: Message) -> Expected:
+        fields = codec.message_fields(message.content)
+        if "send" not in fields:
+            return {}
+        key = (int(fields["rank"]), tuple(fields["send"]))
+        if key not in known:
+            known[key] = {"arrays": of_adapter(setting.shapes, *key)}
+        return known[key]
+
+    return expected
+
+
+def _history(setting: Setting, run: RunDir) -> Mapping[str, int]:
+    """Site → the last committed round that counts a result of it."""
+    keep = setting.config.rounds.keep_checkpoints
+    checkpoint = Checkpoints(run.checkpoints, keep=keep).load()
+    last = 0 if checkpoint is None else checkpoint.state.round
+    return {
+        str(line["site"]): int(line["round"])
+        for line in run.clients()
+        if line["kind"] == "train" and line["status"] == "ok" and line["round"] <= last
+    }
