@@ -14,7 +14,7 @@ offered here.
 ``frobenius-ridge`` (default; ours, not the paper's): S = ||dW - (B + dB) A||_F^2 and the squared
 penalty have the closed form
 
-    dB = E A^T (A A^T + lambda I)^-1        E A^T = sum_k p_k (B_k - B) (A_k - A) A^T
+    dB = E A^T (A A^T + lambda I)^-1        E A^T = sum_k p_k B_k (A_k - A) A^T
     lambda = ridge * tr(A A^T) / r
 
 an r x r solve. It minimises the bias itself and fixes the scale of the update.
@@ -91,7 +91,7 @@ class LoRAFAIR(Strategy):
         A = weighted_sum([x.A for x in layer.parts], layer.p)
         B = weighted_sum([x.B for x in layer.parts], layer.p)
         if self.objective == "frobenius-ridge":
-            return B + ridge_residual(layer, A, B, self.ridge)
+            return B + ridge_residual(layer, A, self.ridge)
         if self.cosine_dim == "whole":
             return self._descend_whole(layer, A, B)
         return self._descend_columns(layer, A, B)
@@ -132,21 +132,28 @@ _TINY = 1e-30
 
 def sum_of_products(layer: Layer, A: Tensor) -> Tensor:
     """``sum_k p_k B_k A_k A^T`` without scales, [d_out, r], float64."""
-    products = [x.B.double() @ (x.A.double() @ A.T) for x in layer.parts]
-    return weighted_sum(products, layer.p)
+    return _folded(layer, [x.A.double() @ A.T for x in layer.parts])
 
 
-def ridge_residual(layer: Layer, A: Tensor, B: Tensor, ridge: float) -> Tensor:
+def _folded(layer: Layer, cores: Sequence[Tensor]) -> Tensor:
+    """``sum_k p_k B_k C_k`` for cores C_k [r, r], [d_out, r], float64."""
+    total = torch.zeros(layer.parts[0].B.shape, dtype=torch.float64)
+    for x, core, weight in zip(layer.parts, cores, layer.p, strict=True):
+        total.addmm_(x.B.double(), core, alpha=weight)
+    return total
+
+
+def ridge_residual(layer: Layer, A: Tensor, ridge: float) -> Tensor:
     """``dB = E A^T (A A^T + lambda I)^-1``, [d_out, r], float64.
 
-    E is summed from deviations, which vanish term by term where the sites agree.
+    E A^T = sum_k p_k B_k (A_k A^T - A A^T): the deviations of A alone, since those of B add
+    nothing to a sum in which the others cancel. Every term vanishes where the A_k agree.
     """
-    terms = [(x.B.double() - B) @ ((x.A.double() - A) @ A.T) for x in layer.parts]
-    E_At = weighted_sum(terms, layer.p)
     G = A @ A.T
+    E_At = _folded(layer, [x.A.double() @ A.T - G for x in layer.parts])
     strength = ridge * float(G.trace()) / G.shape[0]
     if strength == 0:  # A = 0: nothing that B could correct
-        return torch.zeros_like(B)
+        return E_At
     regular = G + strength * torch.eye(G.shape[0], dtype=G.dtype)
     return torch.linalg.solve(regular, E_At.T).T
 
