@@ -1,0 +1,122 @@
+"""Seeds, metrics, errors and types."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedft.core import errors, seeds
+from fedft.core.metrics import Tally, better, mean_loss
+from fedft.core.types import Adapter, Factors, LocalTraining, factor_name, module_of, part_of
+
+
+def test_a_seed_is_a_function_of_what_it_is_for() -> None:
+    base = seeds.derive(0, "batches", 3, "site-1")
+    assert base == seeds.derive(0, "batches", 3, "site-1")
+    others = [
+        seeds.derive(1, "batches", 3, "site-1"),
+        seeds.derive(0, "cohort", 3, "site-1"),
+        seeds.derive(0, "batches", 4, "site-1"),
+        seeds.derive(0, "batches", 3, "site-2"),
+        seeds.derive(0, "batches", 31, "site-"),
+    ]
+    assert len({base, *others}) == 6
+    assert all(0 <= s < 2**63 for s in others)
+
+
+def test_generators_leave_the_global_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    torch.rand(3, generator=seeds.torch_generator(0, "x"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_tally_by_hand() -> None:
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # p = (1/4, 3/4), (1/2, 1/2)
+    tally = Tally.of(logits, torch.tensor([1, 1]))
+    assert tally.loss_sum == pytest.approx(math.log(4 / 3) + math.log(2))
+    assert tally.count == 2
+    assert (tally + tally).count == 4
+    assert float(mean_loss(logits, torch.tensor([1, 1]))) == pytest.approx(tally.loss_sum / 2)
+
+
+def test_a_language_model_is_scored_on_the_next_answer_token_only() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 1, 2] = math.log(5)  # position 1 predicts token 2 with 5/8
+    labels = torch.tensor([[-100, -100, 2]])
+    tally = Tally.of(logits, labels)
+    assert (tally.count, tally.correct) == (1, 1)
+    assert tally.loss_sum == pytest.approx(math.log(8 / 5))
+    scores = tally.scores("causal-lm")
+    assert scores["perplexity"] == pytest.approx(8 / 5)
+
+
+def test_no_items_have_no_score() -> None:
+    assert Tally().scores("classification") == {}
+
+
+def test_better_is_more_accuracy_or_less_loss() -> None:
+    assert better("classification", {"accuracy": 0.6, "loss": 2.0}, {"accuracy": 0.5, "loss": 1.0})
+    assert not better("classification", {"accuracy": 0.5}, {"accuracy": 0.5})
+    assert better("causal-lm", {"loss": 1.0}, {"loss": 2.0})
+    assert better("causal-lm", {"loss": 1.0}, None)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [errors.ConfigError, errors.EnvironmentFailure, errors.QuorumFailure, errors.MismatchError,
+     errors.IntegrityError, errors.SecurityRefusal, errors.Interrupted],
+)  # fmt: skip
+def test_errors_cross_process_boundaries(kind: type[errors.FedftError]) -> None:
+    """Ray sends them from its workers."""
+    back = pickle.loads(pickle.dumps(kind("what", fix="how")))
+    assert (type(back), str(back), back.exit_code) == (kind, "what\n  → how", kind.exit_code)
+    rejected = pickle.loads(pickle.dumps(errors.UpdateRejected("nan", "site-1: NaN")))
+    assert (rejected.reason, rejected.what) == ("nan", "site-1: NaN")
+
+
+def test_exit_codes_are_those_that_users_rely_on() -> None:
+    codes = {c.__name__: c.exit_code for c in errors.FedftError.__subclasses__()}
+    assert codes == {
+        "ConfigError": 2, "EnvironmentFailure": 3, "QuorumFailure": 4, "MismatchError": 5,
+        "IntegrityError": 6, "SecurityRefusal": 7, "Interrupted": 130, "UpdateRejected": 1,
+    }  # fmt: skip
+
+
+@given(st.sampled_from(["A", "B", "R"]), st.sampled_from(["q", "layer.0.attention.query"]))
+def test_names_of_factors_can_be_taken_apart(part: str, module: str) -> None:
+    name = factor_name(module, part)  # type: ignore[arg-type]
+    assert (part_of(name), module_of(name)) == (part, module)
+    assert part_of("base_model.model.classifier.weight") == "head"
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="r, d_in"):
+        Factors(torch.zeros(2, 5), torch.zeros(4, 3), 1.0)
+    with pytest.raises(ValueError, match="R must be"):
+        Factors(torch.zeros(2, 5), torch.zeros(4, 2), 1.0, torch.zeros(3, 3))
+
+
+def test_an_adapter_is_replaced_not_changed() -> None:
+    adapter = Adapter(
+        {"q": Factors(torch.zeros(2, 5), torch.zeros(4, 2), 1.0)}, {"h": torch.zeros(3)}
+    )
+    other = adapter.replaced(
+        {factor_name("q", "A"): torch.ones(2, 5), "h": torch.ones(3)}, scale=2.0
+    )
+    assert not adapter.factors["q"].A.any()
+    assert other.factors["q"].A.all()
+    assert other.factors["q"].scale == 2.0
+    with pytest.raises(KeyError):
+        adapter.replaced({"x": torch.ones(1)})
+    with pytest.raises(TypeError):
+        adapter.factors["q"] = other.factors["q"]  # type: ignore[index]
+
+
+def test_a_rule_overlays_only_what_it_asks_for() -> None:
+    table = LocalTraining(lr=0.1, epochs=3)
+    assert table.overlaid(LocalTraining(proximal_mu=0.5)) == LocalTraining(
+        lr=0.1, epochs=3, proximal_mu=0.5
+    )
