@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.engine import Trained
-from clients.packing import Packing, Step, join, packed_now
+from clients.packing import Packing, Step, form_now, join
 from clients.stacked import (
     AdaptedLinear,
     Branch,
@@ -48,6 +48,8 @@ class _Now:
         leaves: the sites' tensors by PEFT name, [K, …].
         scales: LoRA's s of each site.
         generators: dropout's random numbers of each site; empty without dropout.
+        wide: the last input of an adapted layer, and its rows in the factors' dtype: queries and
+            values have the same input.
         row_scales: ``scales`` by row, per segments, [n, 1].
     """
 
@@ -55,6 +57,7 @@ class _Now:
     leaves: Mapping[str, Tensor]
     scales: tuple[float, ...]
     generators: Sequence[torch.Generator] = ()
+    wide: tuple[Tensor, Tensor] | None = None
     row_scales: dict[Segments, Tensor] = field(default_factory=dict[Segments, Tensor])
 
 
@@ -231,15 +234,17 @@ class CohortEngine:
         mask = self._dropped(x) if now.generators else None
         A, B = now.leaves[factor_name(path, "A")], now.leaves[factor_name(path, "B")]
         R = now.leaves.get(factor_name(path, "R"))
-        branch = Branch(segments, _scale_of_rows(now, segments), mask)
         flat = x.reshape(-1, x.shape[-1])
+        if now.wide is None or now.wide[0] is not x:
+            now.wide = (x, flat.detach().to(A.dtype))
+        branch = Branch(segments, _scale_of_rows(now, segments), now.wide[1], mask)
         y: Any = AdaptedLinear.apply(flat, weight, linear.bias, A, B, R, branch)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _segments(self, x: Tensor) -> Segments:
         """How many of the vectors in ``x`` belong to each site."""
         step = self._current().step
-        if packed_now():
+        if form_now() == "packed":
             return step.tokens
         each = x[..., 0].numel() // sum(step.rows)
         return tuple(each * rows for rows in step.rows)
@@ -268,7 +273,7 @@ class CohortEngine:
         """
         now = self._current()
         step, layout = now.step, now.step.layout
-        sequence = packed_now() or (x.ndim == 3 and max(step.lengths) > 1)
+        sequence = form_now() != "padded" or (x.ndim == 3 and max(step.lengths) > 1)
         width = max(step.lengths) if sequence else 0
         masks: list[Tensor] = []
         for generator, rows, length in zip(now.generators, step.rows, step.lengths, strict=True):
@@ -277,7 +282,7 @@ class CohortEngine:
             own = F.pad(own, (0, 0, 0, width - length)) if sequence else own
             masks.append(own.div_(self._keep))
         mask = torch.cat(masks).to(x.device).reshape(-1, x.shape[-1])
-        return mask[layout.real] if layout is not None and layout.packed else mask
+        return mask if layout is None else layout.select(mask)
 
     def _answers_only(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """The vocabulary is the widest layer: it sees only tokens whose answer is scored."""

@@ -2,8 +2,9 @@
 
 Between the first and the last transformer block the padded ``[n, t, d]`` becomes ``[1, T, d]`` with
 T real tokens; linear layers, norms and activations, which treat tokens alike, then waste nothing.
-Only attention looks across tokens: it gets the padded form back for the time of its call, with the
-model's own mask. Nothing in transformers is changed: the blocks get hooks, and attention goes
+Only attention looks across tokens: it has the padded form for the time of its call, with the
+model's own mask. Where the head reads only the first token of a row, the last block goes on with
+those alone once its attention is done. Nothing in transformers is changed: the blocks get hooks, and attention goes
 through transformers' registry of attention functions.
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, TypeGuard, cast
+from functools import cached_property, partial
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ class Layout:
         rows: n, rows of all sites.
         length: t, tokens of the longest row.
         real: positions of the real tokens within the n·t padded ones, [T] int64, ascending.
-        packed: whether the blocks are being run, so that activations are in the packed form.
+        form: of the activations at this point of the pass: ``padded`` [n, t, …], ``packed``
+            [1, T, …], or ``first``, one token a row, [1, n, …].
         cache: position embeddings already packed in this step, by identity.
         groupings: rows sorted for attention, by the identity of the model's mask.
     """
@@ -44,9 +46,21 @@ class Layout:
     rows: int
     length: int
     real: Tensor
-    packed: bool = False
+    form: Literal["padded", "packed", "first"] = "padded"
     cache: dict[int, tuple[Tensor, ...]] = field(default_factory=dict[int, tuple[Tensor, ...]])
     groupings: dict[int, Grouping] = field(default_factory=dict[int, Grouping])
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """Which of the real tokens are the first of their row."""
+        return (self.real % self.length == 0).nonzero().squeeze(1)
+
+    def select(self, values: Tensor) -> Tensor:
+        """Of [n·t, …] values those that the present form holds."""
+        if self.form == "padded":
+            return values
+        packed = values[self.real]
+        return packed if self.form == "packed" else packed[self.firsts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +126,8 @@ def join(batches: Sequence[Batch], pad_token: int, *, packs: bool) -> Step:
         del inputs["attention_mask"]
         mask = None
     tokens, layout = tuple(n * max(lengths) for n in rows), None
-    if packs and mask is not None:
+    # Padding on the left is seen by models that read the first column: such rows stay as they are.
+    if packs and mask is not None and bool(mask[:, 0].all()):
         tokens = tuple(int(own.sum()) for own in mask.split(rows))
         layout = Layout(*mask.shape, real=mask.flatten().nonzero().squeeze(1))
     targets, answers, items = labels, None, rows
@@ -209,7 +224,7 @@ def _attend(
     """
     kernel = _kernel(original, module)
     layout = _current.get()
-    if layout is None or not layout.packed:
+    if layout is None or layout.form == "padded":
         return kernel(module, query, key, value, attention_mask, **options)
     if _plain(attention_mask, options) and layout.length <= _LONGEST:
         return _grouped(layout, query, key, value, attention_mask, options), None
@@ -281,6 +296,9 @@ class Packing:
     def __init__(self, model: nn.Module) -> None:
         self._config: Any = getattr(model, "config", None)
         self._blocks = _blocks(model)
+        self._after_attention: nn.Module | None = None
+        if self._blocks and type(model).__name__ in _READS_FIRST:
+            self._after_attention = self._blocks[-1].get_submodule("attention.output")
 
     @property
     def possible(self) -> bool:
@@ -300,6 +318,8 @@ class Packing:
                 undo.callback(hook.remove)
             undo.callback(self._blocks[0].register_forward_pre_hook(_enter).remove)
             undo.callback(self._blocks[-1].register_forward_hook(_leave).remove)
+            if (after := self._after_attention) is not None:
+                undo.callback(after.register_forward_pre_hook(_keep_first).remove)
             undo.callback(setattr, self._config, "_attn_implementation", original)
             self._config._attn_implementation = _PACKED[original]
             yield
@@ -324,17 +344,25 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(lists[0]) if len(lists) == 1 else []
 
 
-def packed_now() -> bool:
-    """Whether activations are in the packed form at this point of the forward pass."""
+_READS_FIRST = {
+    f"{family}ForSequenceClassification"
+    for family in ("Bert", "Camembert", "Electra", "Roberta", "XLMRoberta")
+}
+"""Models whose head reads the first token only, and whose blocks have an ``attention.output`` that
+takes what attention found and what it started from."""
+
+
+def form_now() -> Literal["padded", "packed", "first"]:
+    """The form of the activations at this point of the forward pass."""
     layout = _current.get()
-    return layout is not None and layout.packed
+    return "padded" if layout is None else layout.form
 
 
 def _enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     layout = _current.get()
     if layout is None:
         return None
-    layout.packed = True
+    layout.form = "packed"
     return pack(args[0], layout), *args[1:]
 
 
@@ -342,10 +370,19 @@ def _leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     layout = _current.get()
     if layout is None:
         return None
-    layout.packed = False
-    if isinstance(output, tuple):
-        return unpack(output[0], layout), *output[1:]
-    return unpack(output, layout)
+    states = output[0] if isinstance(output, tuple) else output
+    # After _keep_first the head finds in column 0 all that it reads.
+    states = states[0][:, None] if layout.form == "first" else unpack(states, layout)
+    layout.form = "padded"
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _keep_first(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    layout = _current.get()
+    if layout is None:
+        return None
+    layout.form = "first"
+    return tuple(cast(Tensor, _Pack.apply(x[0], layout.firsts))[None] for x in args)
 
 
 def _pack_positions(

@@ -94,11 +94,13 @@ class Branch:
     Attributes:
         segments: rows of each site.
         scale: LoRA's s: a number where all sites share it, else one for each row, [n, 1].
+        wide: the input in the factors' dtype, [n, d_in].
         mask: dropout's mask times 1 / (1 - p), [n, d_in]; None without dropout.
     """
 
     segments: Segments
     scale: float | Tensor
+    wide: Tensor
     mask: Tensor | None = None
 
 
@@ -121,9 +123,7 @@ class AdaptedLinear(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         y = frozen_linear(x, weight, bias)
-        dropped = x.to(A.dtype)
-        if branch.mask is not None:
-            dropped = dropped * branch.mask
+        dropped = branch.wide if branch.mask is None else branch.wide * branch.mask
         h = times_own(dropped, A.mT, branch.segments)  # [n, r]
         c = h if R is None else times_own(h, R.mT, branch.segments)  # [n, r]
         c = c * branch.scale

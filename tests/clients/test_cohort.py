@@ -337,6 +337,20 @@ def test_padded_rows_give_the_same(kind: str, dropout: float) -> None:
         assert difference(expected, actual) <= 1e-10
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_padding_on_the_left_gives_the_same(kind: str) -> None:
+    oracle, engine = engines(kind)
+    plans, batches = build(engine.base, MIXED, TRAINED[0])
+
+    def turned(batch: Batch) -> Batch:
+        inputs = {name: tensor.flip(1) for name, tensor in batch.inputs.items()}
+        return Batch(inputs, batch.labels if kind == "bert" else batch.labels.flip(1))
+
+    left = [[turned(batch) for batch in own] for own in batches]
+    for expected, actual in zip(oracle.train(plans, left), engine.train(plans, left), strict=True):
+        assert difference(expected, actual) <= 1e-10
+
+
 def test_training_moves_what_trains_and_nothing_else() -> None:
     _, engine = engines("bert")
     plans, batches = build(engine.base, MIXED, (frozenset({"B"}), True))
