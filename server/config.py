@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import (
@@ -19,7 +19,7 @@ from pydantic import (
 
 from fedft.core.errors import ConfigError
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, Precision, Table, TaskSpec, TrainingSpec
-from strategies import AnyStrategy, FedAvgLoRA
+from strategies import RULES, AnyStrategy, FedAvgLoRA, check_ranks, rule_names
 
 
 class FleetSpec(Table):
@@ -119,12 +119,10 @@ class RunConfig(Table):
                 f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
             )
         ranks = {*fleet.ranks} or {self.lora.rank}
-        if len(ranks) > 1 and not self.strategy.mixed_ranks:
-            able = ", ".join(strategy_names(mixed_ranks=True)) or "none"
-            raise ValueError(
-                f"[fleet] ranks are mixed, and {self.strategy.name} needs one rank for all; "
-                f"rules that take mixed ranks: {able}"
-            )
+        try:
+            check_ranks(self.strategy, fleet.ranks)
+        except ConfigError as error:
+            raise ValueError(f"[fleet] ranks: {error.what}; {error.fix}") from error
         if len(ranks) > 1 and self.lora.rslora:
             raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
         if self.model.trust_remote_code and self.model.revision is None:
@@ -151,16 +149,6 @@ class RunConfig(Table):
     def to_toml(self) -> str:
         """The resolved configuration; reading it gives this object again."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
-
-
-def strategy_names(*, mixed_ranks: bool = False) -> list[str]:
-    """Names of all aggregation rules, or of those that take mixed ranks."""
-    union = get_args(get_args(AnyStrategy)[0])
-    return [
-        cast(type[BaseModel], rule).model_fields["name"].default
-        for rule in union
-        if rule.mixed_ranks or not mixed_ranks
-    ]
 
 
 def load_config(path: Path, settings: Iterable[str] = ()) -> RunConfig:
@@ -278,14 +266,14 @@ def _sentence(item: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"  {_where(path)}: unknown key{_nearest(path[-1], _keys_beside(path))}"
     if kind == "union_tag_invalid":
-        names = strategy_names()
+        names = rule_names()
         given = str(item["ctx"]["tag"])
         return f"  {_where((*path, 'name'))}: no rule is called {given!r}{_nearest(given, names)}"
     return f"  {_where(path)} = {item['input']!r}: {message}"
 
 
 def _where(path: tuple[str, ...]) -> str:
-    names = strategy_names()
+    names = rule_names()
     parts = [p for p in path if p not in names]
     return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
 
@@ -301,8 +289,7 @@ def _keys_beside(path: tuple[str, ...]) -> list[str]:
     """The valid keys of the table in which an unknown key was found."""
     model: Any = RunConfig
     for part in path[:-1]:
-        rules = get_args(get_args(AnyStrategy)[0])
-        named = [r for r in rules if r.model_fields["name"].default == part]
+        named = [r for r in RULES if r.model_fields["name"].default == part]
         if named:
             model = named[0]
             continue
