@@ -12,6 +12,7 @@ import typer
 
 from fedft.core.errors import FedftError, Interrupted
 from fedft.core.quiet import quiet
+from fedft.deploy_cli import add_commands
 
 cli = typer.Typer(
     name="fedft",
@@ -224,6 +225,9 @@ def _graceful() -> Iterator[Any]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+add_commands(cli, _graceful)
 
 
 def main() -> None:

@@ -1,0 +1,339 @@
+"""Real client processes over loopback with mutual TLS: the same bytes as a simulation, whatever dies."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.join import Site, join
+from clients.session import Timing as ClientTiming
+from fedft.api import Run
+from fedft.core import partition
+from fedft.core.errors import ConfigError, QuorumFailure
+from server import identity
+from server.config import RunConfig, parse_config
+from server.grids.grpc import Timing
+from server.run import simulate
+from server.serve import Hosting, serve
+
+pytestmark = pytest.mark.grpc
+
+Table = Callable[..., dict[str, Any]]
+
+FAST = Timing(heartbeat=1.0, silence=10.0, absence=30.0)
+QUICK = ClientTiming(heartbeat=1.0, silence=10.0, first_delay=0.1, longest_delay=0.5, give_up=60.0)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Processes that start in a moment: forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clients.join", "clients.train", "server.serve"])
+    return context
+
+
+@dataclass
+class Stage:
+    """A server and clients, each a process of its own."""
+
+    processes: Any
+    folder: Path
+    config: RunConfig
+    hosting: Hosting
+    server: Any = None
+    clients: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def run(self) -> Run:
+        return Run(self.run_dir)
+
+    def start_server(self) -> None:
+        self.server = self.processes.Process(
+            target=serve,
+            args=(self.config, self.run_dir, identity.Address()),
+            kwargs={"hosting": self.hosting},
+            daemon=True,
+        )
+        self.server.start()
+
+    def invite(self, name: str) -> None:
+        until(lambda: (self.run_dir / "identity" / "address.json").exists())
+        identity.invite(self.run_dir, name, self.folder / f"{name}.kit")
+
+    def start_client(self, name: str, data: Path) -> None:
+        process = self.processes.Process(
+            target=join,
+            args=(self.folder / f"{name}.kit", Site(data, rank=self.ranks.get(name), threads=1)),
+            kwargs={"folder": self.folder / name, "timing": QUICK},
+            daemon=True,
+        )
+        process.start()
+        self.clients[name] = process
+
+    def finish(self, seconds: float = 120.0) -> Run:
+        self.server.join(seconds)
+        assert self.server.exitcode == 0
+        for process in self.clients.values():
+            process.join(15)
+            assert process.exitcode == 0
+        return self.run
+
+    def close(self) -> None:
+        for process in [self.server, *self.clients.values()]:
+            if process is not None and process.is_alive():
+                process.kill()
+                process.join(10)
+
+
+def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
+    ends = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def stage(processes: Any, tmp_path: Path) -> Iterator[Callable[..., Stage]]:
+    made: list[Stage] = []
+
+    def make(config: RunConfig, name: str = "stage", **options: Any) -> Stage:
+        folder = tmp_path / name
+        folder.mkdir()
+        made.append(Stage(processes, folder, config, Hosting(timing=FAST, **options)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def simulated(config: RunConfig, folder: Path) -> Run:
+    return Run(simulate(config, folder).path)
+
+
+def site_files(config: RunConfig, simulated_run: Run, folder: Path) -> dict[str, Path]:
+    """The rows of each site of a simulation, as a file of its own."""
+    from fedft.core.data import load
+
+    raw = load(config.data, config.model.task, seed=config.seed).train
+    assert raw.labels is not None
+    source = [json.loads(line) for line in Path(config.data.source).read_text().splitlines()]
+    manifest = partition.load(simulated_run.directory / "partition")
+    folder.mkdir(exist_ok=True)
+    files: dict[str, Path] = {}
+    for index in range(len(manifest)):
+        rows = [source[raw.lines[row] - 1] for row in manifest.rows_of(index)]
+        path = folder / f"{manifest.name_of(index)}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[manifest.name_of(index)] = path
+    return files
+
+
+def test_four_client_processes_give_the_bytes_of_a_simulation(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """Law 6 over gRPC."""
+    config = parse_config(tiny_table(fleet={"clients": 4}))
+    reference = simulated(config, tmp_path / "simulated")
+    files = site_files(config, reference, tmp_path / "files")
+    play = stage(config)
+    play.start_server()
+    for name, file in files.items():
+        play.invite(name)
+        play.start_client(name, file)
+    run = play.finish()
+    assert run.metrics["adapter_sha256"] == reference.metrics["adapter_sha256"]
+    assert run.metrics["history_sha256"] == reference.metrics["history_sha256"]
+    assert run.metrics["final"] == reference.metrics["final"]
+    assert run.metrics["bytes"] == reference.metrics["bytes"]
+
+
+def kill(process: Any) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+
+
+def rounds_done(play: Stage) -> int:
+    file = play.run_dir / "rounds.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def start_all(play: Stage, files: dict[str, Path]) -> None:
+    play.start_server()
+    for name, file in files.items():
+        play.invite(name)
+        play.start_client(name, file)
+
+
+def disturb(play: Stage, files: dict[str, Path]) -> None:
+    """Kill and restart a client after the first round, and the server after the second."""
+    victim = sorted(files)[1]
+    until(lambda: rounds_done(play) >= 1)
+    kill(play.clients[victim])
+    play.start_client(victim, files[victim])
+    until(lambda: rounds_done(play) >= 2)
+    kill(play.server)
+    assert not play.run.metrics, "the run was over before the server was killed"
+    play.start_server()
+
+
+def test_eight_clients_of_mixed_ranks_survive_kills_of_a_client_and_of_the_server(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """Rows 24 and 25: the bytes are those of a simulation that nothing happened to."""
+    table = tiny_table(
+        strategy={"name": "hetlora"},
+        fleet={"clients": 8, "ranks": [2, 4]},
+        rounds={"count": 5, "per-round": 8, "quorum": 8},
+        training={"epochs": 3},
+    )
+    config = parse_config(table)
+    reference = simulated(config, tmp_path / "simulated")
+    files = site_files(config, reference, tmp_path / "files")
+    ranks = {
+        line["site"]: line["rank"]
+        for line in map(
+            json.loads, (reference.directory / "clients.jsonl").read_text().splitlines()
+        )
+    }
+    assert set(ranks.values()) == {2, 4}
+    play = stage(config)
+    play.ranks = ranks
+    start_all(play, files)
+    disturb(play, files)
+    run = play.finish()
+    assert run.metrics["adapter_sha256"] == reference.metrics["adapter_sha256"]
+    assert run.metrics["history_sha256"] == reference.metrics["history_sha256"]
+    assert all(not record["failures"] for record in run.rounds)
+
+
+def test_parts_that_stay_at_the_sites_survive_kills_too(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """FedSA-LoRA keeps B and the head at the sites, and each site judges its own model."""
+    table = tiny_table(
+        strategy={"name": "fedsa-lora"},
+        fleet={"clients": 3},
+        data={"holdout": 0.25},
+        rounds={"count": 5, "per-round": 3, "quorum": 3, "evaluate-every": 1},
+        training={"epochs": 3},
+    )
+    config = parse_config(table)
+    files = site_files(config, simulated(config, tmp_path / "simulated"), tmp_path / "files")
+    quiet, disturbed = stage(config, "quiet"), stage(config, "disturbed")
+    start_all(quiet, files)
+    expected = quiet.finish()
+    start_all(disturbed, files)
+    disturb(disturbed, files)
+    run = disturbed.finish()
+    assert run.metrics["history_sha256"] == expected.metrics["history_sha256"]
+    assert [r["sites"] for r in run.rounds] == [r["sites"] for r in expected.rounds]
+    assert all(record["sites"]["n"] == 3 for record in run.rounds)
+    # Positive control: without its own parts a site goes another way.
+    forgetful = stage(config, "forgetful")
+    start_all(forgetful, files)
+    victim = sorted(files)[1]
+    until(lambda: rounds_done(forgetful) >= 1)
+    kill(forgetful.clients[victim])
+    for kept in (forgetful.folder / victim / "kept").rglob("*.safetensors"):
+        kept.unlink()
+    forgetful.start_client(victim, files[victim])
+    other = forgetful.finish()
+    assert other.metrics["history_sha256"] != expected.metrics["history_sha256"]
+
+
+def test_a_server_without_clients_waits_in_sight_and_pauses(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    """Rows 19 and 20: exit 4, and the same command goes on with the same identity and port."""
+
+    class Notes:
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def started(self, *_: Any) -> None: ...
+        def completed(self, record: Any) -> None: ...
+        def note(self, text: str) -> None:
+            self.lines.append(text)
+
+    config, notes = parse_config(tiny_table()), Notes()
+    hosting = Hosting(patience_s=0.5, timing=FAST)
+    for _ in range(2):
+        with pytest.raises(QuorumFailure, match="0 sites were connected") as failure:
+            serve(config, tmp_path / "run", identity.Address(), hosting=hosting, observer=notes)
+        assert failure.value.exit_code == 4
+    assert any("0 of 4 sites are connected; waiting" in line for line in notes.lines)
+    listening = {line.split(",")[0] for line in notes.lines if line.startswith("listening")}
+    assert len(listening) == 1
+    changed = parse_config(tiny_table(training={"lr": 0.5}))
+    with pytest.raises(ConfigError, match=r"\[training\] lr"):
+        serve(changed, tmp_path / "run", identity.Address(), hosting=hosting)
+
+
+def fedft(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fedft", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, **options)
+
+
+def here(*arguments: str | Path) -> str:
+    """A command in this process, which has its imports behind it; what it printed."""
+    from typer.testing import CliRunner
+
+    from fedft.cli import cli
+
+    result = CliRunner().invoke(cli, [*map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_the_commands_as_a_user_types_them(
+    tiny_table: Table, tmp_path: Path, tiny_data: Path
+) -> None:
+    import tomli_w
+
+    table = tiny_table(fleet={"clients": 2}, rounds={"count": 2, "per-round": 2, "quorum": 2})
+    config, run_dir = tmp_path / "config.toml", tmp_path / "run"
+    config.write_text(tomli_w.dumps(table))
+    running = [fedft("serve", config, "--run-dir", run_dir, "--json")]
+    try:
+        until(lambda: (run_dir / "identity" / "address.json").exists())
+        for name in ("ann", "bob"):
+            kit = tmp_path / f"{name}.kit"
+            assert "fedft join" in here("invite", name, "--run-dir", run_dir, "-o", kit)
+            options = ("--data", tiny_data, "--threads", "1", "--give-up", "60")
+            environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / name)}
+            running.append(fedft("join", kit, *options, env=environment))
+        out, err = running[0].communicate(timeout=200)
+        assert running[0].returncode == 0, err
+        for process in running[1:]:
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            assert "round 2: train accepted" in err
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert json.loads(out)["status"] == "finished"
+    assert Run(run_dir).adapter("last").round == 2
+    here("revoke", "bob", "--run-dir", run_dir, "--why", "left")
+    listed = json.loads(here("clients", "--run-dir", run_dir, "--json"))
+    assert [(c["name"], c["state"]) for c in listed] == [("ann", "joined"), ("bob", "revoked")]
+    assert "revoked" in here("clients", "--run-dir", run_dir)
+    with pytest.raises(ConfigError, match="no file"):
+        here("join", tmp_path / "nowhere.kit", "--data", tiny_data)
