@@ -367,15 +367,8 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     data = prepare(config.data, config.model.task, encoder, seed=config.seed)
     shapes = models.schema(config.model, config.lora, len(data.classes))
     _check_ranks(config, shapes)
-    manifest = _frozen_partition(config, run, data)
-    if not (run.path / "environment.json").exists():
-        hashes = {**models.fingerprint(folder), "data": data.fingerprint}
-        run.write_environment({**hashes, "partition": manifest.fingerprint}, _facts(config, data))
-    elif (then := run.environment()["hashes"]["data"]) != data.fingerprint:
-        raise MismatchError(
-            f"the data are not those of this run (fingerprint {data.fingerprint[:12]}, was {then[:12]})",
-            fix="Put the original data back, or start a new run.",
-        )
+    inputs = {**models.fingerprint(folder), "data": data.fingerprint}
+    manifest = _frozen_partition(config, run, data, inputs)
     task = config.task(
         run_id=run.path.name,
         precision=config.engine.precision,
@@ -406,10 +399,15 @@ def _facts(config: RunConfig, data: Data) -> dict[str, object]:
     }
 
 
-def _frozen_partition(config: RunConfig, run: RunDir, data: Data) -> Manifest:
-    """The run's manifest: built and saved once, loaded ever after."""
-    if run.partition.exists():
-        return partition.load(run.partition)
+def _frozen_partition(
+    config: RunConfig, run: RunDir, data: Data, inputs: dict[str, str]
+) -> Manifest:
+    """The run's manifest: built, saved and recorded once, loaded and verified ever after."""
+    if recorded := run.environment().get("hashes"):
+        _check_inputs(recorded, inputs)
+        manifest = partition.load(run.partition, recorded["partition"])
+        manifest.verify()
+        return manifest
     manifest = partition.build(
         config.data.partition,
         examples=len(data.train),
@@ -419,7 +417,19 @@ def _frozen_partition(config: RunConfig, run: RunDir, data: Data) -> Manifest:
         owners=data.owners,
     )
     manifest.save(run.partition)
+    run.write_environment({**inputs, "partition": manifest.fingerprint}, _facts(config, data))
     return partition.load(run.partition)  # mapped: a million sites leave the memory again
+
+
+def _check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """The base model, the tokenizer and the data must be those that the run started with."""
+    for what, digest in now.items():
+        if then[what] != digest:
+            raise MismatchError(
+                f"the {what.replace('_', ' ')} is not that of this run: hash {digest[:12]}, "
+                f"was {then[what][:12]}",
+                fix="Put the original back, or start a new run.",
+            )
 
 
 def _restore(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.core.errors import ConfigError, Interrupted, MismatchError
+from fedft.core.errors import ConfigError, IntegrityError, Interrupted, MismatchError
 from server.config import RunConfig, parse_config
 from server.run import fork, resume, simulate
 
@@ -210,16 +211,39 @@ def test_a_fork_goes_on_with_changes_in_a_directory_of_its_own(
         fork(tmp_path / "run", tmp_path / "no", parse_config(tiny_table(lora={"rank": 2})))
 
 
-def test_changed_data_are_noticed_on_resume(tiny_table: Table, tmp_path: Path) -> None:
-    copy = tmp_path / "data.jsonl"
-    copy.write_text(Path(tiny_table()["data"]["source"]).read_text())
-    table = tiny_table(data={"source": str(copy)})
+def test_other_inputs_are_noticed_on_resume(
+    tiny_table: Table, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Rows 48, 49 and 53: the base model, the tokenizer, the data and the partition."""
+    data, model = tmp_path / "data.jsonl", tmp_path / "model"
+    data.write_text(Path(tiny_table()["data"]["source"]).read_text())
+    shutil.copytree(tiny_model, model)
+    table = tiny_table(data={"source": str(data)}, model={"source": str(model)})
     asked = iter([False] * 5)
     with pytest.raises(Interrupted):
         run_of(table, tmp_path / "run", stop=lambda: next(asked, True))
-    copy.write_text(copy.read_text().replace("steel", "stem"))
-    with pytest.raises(MismatchError, match="not those of this run"):
+    files = {
+        "data": (data, b"steel", b"stem"),
+        "tokenizer": (model / "tokenizer.json", b'"[UNK]"', b'"[UNX]"'),
+        "base model": (model / "model.safetensors", b"\x00\x00", b"\x00\x01"),
+    }
+    for what, (path, old, new) in files.items():
+        before = path.read_bytes()
+        head, tail = before[:4000], before[4000:]
+        damaged = (
+            head + tail.replace(old, new, 1) if what == "base model" else before.replace(old, new)
+        )
+        path.write_bytes(damaged)
+        with pytest.raises((MismatchError, ConfigError), match=what):
+            resume(tmp_path / "run")
+        path.write_bytes(before)
+    rows = tmp_path / "run" / "partition" / "rows.npy"
+    before = rows.read_bytes()
+    rows.write_bytes(before[:-4] + b"\x01\x00\x00\x00")
+    with pytest.raises(IntegrityError, match="fingerprint"):
         resume(tmp_path / "run")
+    rows.write_bytes(before)
+    resume(tmp_path / "run")  # control
 
 
 def test_patience_ends_a_run_early(tiny_table: Table, tmp_path: Path) -> None:
