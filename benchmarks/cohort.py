@@ -11,8 +11,9 @@ machine disturbs little; all contenders take turns within each repeat, and media
 * ``cohort K``: K sites in one pass.
 * ``one adapter K b``: PEFT trains a single adapter on batches of K·b rows: what a large batch costs
   where nobody has an adapter of their own.
-* ``gemm``: measured rate of this processor's best exact kernel at the model's own shapes, and the
-  share of it that the engine reaches over a whole step, counting 4 FLOP a weight and real token.
+* ``gemm``: measured rate of the kernel that the engine uses at the model's own shapes, and the
+  share of it over a whole step. Nominal: it counts 4 FLOP a weight and real token, also for what
+  the engine leaves out (most of the last block), and none for padding.
 """
 
 import argparse
@@ -87,7 +88,8 @@ class Contender:
     def __init__(
         self, name: str, precision: Precision, engine: Engine, own: Sequence[Sequence[Batch]]
     ) -> None:
-        self.name, self.precision, self.engine, self.own = name, precision, engine, own
+        self.name, self.engine, self.own = name, engine, own
+        self.precision: Precision = precision
         adapter = initial_adapter(engine.base.shapes, LORA, LORA.rank, 0)
         training = LocalTraining()
         self.plans = [
