@@ -211,7 +211,7 @@ def _call_enrol(kit: Kit, request: pb.EnrolRequest) -> pb.EnrolReply:
             trouble = tls_trouble(kit.server, show)
             if trouble is not None:
                 raise SecurityRefusal(
-                    f"{kit.server} and this kit do not trust each other: {trouble}",
+                    f"{kit.server} and this kit do not trust each other: {trouble.reason}",
                     fix="Check the clocks of both machines, and that the kit is of this server.",
                 ) from error
             call = cast(grpc.Call, error)

@@ -53,6 +53,9 @@ UNUSABLE = 102
 """Code of a failure for work that this client cannot do as it was sent."""
 
 _KEPT_RESULTS = 2
+_MEANT = 4
+"""Times in a row that a server hangs up on a certificate before that is taken for its answer."""
+
 _EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
 
 
@@ -189,6 +192,7 @@ class Session:
         self._random = random.Random()
         self._stream: _Stream | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turned_away = 0  # times in a row
 
     def run(self) -> str:
         """Stay until the run is over.
@@ -222,12 +226,8 @@ class Session:
                 self._stream = None
             if stream.welcomed:
                 delay, alone_since = self.timing.first_delay, time.monotonic()
-            elif (trouble := await self._tls_trouble()) is not None:
-                raise SecurityRefusal(
-                    f"{self.connection.target} and this site do not trust each other: {trouble}",
-                    fix="Check the address, the clocks of both machines, and that the kit is of "
-                    "this server.",
-                )
+            else:
+                await self._check_trust()
             waited = time.monotonic() - alone_since
             if self.timing.give_up is not None and waited > self.timing.give_up:
                 raise EnvironmentFailure(
@@ -252,11 +252,24 @@ class Session:
             await asyncio.wait([task], timeout=0.2)
         task.result()
 
-    async def _tls_trouble(self) -> str | None:
+    async def _check_trust(self) -> None:
+        """Tell a server that cannot be trusted, or does not trust this site, from one that is away.
+
+        Raises:
+            SecurityRefusal: trying again cannot help.
+        """
         credentials = self.connection.credentials
         if credentials is None:
-            return None
-        return await asyncio.to_thread(tls_trouble, self.connection.target, credentials)
+            return
+        trouble = await asyncio.to_thread(tls_trouble, self.connection.target, credentials)
+        self._turned_away = self._turned_away + 1 if trouble is not None else 0
+        # A server that is just going down hangs up too; one that means it does so every time.
+        if trouble is not None and (trouble.certain or self._turned_away >= _MEANT):
+            raise SecurityRefusal(
+                f"{self.connection.target} and this site do not trust each other: {trouble.reason}",
+                fix="Check the address, the clocks of both machines, and that the kit is of this "
+                "server and has not expired.",
+            )
 
     # work, over all connections
 
@@ -586,7 +599,15 @@ def _lost(error: grpc.aio.AioRpcError) -> Exception:
     return _Lost(f"no connection ({error.code().name.lower()}: {(error.details() or '')[:200]})")
 
 
-def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -> str | None:
+@dataclass(frozen=True)
+class Trouble:
+    """Why TLS with a server fails. ``certain``: trying again cannot help."""
+
+    reason: str
+    certain: bool = True
+
+
+def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -> Trouble | None:
     """Why TLS with a server fails; None where it works, or where there is no server.
 
     gRPC says "unavailable" to all of this; a handshake of Python's own tells what it is.
@@ -601,20 +622,20 @@ def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -
         own.write_bytes(credentials.certificate + credentials.key)
         context.load_cert_chain(own)
     try:
-        with (
-            socket.create_connection((host, int(port)), timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=host) as tls,
-        ):
-            tls.recv(1)  # TLS 1.3 says here what it thinks of our certificate
-    except ssl.SSLCertVerificationError as error:
-        return f"the server's certificate: {error.verify_message}"
-    except ssl.SSLEOFError:
-        return None
-    except ssl.SSLError as error:
-        return f"{error.reason or error}".lower().replace("_", " ")
+        plain = socket.create_connection((host, int(port)), timeout_s)
     except OSError:
         return None
-    return None
+    # A server that lets us in speaks first (HTTP/2 settings); one that does not hangs up instead.
+    away = Trouble("the server turns this site's certificate away", certain=False)
+    try:
+        with plain, context.wrap_socket(plain, server_hostname=host) as tls:
+            return None if tls.recv(1) else away
+    except ssl.SSLCertVerificationError as error:
+        return Trouble(f"the server's certificate: {error.verify_message}")
+    except TimeoutError:
+        return None
+    except OSError:
+        return away
 
 
 _OPTIONS = [
