@@ -45,8 +45,9 @@ from server.validation import Limits
 CLIENT_APP = "clients.app:app"
 """The client side, by reference: the server never imports it."""
 
-COHORT_TOKENS = 512
-"""Tokens that one pass of the cohort engine is filled with when ``engine.cohort = "auto"``."""
+COHORT_TOKENS = 1024
+"""Tokens that one pass of the cohort engine is filled with when ``engine.cohort = "auto"``: where
+its speed levels off on a CPU, as benchmarks/cohort.py shows."""
 
 
 class Observer(Protocol):
@@ -276,24 +277,25 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def concrete(precision: Precision | Literal["auto"], *, gpu: bool = False) -> Precision:
-    """``auto`` as what this machine does fast: TF32 on a GPU, bfloat16 where the processor has AMX."""
+    """``auto`` as what this machine does fast: TF32 on a GPU, bfloat16 where the processor has it."""
     if precision != "auto":
         return precision
     if gpu:
         return "tf32"
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return "bf16" if probe is not None and probe() else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
 
 def cohort_size(config: RunConfig) -> int:
     """Sites a pass: a function of the configuration alone, never of the workers.
 
-    Fills :data:`COHORT_TOKENS`, counting a row as a quarter of the longest allowed, and never puts
-    a round into fewer than two passes, so that two workers have work.
+    Fills :data:`COHORT_TOKENS`, counting a row as an eighth of the longest allowed, which is what
+    short texts come to, and never puts a round into fewer than two passes, so that two workers
+    have work.
     """
-    row = max(1, config.data.max_length // 4)
-    fits = max(1, COHORT_TOKENS // (row * config.training.batch_size))
-    return max(1, min(max(fits, 8), -(-config.rounds.per_round // 2)))
+    row = max(1, config.data.max_length // 8)
+    fits = COHORT_TOKENS // (row * config.training.batch_size)
+    return max(1, min(fits, -(-config.rounds.per_round // 2)))
 
 
 @dataclass(frozen=True, eq=False)
