@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test test-ray test-slow check bench wheel clean
+.PHONY: install models demo test test-tiers test-slow check bench wheel clean
 
 install: $(STAMP)
 
@@ -33,10 +33,11 @@ demo: install
 	  --report
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
-test-ray: install
-	$(BIN)/python -m pytest -m 'ray and not slow'
+# Whole runs on Ray, over gRPC and through Flower, and processes that are killed.
+test-tiers: install
+	$(BIN)/python -m pytest -m '(ray or grpc or crash) and not slow'
 
 test-slow: install models
 	$(BIN)/python -m pytest -m slow --timeout 3600

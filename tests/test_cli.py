@@ -168,6 +168,7 @@ def test_a_second_writer_is_refused_and_an_existing_run_is_not_overwritten(
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
 
 
+@pytest.mark.crash
 def test_sigterm_finishes_the_commit_and_the_run_resumes_to_the_same_bytes(
     fedft: Any, tiny_table: Table, tmp_path: Path
 ) -> None:

@@ -408,6 +408,7 @@ def serve(folder: Path) -> None:
             commit(run.checkpoints, round, Files())
 
 
+@pytest.mark.crash
 def test_sigkill_at_any_instant_costs_at_most_the_round_in_flight(tmp_path: Path):
     with RunDir.create(tmp_path / "run") as run:
         run.write_config("seed = 0\n")

@@ -178,6 +178,7 @@ def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
     assert struck >= kills // 4  # the harness did kill runs in the middle
 
 
+@pytest.mark.crash
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_twenty_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
     killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
