@@ -75,7 +75,10 @@ def main() -> None:
     }
     few, many = (medians[str(size)] for size in SIZES)
     extra = {key: many[key] - few[key] for key in few}
-    save("registered", {"medians": medians, "extra": extra, "runs": {str(k): v for k, v in runs.items()}})
+    save(
+        "registered",
+        {"medians": medians, "extra": extra, "runs": {str(k): v for k, v in runs.items()}},
+    )
     print(
         f"1,000,000 registered against 100: {extra['start_s']:+.2f} s at the start, "
         f"{extra['peak_mib']:+.0f} MiB, {1000 * extra['round_s']:+.0f} ms a round"

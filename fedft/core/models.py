@@ -41,7 +41,11 @@ _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "image-classification": "AutoModelForImageClassification",
 }
-PEFT_TASK = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}
+PEFT_TASK: dict[str, str | None] = {
+    "classification": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    "image-classification": None,
+}
 """Our task → peft's ``task_type``."""
 
 

@@ -1,5 +1,8 @@
 """Adapters on disk, exactly as PEFT writes and reads them."""
 
+# pyright: standard
+# safetensors is typed in part.
+
 import json
 from pathlib import Path
 from typing import Any

@@ -4,7 +4,7 @@ Each table is a frozen pydantic model; every key has its one default here. The w
 validated by ``server.config.RunConfig``; a client receives these tables only.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -142,7 +142,7 @@ class TrainingSpec(Table):
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
-        values = self.model_dump() | {"clip_norm": self.clip_norm or None}
+        values: dict[str, Any] = {**self.model_dump(), "clip_norm": self.clip_norm or None}
         return LocalTraining(**values)
 
 
