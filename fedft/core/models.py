@@ -438,7 +438,7 @@ def load_base(
     for name in HEADS:
         if isinstance(head := getattr(model, name, None), nn.Module):
             head.float().register_forward_pre_hook(_widen)
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = model.config.eos_token_id
     return Base(model, lora, spec.task)
 

@@ -283,3 +283,48 @@ def test_a_rank_larger_than_a_layer_is_refused_before_training(
 ) -> None:
     with pytest.raises(ConfigError, match="at most 32"):
         run_of(tiny_table(lora={"rank": 33}), tmp_path / "run")
+
+
+def tiny_vit(folder: Path) -> Path:
+    """A one-block ViT with random weights, with its image processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTForImageClassification(config).vit.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cohort", [1, 2])
+def test_images_are_classified_by_parties_with_styles_of_their_own(
+    tmp_path: Path, cohort: int
+) -> None:
+    from PIL import Image
+
+    rows: list[str] = []
+    for i in range(48):
+        label, style = i % 2, ("pale", "dark")[i // 2 % 2]
+        shade = (40 if style == "dark" else 160) + 60 * label
+        Image.new("RGB", (8, 8), (shade, 255 - shade, i)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "label": str(label), "style": style}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    table = {
+        "model": {"source": str(tiny_vit(tmp_path / "vit")), "task": "image-classification"},
+        "lora": {"rank": 2, "target-modules": ["q_proj", "v_proj"]},
+        "data": {
+            "source": str(tmp_path / "rows.jsonl"),
+            "partition": {"kind": "natural", "column": "style"},
+        },
+        "fleet": {"clients": 2},
+        "rounds": {"count": 2, "per-round": 2, "evaluate-every": 1},
+        "training": {"batch-size": 4},
+        "engine": {"backend": "inline", "cohort": cohort},
+    }
+    run = run_of(table, tmp_path / "run")
+    assert run.rounds[0]["cohort"] == ["dark", "pale"]
+    assert run.rounds[1]["train"]["loss"] < run.rounds[0]["train"]["loss"]
