@@ -67,19 +67,8 @@ class RunConsole:
         )
         if state.round:
             self.note(f"going on after round {state.round}")
-        if self._err.is_terminal:
-            self._bar = Progress(
-                TextColumn("round"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[scores]}"),
-                TimeElapsedColumn(),
-                console=self._err,
-            )
-            self._bar.start()
-            self._bar.add_task(
-                "rounds", total=config.rounds.count, completed=state.round, scores=""
-            )
+        if self._err.is_terminal and not self._json:
+            self._bar = _bar(self._err, "round", config.rounds.count, state.round)
 
     def completed(self, record: Mapping[str, Any]) -> None:
         """A round is committed."""
@@ -130,16 +119,7 @@ class ComparisonConsole:
 
     def __enter__(self) -> "ComparisonConsole":
         if self._err.is_terminal and not self._json:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[scores]}"),
-                TimeElapsedColumn(),
-                console=self._err,
-            )
-            self._bar.start()
-            self._bar.add_task("runs", total=self._total, scores="")
+            self._bar = _bar(self._err, "run", self._total)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -204,6 +184,21 @@ class _CellObserver:
     def note(self, text: str) -> None:
         """One line for the reader."""
         self._console.note(f"{self._cell.path.name}: {text}")
+
+
+def _bar(console: Console, what: str, total: int, completed: int = 0) -> Progress:
+    """A running progress bar with one task, whose field ``scores`` is shown beside it."""
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[scores]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    bar.start()
+    bar.add_task(what, total=total, completed=completed, scores="")
+    return bar
 
 
 def print_error(error: FedftError) -> None:
