@@ -53,6 +53,7 @@ UNUSABLE = 102
 """Code of a failure for work that this client cannot do as it was sent."""
 
 _KEPT_RESULTS = 2
+_LINGER_S = 0.5
 _MEANT = 4
 """Times in a row that a server hangs up on a certificate before that is taken for its answer."""
 
@@ -193,6 +194,7 @@ class Session:
         self._stream: _Stream | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned_away = 0  # times in a row
+        self._offer: tuple[tuple[str, ...], Offer] | None = None
 
     def run(self) -> str:
         """Stay until the run is over.
@@ -321,7 +323,7 @@ class Session:
                 job.announced = True
                 self._stream.announce(job.ticket)
 
-    async def judged(self, ack: pb.Ack) -> None:
+    def judged(self, ack: pb.Ack) -> None:
         """The server's verdict on a result."""
         ticket = Ticket.read(ack.ticket)
         job = self._jobs.get(ticket)
@@ -336,7 +338,8 @@ class Session:
         if failed or not counted:
             self._jobs.pop(ticket)
         self._forget_old()
-        await self.in_thread(lambda: self.worker.judged(ticket, counted=counted and not failed))
+        # In the order of the acks and before any later work, without holding up the stream.
+        self._thread.submit(self.worker.judged, ticket, counted=counted and not failed)
 
     def _forget_old(self) -> None:
         """Keep the newest results that were counted: a server that lost them asks again."""
@@ -344,9 +347,17 @@ class Session:
         for ticket in judged[:-_KEPT_RESULTS]:
             del self._jobs[ticket]
 
-    async def in_thread(self, call: Callable[[], Any]) -> Any:
-        """Run something in the thread that works."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def offer(self, task: pb.Task, hashes: Mapping[str, str]) -> Offer:
+        """What the worker brings to this task; known at once when it was asked before.
+
+        A reconnect must not wait for the training that is under way in the worker's thread.
+        """
+        key = (task.run, task.spec, *hashes.values())
+        if self._offer is None or self._offer[0] != key:
+            loop, load = asyncio.get_running_loop(), self.worker.load
+            made = await loop.run_in_executor(self._thread, load, task.run, task.spec, hashes)
+            self._offer = (key, made)
+        return self._offer[1]
 
     def connected(self, stream: "_Stream") -> None:
         """A stream is open for work."""
@@ -370,6 +381,7 @@ class _Stream:
         self._writing = asyncio.Lock()
         self._call: Any = None
         self._refused = False
+        self._reading = False
         self.welcomed = False
 
     def announce(self, ticket: Ticket) -> None:
@@ -382,6 +394,13 @@ class _Stream:
             async with asyncio.timeout(2.0):
                 await self._write(pb.FromSite(goodbye=pb.Goodbye(reason=reason[:500])))
                 await self._call.done_writing()
+                # Hanging up at once could overtake the word.
+                if self._reading:
+                    await asyncio.sleep(_LINGER_S)
+                else:
+                    async with asyncio.timeout(_LINGER_S):
+                        while await self._call.read() is not _EOF:
+                            pass
         except (TimeoutError, _Lost, grpc.aio.BaseError):
             logger.debug("the server did not hear the goodbye")
 
@@ -424,9 +443,7 @@ class _Stream:
 
     async def _offer(self, task: pb.Task) -> pb.Offer:
         hashes = {f: getattr(task.hashes, f) for f in ("base_model", "tokenizer", "data_schema")}
-        offer: Offer = await self._session.in_thread(
-            lambda: self._session.worker.load(task.run, task.spec, hashes)
-        )
+        offer = await self._session.offer(task, hashes)
         return pb.Offer(
             examples=offer.examples,
             rank=offer.rank or 0,
@@ -450,6 +467,7 @@ class _Stream:
                     raise _Lost(f"the server said {other} where {kind} was expected")
 
     async def _read(self) -> pb.FromServer:
+        self._reading = True
         try:
             async with asyncio.timeout(self._timing.silence):
                 message = await self._call.read()
@@ -457,6 +475,8 @@ class _Stream:
             raise _Lost(f"nothing was heard for {self._timing.silence:.0f} s") from None
         except grpc.aio.AioRpcError as error:
             raise _lost(error) from None
+        finally:
+            self._reading = False
         if message is _EOF:
             raise _Lost("the server ended the stream")
         return message
@@ -498,7 +518,7 @@ class _Stream:
                 case "chunk":
                     self._chunk(message.chunk.data)
                 case "ack":
-                    await self._ack(message.ack)
+                    self._ack(message.ack)
                 case "cancel":
                     for ticket in message.cancel.tickets:
                         self._session.call_off(Ticket.read(ticket))
@@ -534,9 +554,9 @@ class _Stream:
             self._inbox = None
             self._session.take(Ticket.read(work.ticket), work.plan, content)
 
-    async def _ack(self, ack: pb.Ack) -> None:
+    def _ack(self, ack: pb.Ack) -> None:
         if ack.verdict != pb.SEND:
-            await self._session.judged(ack)
+            self._session.judged(ack)
             return
         outcome = self._session.outcome(Ticket.read(ack.ticket))
         if isinstance(outcome, RecordDict):

@@ -21,7 +21,7 @@ from fedft.core.metrics import Tally
 from fedft.core.types import ClientUpdate, EvalPlan, LocalTraining, ServerState, Site, TrainPlan
 from server.config import RoundsSpec
 from server.roster import Roster
-from server.validation import Limits, validate
+from server.validation import REPLY_REFUSED, Limits, validate
 from strategies import Strategy
 
 EVALUATION_SHARDS = 8
@@ -247,7 +247,9 @@ def _accept(
     federation: Federation, reply: Message, site: Site, plan: TrainPlan, ledger: Ledger
 ) -> ClientUpdate | None:
     if reply.has_error():
-        ledger.failed(plan.round, site.name, "error", reply.error.reason or "")
+        why = reply.error.reason or ""
+        word = why.split(":")[0] if reply.error.code == REPLY_REFUSED else "error"
+        ledger.failed(plan.round, site.name, word, why)
         return None
     try:
         sent = replace(plan, start=codec.on_the_wire(plan.start, federation.wire))

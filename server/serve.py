@@ -234,9 +234,7 @@ def objection(setting: Setting, site: Site) -> str | None:
     if rank > config.rank:
         return f"{site.name} wants rank {rank}, and the run's largest is {config.rank}"
     if rank != config.rank and not config.strategy.mixed_ranks:
-        return (
-            f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} at all"
-        )
+        return f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} of all sites"
     needed = _needed_mib(setting, rank)
     if site.memory_mib is not None and site.memory_mib < needed:
         return (

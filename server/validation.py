@@ -23,6 +23,10 @@ _NPY_MAGIC = b"\x93NUMPY"
 _HEADER = 4096
 """Bytes of framing that an encoded array may have beyond its numbers."""
 
+REPLY_REFUSED = 110
+"""Code of an error reply for a result that a grid refused by its header, before any of its bytes
+came; the reason starts with the word that :class:`~fedft.core.errors.UpdateRejected` gives it."""
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -44,12 +44,9 @@ from server.grids.base import Job, SimulationGrid
 from server.grids.flower import NODE_UNAVAILABLE
 from server.grids.serve import Answer, error_reply
 from server.identity import Address, Audit, Authority, Client, Registry, serial_of
+from server.validation import REPLY_REFUSED
 
 logger = logging.getLogger(__name__)
-
-REPLY_REFUSED = 110
-"""Code of an error reply for a result that was refused before its bytes were taken; the reason
-starts with the word that :class:`~fedft.core.errors.UpdateRejected` gives it."""
 
 _EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
 SERVICE = "fedft.link.v1.Federation"

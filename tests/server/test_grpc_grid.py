@@ -30,8 +30,9 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, chunks, describe
 from fedft.core.types import Site
 from server.grids import grpc as grid_module
-from server.grids.grpc import REPLY_REFUSED, Desk, GrpcGrid, Terms, Timing
+from server.grids.grpc import Desk, GrpcGrid, Terms, Timing
 from server.identity import Address, Audit, Registry
+from server.validation import REPLY_REFUSED
 
 SHAPES = {"a": (64, 128), "b": (128, 64)}
 HASHES = {"base_model": "m", "tokenizer": "t", "data_schema": "d"}
@@ -162,7 +163,7 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
             folder = tmp_path / f"place-{len(list(tmp_path.iterdir()))}"
             folder.mkdir()
             made = Place(folder, terms, timing)
-            stack.callback(lambda: [made.grid.close(), *(s.close() for s in made.scripts)])
+            stack.callback(lambda: [*(s.close() for s in made.scripts), made.grid.close()])
             return made
 
         yield make

@@ -337,3 +337,29 @@ def test_the_commands_as_a_user_types_them(
     assert "revoked" in here("clients", "--run-dir", run_dir)
     with pytest.raises(ConfigError, match="no file"):
         here("join", tmp_path / "nowhere.kit", "--data", tiny_data)
+
+
+def test_what_a_site_is_told_and_asked_before_it_may_join(
+    tiny_table: Table, tmp_path: Path, tiny_data: Path
+) -> None:
+    """Row 28: rank and memory are weighed with both figures; the server's own files stay its own."""
+    from dataclasses import replace
+
+    from fedft.core.rundir import RunDir
+    from fedft.core.types import Site as Member
+    from server.run import prepare_run
+    from server.serve import for_sites, objection, sites_task
+
+    config = for_sites(parse_config(tiny_table()))
+    with RunDir.create(tmp_path / "run") as run:
+        setting = prepare_run(config, run)
+    told = sites_task(setting).model_dump_json()
+    assert str(tiny_data) not in told and str(tmp_path) not in told
+    assert objection(setting, Member("ann", 5)) is None
+    assert objection(setting, Member("ann", 5, rank=4, memory_mib=4096.0)) is None
+    poor = objection(setting, Member("ann", 5, memory_mib=0.01)) or ""
+    assert "MiB at rank 4" in poor and "grants 0 MiB" in poor
+    assert "largest is 4" in (objection(setting, Member("ann", 5, rank=8)) or "")
+    assert "needs 4" in (objection(setting, Member("ann", 5, rank=2)) or "")
+    mixed = replace(setting, config=parse_config(tiny_table(strategy={"name": "flexlora"})))
+    assert objection(mixed, Member("ann", 5, rank=2)) is None
