@@ -193,6 +193,11 @@ def resume(
     observer = observer or Silent()
     with RunDir.open(run_dir, writing=True) as run:
         config = parse_toml(run.config, str(run.path / "config.toml"))
+        if (run.path / "identity").exists():
+            raise ConfigError(
+                f"{run.path} is a run of real clients; resuming it here would simulate them",
+                fix=f"Go on with it by the command that started it: fedft serve CONFIG --run-dir {run.path}",
+            )
         if changed is not None:
             config = _same_run(config, resolved(changed))
         for package, (then, now) in run.changed_versions().items():

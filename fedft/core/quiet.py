@@ -18,6 +18,7 @@ def quiet(verbose: bool = False) -> None:
     if verbose:
         return
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

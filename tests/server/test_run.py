@@ -247,6 +247,16 @@ def test_other_inputs_are_noticed_on_resume(
     resume(tmp_path / "run")  # control
 
 
+def test_a_run_of_real_clients_is_not_resumed_as_a_simulation(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    run_of(tiny_table(rounds={"count": 2}), tmp_path / "run")
+    resume(tmp_path / "run")  # control
+    (tmp_path / "run" / "identity").mkdir()
+    with pytest.raises(ConfigError, match="fedft serve"):
+        resume(tmp_path / "run")
+
+
 def test_patience_ends_a_run_early(tiny_table: Table, tmp_path: Path) -> None:
     settings = {"count": 30, "evaluate-every": 1, "patience": 2}
     table = tiny_table(rounds=settings, training={"lr": 1e-9})
