@@ -4,7 +4,7 @@ This is the readable definition of what a site does; the cohort engine must agre
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -203,8 +203,3 @@ def make_optimizer(
         momentum=training.momentum,
         weight_decay=training.weight_decay,
     )
-
-
-def sent(adapter: Adapter, plan: TrainPlan) -> Mapping[str, Tensor]:
-    """What travels back: the parts of the trained adapter that the plan asks for."""
-    return adapter.tensors(plan.send)
