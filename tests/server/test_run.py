@@ -15,6 +15,7 @@ import torch
 
 from fedft.api import Run
 from fedft.core.errors import ConfigError, IntegrityError, Interrupted, MismatchError
+from server.checkpoints import Checkpoints
 from server.config import RunConfig, parse_config
 from server.run import fork, resume, simulate
 
@@ -158,8 +159,15 @@ def kill_at_random(config: RunConfig, folder: Path, after_s: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def committed(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the rounds that a dead run had committed."""
+    checkpoint = Checkpoints(folder / "checkpoints").load()
+    return [] if checkpoint is None else Run(folder).rounds[: checkpoint.state.round]
+
+
 def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
     config = parse_config(table)
+    simulate(config, tmp_path / "first")  # imports and caches, which the children inherit
     start = time.monotonic()
     whole = Run(simulate(config, tmp_path / "whole").path)
     length = time.monotonic() - start
@@ -168,6 +176,7 @@ def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
     for i in range(kills):
         folder = tmp_path / f"killed-{i}"
         struck += kill_at_random(config, folder, rng.uniform(0.0, length))
+        done = committed(folder)
         if (folder / "config.toml").exists():
             again = Run(resume(folder).path)
         else:  # killed before the directory was claimed: nothing to resume, nothing lost
@@ -175,6 +184,7 @@ def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
         assert again.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
         assert again.metrics["history_sha256"] == whole.metrics["history_sha256"]
         assert without_seconds(again.rounds) == without_seconds(whole.rounds)
+        assert again.rounds[: len(done)] == done  # seconds and all: no committed round was redone
     assert struck >= kills // 4  # the harness did kill runs in the middle
 
 
@@ -182,6 +192,17 @@ def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_twenty_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
     killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
+
+
+@pytest.mark.crash
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_kills_are_noticed_where_nothing_is_committed(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positive control."""
+    monkeypatch.setattr(Checkpoints, "commit", lambda *_: None)
+    with pytest.raises((AssertionError, IntegrityError)):
+        killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
 
 
 @pytest.mark.slow
