@@ -42,10 +42,10 @@ from fedft.core.link.framing import (
     Assembly,
     Expected,
     Ticket,
-    chunks,
     describe,
 )
 from fedft.core.link.secrets import Credentials
+from fedft.core.link.stream import Broken, Pipe, first_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ _KEPT_RESULTS = 2
 _LINGER_S = 0.5
 _MEANT = 4
 """Times in a row that a server hangs up on a certificate before that is taken for its answer."""
-
-_EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,6 @@ class _Job:
     wanted: bool = True
 
 
-class _Lost(Exception):
-    """The connection broke; ``why`` in a few words."""
-
-
 class _Paused(Exception):
     """The server goes away for a while."""
 
@@ -222,7 +216,7 @@ class Session:
                 await self._unless_stopped(stream.serve())
             except _Finished as finished:
                 return str(finished)
-            except (_Lost, _Paused) as lost:
+            except (Broken, _Paused) as lost:
                 reason = str(lost)
             finally:
                 self._stream = None
@@ -378,10 +372,8 @@ class _Stream:
         self._timing = session.timing
         self._outbox: asyncio.Queue[Ticket | _Upload] = asyncio.Queue()
         self._inbox: _Download | None = None
-        self._writing = asyncio.Lock()
-        self._call: Any = None
+        self._pipe: Pipe  # from serve() on
         self._refused = False
-        self._reading = False
         self.welcomed = False
 
     def announce(self, ticket: Ticket) -> None:
@@ -392,33 +384,34 @@ class _Stream:
         """A last word, if the server still listens."""
         try:
             async with asyncio.timeout(2.0):
-                await self._write(pb.FromSite(goodbye=pb.Goodbye(reason=reason[:500])))
-                await self._call.done_writing()
-                # Hanging up at once could overtake the word.
-                if self._reading:
-                    await asyncio.sleep(_LINGER_S)
-                else:
-                    async with asyncio.timeout(_LINGER_S):
-                        while await self._call.read() is not _EOF:
-                            pass
-        except (TimeoutError, _Lost, grpc.aio.BaseError):
+                await self._pipe.say(goodbye=pb.Goodbye(reason=reason[:500]))
+                await self._pipe.part(_LINGER_S)
+        except (TimeoutError, Broken, grpc.aio.BaseError):
             logger.debug("the server did not hear the goodbye")
 
     async def serve(self) -> None:
         """Connect, introduce the site, and work until the stream ends, which it does by raising."""
         async with self._session.connection.channel() as channel:
-            self._call = link_pb2_grpc.FederationStub(channel).Session()
+            call: Any = link_pb2_grpc.FederationStub(channel).Session()
+            self._pipe = Pipe(call, pb.FromSite, self._timing.silence)
             heart: asyncio.Task[None] | None = None
             try:
-                await self._write(pb.FromSite(hello=self._hello()))
+                await self._pipe.say(hello=self._hello())
                 task = (await self._expect("task")).task
-                heart = asyncio.create_task(self._beat())
-                await self._write(pb.FromSite(offer=await self._offer(task)))
+                heart = asyncio.create_task(self._pipe.beat(self._timing.heartbeat))
+                await self._pipe.say(offer=await self._offer(task))
                 await self._expect("welcome")
                 self.welcomed = True
                 self._session.tell("joined; waiting for work")
                 self._session.connected(self)
-                await _first(self._read_on(), self._send_on(), heart)
+                await first_to_end(self._read_on(), self._send_on(), heart)
+            except Broken as broken:
+                if broken.code == grpc.StatusCode.UNIMPLEMENTED:
+                    raise MismatchError(
+                        "whatever listens there is not a fedft server of this version",
+                        fix="Check the address in the kit.",
+                    ) from broken
+                raise
             except FedftError as error:
                 if not self._refused:
                     await self.goodbye(error.what)
@@ -429,7 +422,7 @@ class _Stream:
             finally:
                 if heart is not None:
                     heart.cancel()
-                self._call.cancel()
+                call.cancel()
 
     def _hello(self) -> pb.Hello:
         packages = ("fedft", "torch", "transformers", "peft")
@@ -453,7 +446,7 @@ class _Stream:
 
     async def _expect(self, kind: str) -> pb.FromServer:
         while True:
-            message = await self._read()
+            message = await self._pipe.read(self._timing.silence)
             match message.WhichOneof("body"):
                 case found if found == kind:
                     return message
@@ -464,52 +457,19 @@ class _Stream:
                 case "drain":
                     raise _drained(message.drain)
                 case other:
-                    raise _Lost(f"the server said {other} where {kind} was expected")
-
-    async def _read(self) -> pb.FromServer:
-        self._reading = True
-        try:
-            async with asyncio.timeout(self._timing.silence):
-                message = await self._call.read()
-        except TimeoutError:
-            raise _Lost(f"nothing was heard for {self._timing.silence:.0f} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise _lost(error) from None
-        finally:
-            self._reading = False
-        if message is _EOF:
-            raise _Lost("the server ended the stream")
-        return message
-
-    async def _write(self, message: pb.FromSite) -> None:
-        async with self._writing:
-            try:
-                async with asyncio.timeout(self._timing.silence):
-                    await self._call.write(message)
-            except TimeoutError:
-                raise _Lost(f"the server took nothing for {self._timing.silence:.0f} s") from None
-            except grpc.aio.AioRpcError as error:
-                raise _lost(error) from None
-            except asyncio.InvalidStateError:
-                raise _Lost("the stream has ended") from None
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(self._timing.heartbeat)
-            await self._write(pb.FromSite(heartbeat=pb.Heartbeat()))
+                    raise Broken(f"the server said {other} where {kind} was expected")
 
     async def _send_on(self) -> None:
         while True:
             item = await self._outbox.get()
             if isinstance(item, _Upload):
-                for data in chunks(item.content):
-                    await self._write(pb.FromSite(chunk=pb.Chunk(data=data)))
+                await self._pipe.send(item.content)
             elif (outcome := self._session.outcome(item)) is not None:
-                await self._write(pb.FromSite(result=_result(item, outcome)))
+                await self._pipe.say(result=_result(item, outcome))
 
     async def _read_on(self) -> None:
         while True:
-            message = await self._read()
+            message = await self._pipe.read(self._timing.silence)
             match message.WhichOneof("body"):
                 case "heartbeat":
                     pass
@@ -527,7 +487,7 @@ class _Stream:
                 case "drain":
                     raise _drained(message.drain)
                 case other:
-                    raise _Lost(f"the server said {other} in the middle of a stream")
+                    raise Broken(f"the server said {other} in the middle of a stream")
 
     def _work(self, work: pb.Work) -> None:
         """Work is announced; its tensors follow."""
@@ -536,16 +496,16 @@ class _Stream:
             self._inbox = _Download(work, Assembly(work.content, expected))
         except UpdateRejected as rejected:
             # What follows cannot be told from anything else any more.
-            raise _Lost(f"unusable work: {rejected.reason}: {rejected.what}") from rejected
+            raise Broken(f"unusable work: {rejected.reason}: {rejected.what}") from rejected
         self._take_if_complete()
 
     def _chunk(self, data: bytes) -> None:
         if self._inbox is None:
-            raise _Lost("bytes came that belong to nothing")
+            raise Broken("bytes came that belong to nothing")
         try:
             self._inbox.assembly.feed(data)
         except UpdateRejected as rejected:
-            raise _Lost(f"unusable work: {rejected.what}") from rejected
+            raise Broken(f"unusable work: {rejected.what}") from rejected
         self._take_if_complete()
 
     def _take_if_complete(self) -> None:
@@ -564,7 +524,7 @@ class _Stream:
 
     def _turned_away(self, refusal: pb.Refusal) -> Exception:
         if refusal.retry:
-            return _Lost(f"not now: {refusal.reason}")
+            return Broken(f"not now: {refusal.reason}")
         self._refused = True
         kind = MismatchError if refusal.mismatch else SecurityRefusal
         return kind(
@@ -584,19 +544,6 @@ class _Upload:
     content: RecordDict
 
 
-async def _first(*work: Any) -> None:
-    """Until one of them ends, which it does by raising."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
-
-
 def _result(ticket: Ticket, outcome: RecordDict | Failure) -> pb.Result:
     if isinstance(outcome, Failure):
         failure = pb.Failure(code=outcome.code, reason=outcome.reason[:1000])
@@ -608,15 +555,6 @@ def _drained(drain: pb.Drain) -> Exception:
     return (
         _Finished(drain.reason) if drain.finished else _Paused(f"the server pauses: {drain.reason}")
     )
-
-
-def _lost(error: grpc.aio.AioRpcError) -> Exception:
-    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-        return MismatchError(
-            "whatever listens there is not a fedft server of this version",
-            fix="Check the address in the kit.",
-        )
-    return _Lost(f"no connection ({error.code().name.lower()}: {(error.details() or '')[:200]})")
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from fedft.core.link.framing import (
     Digests,
     Expected,
     Ticket,
-    chunks,
     describe,
 )
+from fedft.core.link.stream import Broken, Pipe, first_to_end
 from fedft.core.types import Site
 from server.grids.base import Job, SimulationGrid
 from server.grids.flower import NODE_UNAVAILABLE
@@ -48,7 +48,6 @@ from server.validation import REPLY_REFUSED
 
 logger = logging.getLogger(__name__)
 
-_EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
 SERVICE = "fedft.link.v1.Federation"
 _REMEMBERED = 8  # settled tickets a site
 
@@ -381,8 +380,8 @@ class _Refused(Exception):
         self.message = pb.Refusal(reason=reason, retry=retry, mismatch=mismatch)
 
 
-class _Gone(Exception):
-    """A client left or went silent; there is nothing to tell it."""
+class _Left(Exception):
+    """A client said goodbye; there is nothing to tell it."""
 
 
 class _Hub(link_pb2_grpc.FederationServicer):
@@ -435,7 +434,7 @@ class _Hub(link_pb2_grpc.FederationServicer):
     async def drain(self, finished: bool, reason: str, patience_s: float) -> None:
         streams = list(self._streams.values())
         for stream in streams:
-            stream.put(pb.FromServer(drain=pb.Drain(finished=finished, reason=reason)))
+            stream.put(pb.Drain(finished=finished, reason=reason))
         if streams:
             await asyncio.wait([s.ended for s in streams], timeout=patience_s)
 
@@ -459,7 +458,7 @@ class _Hub(link_pb2_grpc.FederationServicer):
             by_site.setdefault(ticket.site, []).append(ticket.message())
         for site, messages in by_site.items():
             if (stream := self._streams.get(site)) is not None:
-                stream.put(pb.FromServer(cancel=pb.Cancel(tickets=messages)))
+                stream.put(pb.Cancel(tickets=messages))
 
     async def _watch(self) -> None:
         """Cut streams of clients that were revoked; give up errands of clients that stay away."""
@@ -543,8 +542,8 @@ class _Hub(link_pb2_grpc.FederationServicer):
             await stream.serve()
         except _Refused as refused:
             self.audit("refused", stream.site or "?", str(refused), peer=context.peer())
-            await stream.tell(pb.FromServer(refusal=refused.message))
-        except _Gone as gone:
+            await stream.tell(refusal=refused.message)
+        except (_Left, Broken) as gone:
             self.audit("left", stream.site or "?", str(gone), peer=context.peer())
         except (grpc.aio.BaseError, asyncio.InvalidStateError, asyncio.CancelledError) as broke:
             self.audit("left", stream.site or "?", "the connection broke", peer=context.peer())
@@ -585,10 +584,9 @@ class _Stream:
         self._hub = hub
         self._context = context
         self._timing = hub.timing
-        self._queue: asyncio.Queue[Errand | pb.FromServer] = asyncio.Queue()
+        self._pipe = Pipe(context, pb.FromServer, hub.timing.stall)
+        self._queue: asyncio.Queue[Errand | pb.Cancel | pb.Drain] = asyncio.Queue()
         self._given: set[Ticket] = set()
-        self._writing = asyncio.Lock()
-        self._heard = time.monotonic()
         self._inbox: _Upload | None = None
         self._cut: asyncio.Future[_Refused | None] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -598,9 +596,9 @@ class _Stream:
     @property
     def quiet_s(self) -> float:
         """Seconds since the client last said anything."""
-        return time.monotonic() - self._heard
+        return self._pipe.quiet_s
 
-    def put(self, item: "Errand | pb.FromServer") -> None:
+    def put(self, item: "Errand | pb.Cancel | pb.Drain") -> None:
         """Send something, in its turn; an errand once."""
         if isinstance(item, Errand):
             if item.ticket in self._given:
@@ -613,40 +611,31 @@ class _Stream:
         if not self._cut.done():
             self._cut.set_result(refusal)
 
-    async def tell(self, message: pb.FromServer) -> None:
+    async def tell(self, **body: Any) -> None:
         """A last word, if the client still listens."""
         try:
             async with asyncio.timeout(2.0):
-                await self._write(message)
-        except (TimeoutError, grpc.aio.AioRpcError, grpc.aio.BaseError, _Gone):
+                await self._pipe.say(**body)
+        except (TimeoutError, Broken, grpc.aio.BaseError):
             logger.debug("%s did not hear the last word", self.site)
 
     async def serve(self) -> None:
         """The whole conversation."""
-        heart = asyncio.create_task(self._beat())
+        heart = asyncio.create_task(self._pipe.beat(self._timing.heartbeat))
         try:
             await self._handshake()
-            await self._until_first(self._read_on(), self._send_on(), heart)
+            await first_to_end(self._read_on(), self._send_on(), self._until_cut(), heart)
         finally:
             heart.cancel()
 
-    async def _until_first(self, *work: Any) -> None:
-        tasks = {asyncio.ensure_future(w) for w in work} | {self._cut}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            result = task.result()
-            if isinstance(result, _Refused):
-                raise result
+    async def _until_cut(self) -> None:
+        if (refusal := await self._cut) is not None:
+            raise refusal
 
     # opening
 
     async def _handshake(self) -> None:
-        hello = (await self._read(self._timing.handshake)).hello
+        hello = (await self._pipe.read(self._timing.handshake)).hello
         client = self._hub.admit(self._context, hello)
         self.site = client.name
         _check_versions(hello)
@@ -654,12 +643,12 @@ class _Stream:
         self.instance = hello.instance
         terms = self._hub.terms
         task = pb.Task(run=terms.run, spec=terms.task, hashes=pb.Hashes(**terms.hashes))
-        await self._write(pb.FromServer(task=task))
+        await self._pipe.say(task=task)
         offer = await self._offer()
         site = self._accepted(offer)
         await asyncio.to_thread(self._hub.registry.joined, site)
         self._hub.replaces(client.name, hello.instance)
-        await self._write(pb.FromServer(welcome=pb.Welcome()))
+        await self._pipe.say(welcome=pb.Welcome())
         self._hub.audit(
             "joined",
             site.name,
@@ -673,14 +662,14 @@ class _Stream:
         """The client's offer, once it has loaded; heartbeats come before it."""
         ends = time.monotonic() + self._timing.loading
         while time.monotonic() < ends:
-            message = await self._read(self._timing.silence)
+            message = await self._pipe.read(self._timing.silence)
             match message.WhichOneof("body"):
                 case "offer":
                     return message.offer
                 case "heartbeat":
                     continue
                 case "goodbye":
-                    raise _Gone(message.goodbye.reason[:500])
+                    raise _Left(message.goodbye.reason[:500])
                 case other:
                     raise _Refused(f"an offer was expected, not {other}")
         raise _Refused("the client did not load its model and data in time", retry=True)
@@ -704,49 +693,29 @@ class _Stream:
 
     # reading and writing
 
-    async def _read(self, timeout: float) -> pb.FromSite:
-        try:
-            async with asyncio.timeout(timeout):
-                message = await self._context.read()
-        except TimeoutError:
-            raise _Gone(f"nothing was heard for {timeout:.0f} s") from None
-        if message is _EOF:
-            raise _Gone("the client ended the stream")
-        self._heard = time.monotonic()
-        return message
-
-    async def _write(self, message: pb.FromServer) -> None:
-        async with self._writing:
-            try:
-                async with asyncio.timeout(self._timing.stall):
-                    await self._context.write(message)
-            except TimeoutError:
-                raise _Gone(f"it took nothing for {self._timing.stall:.0f} s") from None
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(self._timing.heartbeat)
-            await self._write(pb.FromServer(heartbeat=pb.Heartbeat()))
-
     async def _send_on(self) -> None:
         """Hand out what is queued, one thing after the other."""
         while True:
             item = await self._queue.get()
-            if isinstance(item, pb.FromServer):
-                await self._write(item)
-            elif self._hub.desk.errand(item.ticket) is item:
-                await self._send(item)
+            match item:
+                case pb.Cancel():
+                    await self._pipe.say(cancel=item)
+                case pb.Drain():
+                    await self._pipe.say(drain=item)
+                case _ if self._hub.desk.errand(item.ticket) is item:
+                    await self._send(item)
+                case _:
+                    pass  # called off while it waited
 
     async def _send(self, errand: Errand) -> None:
         content = errand.message.content
         work = pb.Work(ticket=errand.ticket.message(), plan=errand.plan, content=describe(content))
-        await self._write(pb.FromServer(work=work))
-        for data in chunks(content):
-            await self._write(pb.FromServer(chunk=pb.Chunk(data=data)))
+        await self._pipe.say(work=work)
+        await self._pipe.send(content)
 
     async def _read_on(self) -> None:
         while True:
-            message = await self._read(self._timing.silence)
+            message = await self._pipe.read(self._timing.silence)
             match message.WhichOneof("body"):
                 case "heartbeat":
                     pass
@@ -755,7 +724,7 @@ class _Stream:
                 case "chunk":
                     await self._chunk(message.chunk.data)
                 case "goodbye":
-                    raise _Gone(message.goodbye.reason[:500])
+                    raise _Left(message.goodbye.reason[:500])
                 case other:
                     raise _Refused(f"{other} makes no sense in the middle of a stream")
             if self._inbox is not None and self._inbox.overdue(self._timing):
@@ -818,7 +787,7 @@ class _Stream:
             word = pb.Verdict.Name(verdict).lower()
             self._hub.audit(word, self.site, reason or f"{ticket.kind}, round {ticket.round}")
         ack = pb.Ack(ticket=ticket.message(), verdict=verdict, reason=reason)
-        await self._write(pb.FromServer(ack=ack))
+        await self._pipe.say(ack=ack)
 
 
 @dataclass(eq=False)
