@@ -131,46 +131,48 @@ def simulate(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of several rules over several seeds.
+    """Runs of several rules, or arms, over several seeds.
 
     Attributes:
         directory: folder of the comparison.
-        runs: one a rule and seed.
+        runs: one an arm and seed.
     """
 
     directory: Path
     runs: tuple[Run, ...]
 
-    def table(self) -> "Table":
-        """Means, confidence intervals and paired differences to FedAvg-LoRA."""
+    def table(self, confidence: float | None = None) -> "Table":
+        """Means, confidence intervals and paired differences to FedAvg-LoRA, or the first arm."""
         from fedft.report.tables import summarise
 
-        return summarise([run.directory for run in self.runs])
+        return summarise([run.directory for run in self.runs], confidence)
 
-    def to_html(self, output: str | Path) -> Path:
+    def to_html(self, output: str | Path, confidence: float | None = None) -> Path:
         """Write the report: one self-contained page."""
         from fedft.report import write_report
 
-        write_report([run.directory for run in self.runs], Path(output))
+        write_report([run.directory for run in self.runs], Path(output), confidence)
         return Path(output)
 
 
 def compare(
     config: "str | Path | RunConfig",
     *,
-    strategies: Sequence[str],
+    strategies: Sequence[str] = (),
+    arms: str | Path | None = None,
     seeds: Iterable[int],
     run_dir: str | Path,
     settings: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Run several rules over several seeds, on the same partitions, cohorts and batches.
+    """Run several rules, or arms, over several seeds, on the same partitions, cohorts and batches.
 
     Finished runs in ``run_dir`` are kept, unfinished ones resumed.
 
     Args:
         config: a TOML file, or a validated configuration.
         strategies: names of the rules.
-        seeds: one run a rule and seed.
+        arms: a TOML file with a table of settings for each arm, in place of ``strategies``.
+        seeds: one run an arm and seed.
         run_dir: folder of the comparison.
         settings: overrides by dotted key.
 
@@ -179,7 +181,9 @@ def compare(
     """
     parsed = _config(config, None, None, settings or {})
     folder = Path(run_dir)
-    paths = own_server("compare").compare(parsed, list(strategies), list(seeds), folder)
+    server = own_server("compare")
+    sides = server.rules(parsed, strategies) if arms is None else server.read_arms(Path(arms))
+    paths = server.compare(parsed, sides, list(seeds), folder)
     return Comparison(folder, tuple(Run(path) for path in paths))
 
 

@@ -29,6 +29,10 @@ Settings = Annotated[
     typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Confidence = Annotated[
+    float | None,
+    typer.Option(help="Level of the intervals over seeds: 0.95 where two seeds or more are there."),
+]
 _debug = False
 
 
@@ -71,29 +75,41 @@ def compare(
     config: Config,
     run_dir: Annotated[Path, typer.Option(help="Folder of the comparison.")],
     strategies: Annotated[str, typer.Option(help="Rules, separated by commas.")] = "fedavg-lora",
+    arms: Annotated[
+        Path | None, typer.Option(help="TOML file: a table of settings an arm, in place of rules.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     settings: Settings = None,
     backend: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    confidence: Confidence = None,
     report_to: Annotated[Path | None, typer.Option("--report", help="HTML file to write.")] = None,
     json: Json = False,
 ) -> None:
-    """Run several rules over several seeds, on the same partitions, cohorts and batches."""
+    """Run several rules, or arms, over several seeds, on the same partitions, cohorts and batches."""
     from fedft.api import own_server
     from fedft.console import ComparisonConsole
     from fedft.report import write_report
+    from fedft.report.statistics import check_seeds
     from fedft.report.tables import summarise
 
     parsed = own_server("config").load_config(config, _overrides(settings, backend, workers))
-    rules, numbers = strategies.split(","), _numbers(seeds)
+    numbers = _numbers(seeds)
+    if confidence is not None:
+        check_seeds(len(numbers), confidence, "--confidence")
     comparison = own_server("compare")
-    with _graceful() as stop, ComparisonConsole(len(rules) * len(numbers), json) as console:
+    sides = (
+        comparison.rules(parsed, strategies.split(","))
+        if arms is None
+        else comparison.read_arms(arms)
+    )
+    with _graceful() as stop, ComparisonConsole(len(sides) * len(numbers), json) as console:
         paths = comparison.compare(
-            parsed, rules, numbers, run_dir, observer=console.cell, stop=stop
+            parsed, sides, numbers, run_dir, observer=console.cell, stop=stop
         )
     if report_to is not None:
-        write_report(paths, report_to)
-    console.result(summarise(paths), run_dir)
+        write_report(paths, report_to, confidence)
+    console.result(summarise(paths, confidence), run_dir)
 
 
 def _overrides(settings: list[str] | None, backend: str | None, workers: int | None) -> list[str]:
@@ -179,13 +195,14 @@ def plan(config: Config, settings: Settings = None, json: Json = False) -> None:
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file.")] = None,
+    confidence: Confidence = None,
 ) -> None:
     """Draw one self-contained HTML page of one run, or of several side by side."""
     from fedft.report import write_report
 
     target = output or run_dirs[0] / "report" / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_report(run_dirs, target)
+    write_report(run_dirs, target, confidence)
     print(target)
 
 

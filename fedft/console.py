@@ -134,7 +134,7 @@ class ComparisonConsole:
     def cell(self, cell: "Cell") -> "_CellObserver":
         """What watches one run of the grid."""
         if self._bar is None:
-            self.note(f"{cell.strategy}, seed {cell.seed} → {safe(cell.path)}")
+            self.note(f"{cell.arm}, seed {cell.seed} → {safe(cell.path)}")
         return _CellObserver(self, cell)
 
     def advance(self, cell: "Cell", rounds_done: int, scores: str) -> None:

@@ -1,15 +1,18 @@
-"""A grid of runs, one a rule and seed: what the rules differ in, and nothing else.
+"""A grid of runs, one an arm and seed: what the arms differ in, and nothing else.
 
-For one seed all rules see the same partition, the same initial adapter, the same cohorts and the
-same batches, because all of these are functions of the seed. Cells that are finished are skipped,
-unfinished ones are resumed.
+An arm is most often an aggregation rule; it can be any set of changes to the configuration. For
+one seed all arms see the same partition, the same initial adapter, the same cohorts and the same
+batches, because all of these are functions of the seed (unless an arm changes just that). Cells
+that are finished are skipped, unfinished ones are resumed.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedft.core.errors import ConfigError
 from fedft.core.files import write_file
@@ -17,7 +20,22 @@ from server.config import RunConfig, configured, differences, parse_toml
 from server.run import Observer, Silent, open_grid, resolved, resume, simulate
 
 PLAN = "compare.json"
-"""In the folder of a comparison: its rules, its seeds and the configuration they share."""
+"""In the folder of a comparison: the configuration that its arms share, and the named arms."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        name: its label, and the beginning of its run directories' names.
+        settings: overrides by dotted key, as :func:`~server.config.configured` takes them.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,13 +43,13 @@ class Cell:
     """One run of a comparison.
 
     Attributes:
-        strategy: name of the rule.
+        arm: name of the arm.
         seed: of the run.
         config: the whole configuration.
         path: its run directory.
     """
 
-    strategy: str
+    arm: str
     seed: int
     config: RunConfig
     path: Path
@@ -41,57 +59,103 @@ class Cell:
         return (self.path / "summary.json").exists()
 
 
-def cells(
-    config: RunConfig, strategies: Sequence[str], seeds: Sequence[int], folder: Path
-) -> list[Cell]:
-    """The runs of a comparison, seed by seed.
+def rules(config: RunConfig, names: Sequence[str]) -> list[Arm]:
+    """An arm for each aggregation rule.
 
     The rule that ``config`` itself names keeps its hyperparameters; the others have their defaults.
+    """
+    own = config.strategy.name
+    return [Arm(name, {} if name == own else {"strategy": {"name": name}}) for name in names]
+
+
+def read_arms(path: Path) -> list[Arm]:
+    """The arms of a TOML file: one table an arm, each a part of a configuration.
+
+    The first arm is what the others are compared with. ::
+
+        [synchronous]
+        [impatient]
+        rounds.deadline-s = 60
+        strategy = { name = "lora-fair", ridge = 0.1 }
 
     Raises:
-        ConfigError: an unknown rule, a rule that cannot take the fleet, or nothing to compare.
+        ConfigError: the file cannot be read, or a name cannot name a folder.
     """
-    if not strategies or not seeds:
-        raise ConfigError("a comparison needs at least one rule and one seed")
-    for what, values in (("rule", strategies), ("seed", seeds)):
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if not _NAME.fullmatch(name) or not isinstance(table, dict):
+            raise ConfigError(
+                f"{path}: {name!r} is no arm",
+                fix="An arm is a table of settings, named by small letters, digits, '.', '_', '-'.",
+            )
+    return [Arm(name, _dotted(table)) for name, table in tables.items()]
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted key → value. A rule is one value: another has other keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        whole = prefix + key == "strategy" and "name" in value
+        if isinstance(value, dict) and not whole:
+            flat |= _dotted(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def cells(config: RunConfig, arms: Sequence[Arm], seeds: Sequence[int], folder: Path) -> list[Cell]:
+    """The runs of a comparison, seed by seed.
+
+    Raises:
+        ConfigError: an arm cannot be run, or there is nothing to compare.
+    """
+    if not arms or not seeds:
+        raise ConfigError("a comparison needs at least one rule or arm, and one seed")
+    for what, values in (("rule", [arm.name for arm in arms]), ("seed", seeds)):
         if len(set(values)) != len(values):
             raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
-    result: list[Cell] = []
-    for seed in seeds:
-        for name in strategies:
-            overrides: dict[str, Any] = {"seed": seed}
-            if name != config.strategy.name:
-                overrides["strategy"] = {"name": name}
-            cell = resolved(configured(config, overrides))
-            result.append(Cell(name, seed, cell, folder / f"{name}-seed{seed}"))
-    return result
+    return [
+        Cell(
+            arm.name,
+            seed,
+            resolved(configured(config, {**arm.settings, "seed": seed})),
+            folder / f"{arm.name}-seed{seed}",
+        )
+        for seed in seeds
+        for arm in arms
+    ]
 
 
 def compare(
     config: RunConfig,
-    strategies: Sequence[str],
+    arms: Sequence[Arm],
     seeds: Sequence[int],
     folder: Path,
     *,
     observer: Callable[[Cell], Observer] = lambda _: Silent(),
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
-    """Run every rule with every seed; returns the run directories, seed by seed.
+    """Run every arm with every seed; returns the run directories, seed by seed.
 
     Args:
         config: what all runs share.
-        strategies: names of the rules.
+        arms: of :func:`rules` or :func:`read_arms`.
         seeds: of the runs.
         folder: of the comparison; an earlier one of the same configuration is continued, and may
-            be given more rules and seeds.
+            be given more arms and seeds.
         observer: makes the observer of a run.
         stop: is asked whether to stop.
 
     Raises:
         ConfigError: as for :func:`cells`, or ``folder`` holds a comparison of something else.
     """
-    todo = cells(config, strategies, seeds, folder)
-    _claim(config, folder)
+    todo = cells(config, arms, seeds, folder)
+    _claim(config, arms, folder)
     waiting = [cell for cell in todo if not cell.finished]
     if waiting:
         with open_grid(waiting[0].config) as grid:
@@ -107,20 +171,23 @@ def _resume_or_start(cell: Cell) -> Callable[..., Any]:
     return lambda **options: simulate(cell.config, cell.path, **options)
 
 
-def _claim(config: RunConfig, folder: Path) -> None:
+def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
     """Write down what is compared, or check that it is what was compared here before."""
     shared = resolved(configured(config, {"seed": 0}))
     plan = folder / PLAN
+    known: list[str] = []
     if plan.exists():
-        before = parse_toml(json.loads(plan.read_text(encoding="utf-8"))["config"], str(plan))
-        if lines := list(_that_matter(before, shared)):
+        before = json.loads(plan.read_text(encoding="utf-8"))
+        if lines := list(_that_matter(parse_toml(before["config"], str(plan)), shared)):
             raise ConfigError(
                 f"{folder} compares another configuration:\n  " + "\n  ".join(lines),
                 fix="Choose another --run-dir, or go on with the configuration of this one.",
             )
-        return
+        known = before.get("arms", [])
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(plan, json.dumps({"config": shared.to_toml()}, indent=2).encode())
+    names = list(dict.fromkeys([*known, *(arm.name for arm in arms)]))
+    record = {"config": shared.to_toml(), "arms": names}
+    write_file(plan, json.dumps(record, indent=2).encode())
 
 
 def _that_matter(before: RunConfig, now: RunConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,52 @@ def test_compare_continues_and_refuses_another_configuration(
     )
     assert code == 2
     assert "fedavg-lora" in err
+
+
+def test_compare_arms_that_are_not_rules(fedft: Any, tiny_table: Table, tmp_path: Path) -> None:
+    config = written(tiny_table(rounds={"count": 1}), tmp_path)
+    arms = tmp_path / "arms.toml"
+    arms.write_text(
+        "[short]\ntraining.steps = 1\n[long]\ntraining.steps = 3\n"
+        '[fair]\nstrategy = {name = "lora-fair", ridge = 0.5}\n'
+    )
+    where = ("--run-dir", tmp_path / "cmp")
+    code, out, _ = fedft("compare", config, "--arms", arms, *where, "--seeds", "0,1", "--json")
+    rows = {row["label"]: row for row in json.loads(out)["rules"]}
+    assert code == 0
+    assert list(rows) == ["short", "fair", "long"]
+    assert rows["short"]["gain"] is None, "the first arm is the baseline"
+    assert rows["long"]["gain"]["n"] == 2
+    settings = tomllib.loads((tmp_path / "cmp" / "fair-seed1" / "config.toml").read_text())
+    assert settings["strategy"]["ridge"] == 0.5
+    assert fedft("report", tmp_path / "cmp", "-o", tmp_path / "r.html")[0] == 0
+    assert "Δ to short" in (tmp_path / "r.html").read_text()
+
+    for text, words in (("[a]\nrounds.cuont = 1", "count"), ("['../x']\n", "no arm"), ("", "arm")):
+        arms.write_text(text)
+        code, _, err = fedft("compare", config, "--arms", arms, "--run-dir", tmp_path / "other")
+        assert code == 2
+        assert words in err
+        assert not (tmp_path / "other").exists()
+
+
+def test_an_interval_of_one_seed_is_refused_before_anything_runs(
+    fedft: Any, tiny_table: Table, tmp_path: Path
+) -> None:
+    config = written(tiny_table(rounds={"count": 1}), tmp_path)
+    command = ("compare", config, "--run-dir", tmp_path / "cmp", "--confidence", "0.9")
+    code, _, err = fedft(*command, "--seeds", "0")
+    assert code == 2
+    assert "two seeds" in err
+    assert not (tmp_path / "cmp").exists()
+    code, out, _ = fedft(*command, "--seeds", "0,1", "--json")
+    assert code == 0
+    assert "90 %" in json.loads(out)["note"]
+    one = tmp_path / "cmp" / "fedavg-lora-seed0"
+    assert fedft("report", one, "-o", tmp_path / "r.html")[0] == 0
+    code, _, err = fedft("report", one, "-o", tmp_path / "r.html", "--confidence", "0.9")
+    assert code == 2
+    assert "two seeds" in err
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fedft.core.errors import ConfigError, FedftError, IntegrityError
 from fedft.report import charts, summarise, write_report
 from fedft.report.figures import short_names
 from fedft.report.formats import bias_text, bytes_text, seconds_text, significant
+from fedft.report.groups import Group
 from fedft.report.records import clean, load
 from fedft.report.statistics import interval, paired, t_cdf, t_quantile
 
@@ -420,10 +421,14 @@ def test_single_run_shows_what_ran_and_how_it_ended(single: Path, run_page: str)
         assert expected in run_page, expected
 
 
+def side(rule: str) -> Group:
+    return Group(rule, rule, rule, rule == "fedavg-lora", (), {})
+
+
 def test_comparison_shows_every_rule_in_one_colour(page: str) -> None:
     for rule in RULES:
         assert page.count(rule) > 5
-    look = charts.styles({rule: rule for rule in RULES})
+    look = charts.styles([side(rule) for rule in RULES])
     assert len({(s.color, s.hollow) for s in look.values()}) == len(RULES)
     for style in look.values():
         assert page.count(style.color) > 3
@@ -436,12 +441,12 @@ def test_the_same_runs_make_the_same_page(comparison: Path, page: str, tmp_path:
 
 
 def test_a_rule_keeps_its_colour_whatever_it_is_compared_with() -> None:
-    few = charts.styles({"fedavg-lora": "fedavg-lora", "flora": "flora"})
-    many = charts.styles({rule: rule for rule in RULES})
+    few = charts.styles([side("fedavg-lora"), side("flora")])
+    many = charts.styles([side(rule) for rule in RULES])
     assert few["flora"] == many["flora"]
-    fourteen = charts.styles({f"rule-{k}": f"rule-{k}" for k in range(14)})
+    fourteen = charts.styles([side(f"rule-{k}") for k in range(14)])
     assert len(set(fourteen.values())) == 14
-    assert len(charts.styles({f"rule-{k}": f"rule-{k}" for k in range(30)})) == 30
+    assert len(charts.styles([side(f"rule-{k}") for k in range(30)])) == 30
 
 
 HOSTILE = "<script>alert(1)</script>\x1b[31mred\x1b]0;t\x07 $\\frac{ & \u202egnp"

@@ -18,24 +18,25 @@ from fedft.report.tables import Row, Table, summarise
 __all__ = ["Row", "Table", "summarise", "write_report"]
 
 
-def write_report(run_dirs: Sequence[Path], output: Path) -> None:
+def write_report(run_dirs: Sequence[Path], output: Path, confidence: float | None = None) -> None:
     """Write the report of one run, or of several side by side.
 
     Args:
         run_dirs: run directories, or folders of them as `fedft compare` makes.
         output: the HTML file; replaced if it exists.
+        confidence: level of the intervals; None is 0.95, and none where there is one seed.
 
     Raises:
-        ConfigError: a path is no run directory, nothing has been completed yet, or two runs are
-            the same.
+        ConfigError: a path is no run directory, nothing has been completed yet, two runs are the
+            same, or an interval is asked for where there is one seed.
         IntegrityError: a run directory is damaged.
         EnvironmentFailure: the file cannot be written.
     """
     records, waiting = load(run_dirs)
-    if len(records) == 1 and not waiting:
+    if len(records) == 1 and not waiting and confidence is None:
         html = page.of_run(records[0])
     else:
-        html = page.of_comparison(records, [path.name for path in waiting])
+        html = page.of_comparison(records, [path.name for path in waiting], confidence)
     with disk(f"write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, html.encode())

@@ -9,14 +9,15 @@ which is narrower: nothing runs into anything.
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from math import floor, log10
 from typing import TYPE_CHECKING, Any
 
-from fedft.report.records import BASELINE, clean
+from fedft.report.groups import Group
+from fedft.report.records import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,16 +111,17 @@ class Line:
     high: Sequence[float] | None = None
 
 
-def styles(strategies: Mapping[str, str]) -> dict[str, Style]:
-    """A style for every label (label → its rule's name). The baseline is ink, the rest in colour."""
+def styles(groups: Sequence[Group]) -> dict[str, Style]:
+    """A style for every group by its label. The baseline is ink, the rest in colour."""
     taken: dict[int, str] = {}
     result: dict[str, Style] = {}
-    base = [label for label, name in strategies.items() if name == BASELINE]
-    for label, name in strategies.items():
-        if base and label == base[0]:
+    base = next((group for group in groups if group.baseline), None)
+    for group in groups:
+        label = group.label
+        if group is base:
             result[label] = Style(INK, "solid", "o", hollow=False)
             continue
-        wished = _ORDER.index(name) if name in _ORDER else len(taken)
+        wished = _ORDER.index(group.arm) if group.arm in _ORDER else len(taken)
         free = [slot for slot in range(_LEGIBLE) if slot not in taken]
         # Past the last free slot styles repeat: direct labels still tell the lines apart.
         slot = wished if wished in free else (free[0] if free else len(result) % _LEGIBLE)

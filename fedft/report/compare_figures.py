@@ -21,9 +21,8 @@ from fedft.report.figures import (
     wheel,
 )
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
-from fedft.report.groups import Group, Metric, baseline_of
-from fedft.report.records import BASELINE, Record, clean, mapping
-from fedft.report.statistics import interval, paired
+from fedft.report.groups import Group, Metric, baseline_name, baseline_of
+from fedft.report.records import Record, clean, mapping
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
     """All figures of several runs for which there are data."""
-    look = charts.styles({g.label: g.strategy for g in groups})
+    look = charts.styles(groups)
     spread = [(g.label, list(g.runs.values())) for g in groups]
     candidates = (
         score_bands(groups, metric, look),
@@ -145,9 +144,7 @@ def bias_by_gain(
     if not any(point.half or point.gain for point in points):
         return None
     unit = " (points)" if metric.percent else ""
-    alt = (
-        f"Mean relative bias against the difference in {metric.title.lower()} to {BASELINE}{unit}: "
-    )
+    alt = f"Mean relative bias against the difference in {metric.title.lower()} to {baseline_name(groups)}{unit}: "
     alt += ", ".join(f"{p.label} bias {bias_text(p.bias)}, {p.gain:+.2f}" for p in points) + "."
     places = _side_by_side([p.bias for p in points])
     exact = sum(p.bias <= EXACT for p in points)
@@ -159,7 +156,7 @@ def bias_by_gain(
         charts.ratio(ax, "x", places, EXACT, "Mean relative bias")
         if exact:
             ax.axvspan(ax.get_xlim()[0], EXACT * 1.6, color=RULE, alpha=0.45, zorder=0, linewidth=0)
-        ax.set_ylabel(f"Difference to {BASELINE}{unit}")
+        ax.set_ylabel(f"Difference to {baseline_name(groups)}{unit}")
         spots = [(x, p.gain) for x, p in zip(places, points, strict=True)]
         bars = [
             (x, p.gain + k / 10 * p.half)
@@ -169,20 +166,20 @@ def bias_by_gain(
         ]
         charts.name_points(ax, spots, [clean(p.label, 36) for p in points], bars)
         notes = [f"Difference in {metric.title.lower()} at the last evaluation, paired by seed."]
-        notes += ["Bars: 95 % interval."] * any(p.half for p in points)
+        notes += [f"Bars: {_level(groups)} interval."] * any(p.half for p in points)
         notes += ["Grey: exact, side by side."] * (exact > 1)
         drawing = charts.svg(figure, "bias-gain", alt)
         return Figure("bias-gain", "Bias against gain", " ".join(notes), drawing)
 
 
 def _point(group: Group, groups: Sequence[Group], metric: Metric) -> _Point | None:
-    bias = interval(list(group.means("bias", "relative").values()))
+    bias = group.interval(group.means("bias", "relative").values())
     if bias is None:
         return None
     scale, base = 100.0 if metric.percent else 1.0, baseline_of(group, groups)
     if base is None:
-        return _Point(group.label, bias.mean, 0.0, None) if group.strategy == BASELINE else None
-    gain = paired(group.values(*metric.keys), base.values(*metric.keys))
+        return _Point(group.label, bias.mean, 0.0, None) if group.baseline else None
+    gain = group.gain(base, *metric.keys)
     if gain is None:
         return None
     half = None if gain.half is None else scale * gain.half
@@ -271,7 +268,7 @@ def _bands(
     for group in groups:
         runs = [series(run) for run in group.runs.values()]
         rounds = sorted(set().union(*runs))
-        found = [(r, interval([run[r] for run in runs if r in run])) for r in rounds]
+        found = [(r, group.interval(run[r] for run in runs if r in run)) for r in rounds]
         kept = [(r, value) for r, value in found if value is not None]
         if kept:
             banded = any(value.half is not None for _, value in kept)
@@ -338,9 +335,17 @@ def _bounded_exp(value: float) -> float:
     return exp(min(max(value, log(EXACT)), 300.0))
 
 
+def _level(groups: Sequence[Group]) -> str:
+    return f"{100 * groups[0].confidence:.3g} %"
+
+
 def _band_note(groups: Sequence[Group]) -> str:
     most = max(len(group.runs) for group in groups)
-    return f"Bands: 95 % interval over {most} seeds." if most > 1 else "One seed: no bands."
+    return (
+        f"Bands: {_level(groups)} interval over {most} seeds."
+        if most > 1
+        else "One seed: no bands."
+    )
 
 
 def _endings(lines: Sequence[Line], metric: Metric) -> str:

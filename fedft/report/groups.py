@@ -1,28 +1,45 @@
-"""Which runs belong together: the seeds of one rule under one setting."""
+"""Which runs belong together: the seeds of one rule, or arm, under one setting."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedft.core.errors import ConfigError
-from fedft.report.records import BASELINE, Record, clean, flatten, number
+from fedft.report.records import Record, clean, flatten, number
+from fedft.report.statistics import CONFIDENCE, Interval, check_seeds, interval, paired
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one rule that differ in nothing but the seed.
+    """The runs of one arm of a comparison (most often a rule) that differ in nothing but the seed.
 
     Attributes:
-        label: the rule's name, and whatever tells it from its neighbours.
-        strategy: the rule's name.
-        context: settings outside the rule that vary within the comparison; groups are compared
-            with the baseline of their own context only.
+        label: the arm's name, and whatever tells it from its neighbours.
+        arm: its name.
+        strategy: name of its rule.
+        baseline: whether the others are compared with it.
+        context: settings that vary within the arms of the comparison; groups are compared with
+            the baseline of their own context only.
         runs: by seed, ascending.
+        confidence: two-sided level of the intervals over the seeds.
     """
 
     label: str
+    arm: str
     strategy: str
+    baseline: bool
     context: tuple[tuple[str, str], ...]
     runs: dict[int, Record]
+    confidence: float = CONFIDENCE
+
+    def interval(self, values: Iterable[float]) -> Interval | None:
+        """Mean and interval over the seeds, see :func:`~fedft.report.statistics.interval`."""
+        return interval(list(values), self.confidence)
+
+    def gain(self, other: "Group | None", *keys: str) -> Interval | None:
+        """Final value minus that of ``other``, paired by seed; None where there is no other."""
+        if other is None:
+            return None
+        return paired(self.values(*keys), other.values(*keys), self.confidence)
 
     def values(self, *keys: str) -> dict[int, float]:
         """Seed → the final value of a key of ``rounds.jsonl``."""
@@ -76,42 +93,58 @@ def metric_of(records: Sequence[Record]) -> Metric:
     return next((m for m in METRICS if any(r.series(*m.keys) for r in records)), METRICS[-1])
 
 
-def group(records: Sequence[Record]) -> list[Group]:
-    """Runs by rule and setting, the baseline first, the rest by label.
+def group(records: Sequence[Record], confidence: float | None = None) -> list[Group]:
+    """Runs by arm and setting, the baseline first, the rest by label.
 
-    Settings outside ``[strategy]`` tell groups apart only where one rule was run under several of
-    them; a setting that merely goes with a rule (a tuned learning rate) does not.
+    Settings outside ``[strategy]`` tell groups apart only where one arm was run under several of
+    them; a setting that merely goes with an arm (a tuned learning rate) does not.
+
+    Args:
+        records: of the runs.
+        confidence: level of the intervals; None takes 0.95 and shows none where there is one seed.
 
     Raises:
-        ConfigError: two runs of one group have the same seed.
+        ConfigError: two runs of one group have the same seed, or an interval is asked for and some
+            group has one seed only.
     """
     flat = [_settings(record) for record in records]
     outer = _varying(records, flat, strategy=False)
     inner = _varying(records, flat, strategy=True)
-    runs: dict[tuple[str, tuple[tuple[str, str], ...], str], dict[int, Record]] = {}
+    runs: dict[tuple[str, tuple[tuple[str, str], ...]], dict[int, Record]] = {}
     for record, settings in zip(records, flat, strict=True):
         context = tuple((key, settings.get(key, "—")) for key in outer)
         own = tuple((key, settings[key]) for key in inner if key in settings)
-        label = " ".join([record.strategy, *_words(own), *_words(context)])
-        members = runs.setdefault((record.strategy, context, label), {})
+        label = " ".join([record.arm, *_words(own), *_words(context)])
+        members = runs.setdefault((label, context), {})
         if record.seed in members:
             raise ConfigError(
                 f"{members[record.seed].path} and {record.path} are the same run: {label}, seed {record.seed}",
                 fix="Name one of the two.",
             )
         members[record.seed] = record
-    groups = [
-        Group(label, strategy, context, dict(sorted(members.items())))
-        for (strategy, context, label), members in runs.items()
-    ]
-    return sorted(groups, key=lambda g: (g.strategy != BASELINE, g.context, g.label))
+    level = CONFIDENCE if confidence is None else confidence
+    groups: list[Group] = []
+    for (label, context), members in runs.items():
+        one = next(iter(members.values()))
+        if confidence is not None:
+            check_seeds(len(members), confidence, label)
+        baseline = one.arm == one.reference
+        by_seed = dict(sorted(members.items()))
+        groups.append(Group(label, one.arm, one.strategy, baseline, context, by_seed, level))
+    return sorted(groups, key=lambda g: (not g.baseline, g.context, g.label))
 
 
 def baseline_of(one: Group, groups: Sequence[Group]) -> Group | None:
     """The baseline under the same settings; None for a baseline itself, or where there is none."""
-    if one.strategy == BASELINE:
+    if one.baseline:
         return None
-    return next((g for g in groups if g.strategy == BASELINE and g.context == one.context), None)
+    return next((g for g in groups if g.baseline and g.context == one.context), None)
+
+
+def baseline_name(groups: Sequence[Group]) -> str:
+    """What the others are compared with, in words."""
+    names = {g.arm for g in groups if g.baseline}
+    return names.pop() if len(names) == 1 else "the baseline"
 
 
 def _settings(record: Record) -> dict[str, str]:
@@ -126,13 +159,13 @@ def _settings(record: Record) -> dict[str, str]:
 def _varying(
     records: Sequence[Record], flat: Sequence[dict[str, str]], *, strategy: bool
 ) -> list[str]:
-    """Keys that take several values among the runs of one rule."""
+    """Keys that take several values among the runs of one arm."""
     seen: dict[tuple[str, str], set[str | None]] = {}
     keys = dict.fromkeys(key for settings in flat for key in settings)
     wanted = [key for key in keys if key.startswith("strategy.") == strategy]
     for record, settings in zip(records, flat, strict=True):
         for key in wanted:
-            seen.setdefault((record.strategy, key), set()).add(settings.get(key))
+            seen.setdefault((record.arm, key), set()).add(settings.get(key))
     return [key for key in wanted if any(len(v) > 1 for (_, k), v in seen.items() if k == key)]
 
 

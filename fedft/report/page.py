@@ -43,20 +43,24 @@ def of_run(record: Record) -> str:
     )
 
 
-def of_comparison(records: Sequence[Record], waiting: Sequence[str]) -> str:
-    """The page of several runs: rules side by side.
+def of_comparison(
+    records: Sequence[Record], waiting: Sequence[str], confidence: float | None = None
+) -> str:
+    """The page of several runs: rules, or other arms, side by side.
 
     Args:
         records: the runs.
         waiting: names of runs that have not completed a round.
+        confidence: level of the intervals, see :func:`~fedft.report.groups.group`.
     """
-    metric, groups, table = metric_of(records), group(records), tabulate(records)
+    metric, groups = metric_of(records), group(records, confidence)
+    table = tabulate(records, confidence)
     first = records[0]
     data = clean(lookup(first.config, "data", "source") or "data", 80)
-    look = charts.styles({g.label: g.strategy for g in groups})
+    look = charts.styles(groups)
     return _page(
         f"Aggregation rules compared on {data}",
-        f"{len(groups)} rules, {len(records)} runs. {_setting(first)}",
+        f"{len(groups)} arms, {len(records)} runs. {_setting(first)}",
         [
             _unfinished(records, waiting),
             "<h2>Summary</h2>",

@@ -5,6 +5,7 @@ and text is shown only through :func:`clean`. What a kill leaves behind is
 :class:`~fedft.core.rundir.RunDir`'s concern.
 """
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,9 @@ from fedft.core.rundir import RunDir
 Json = Mapping[str, object]
 
 BASELINE = "fedavg-lora"
-"""The rule that the others are compared with."""
+"""The rule that the others are compared with; where it is not among them, it is the first arm."""
+
+_PLAN = "compare.json"
 
 _DEPTH = 3
 """How far below a given folder run directories are looked for."""
@@ -48,6 +51,8 @@ class Record:
         rounds: one mapping a completed round, in order, each round once.
         clients: one mapping a reply; empty where none were recorded.
         summary: None while the run is unfinished.
+        arms: names of the arms of the comparison that it belongs to, the first one first; empty
+            where it belongs to none.
     """
 
     path: Path
@@ -57,6 +62,18 @@ class Record:
     rounds: tuple[Json, ...]
     clients: tuple[Json, ...]
     summary: Json | None
+    arms: tuple[str, ...] = ()
+
+    @property
+    def arm(self) -> str:
+        """What the run is called in its comparison; elsewhere the name of its rule."""
+        name = self.path.name.removesuffix(f"-seed{self.seed}")
+        return name if name in self.arms else self.strategy
+
+    @property
+    def reference(self) -> str:
+        """The arm that this one is compared with."""
+        return self.arms[0] if self.arms and BASELINE not in self.arms else BASELINE
 
     @property
     def strategy(self) -> str:
@@ -122,7 +139,16 @@ def read(path: Path) -> Record:
         rounds=tuple(rounds[key] for key in sorted(rounds)),
         clients=tuple(run.clients()),
         summary=run.summary() if run.finished else None,
+        arms=_arms(path.resolve().parent / _PLAN),
     )
+
+
+def _arms(plan: Path) -> tuple[str, ...]:
+    try:
+        found = mapping(json.loads(plan.read_text(encoding="utf-8"))).get("arms")
+    except (OSError, ValueError):
+        return ()
+    return tuple(clean(name, 60) for name in found) if isinstance(found, list) else ()
 
 
 def _config(run: RunDir) -> tuple[str, Json]:

@@ -5,15 +5,20 @@ from dataclasses import dataclass
 from math import atan, cos, fsum, isfinite, pi, sin, sqrt
 from statistics import mean, stdev
 
+from fedft.core.errors import ConfigError
+
+CONFIDENCE = 0.95
+"""Two-sided level of an interval where none is asked for."""
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over ``n`` seeds with its two-sided 95 % confidence interval.
+    """A mean over ``n`` seeds with its two-sided confidence interval.
 
     Attributes:
         mean: of the values.
-        half: half the width of the interval, t_{0.975, n-1} s / sqrt(n); None for a single value,
-            from which no interval can be had.
+        half: half the width of the interval, t_{(1 + c) / 2, n-1} s / sqrt(n) at level c; None for
+            a single value, from which no interval can be had.
         n: how many values.
     """
 
@@ -32,23 +37,43 @@ class Interval:
         return self.mean + (self.half or 0.0)
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """Mean and 95 % interval of the finite values; None where there are none."""
+def check_seeds(count: int, confidence: float, what: str) -> None:
+    """Refuse an interval that cannot be had.
+
+    Raises:
+        ConfigError: a level outside (0, 1), or fewer than two seeds.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ConfigError(
+            f"{confidence} is no confidence level", fix="It lies between 0 and 1, such as 0.95."
+        )
+    if count < 2:
+        raise ConfigError(
+            f"{what}: an interval at {confidence:.3g} needs two seeds or more, and there is {count}",
+            fix="Give more seeds (--seeds 0,1,2), or leave --confidence out.",
+        )
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """Mean and confidence interval of the finite values; None where there are none."""
     finite = [v for v in values if isfinite(v)]
     if not finite:
         return None
     n = len(finite)
-    half = t_quantile(0.975, n - 1) * stdev(finite) / sqrt(n) if n > 1 else None
+    half = t_quantile((1 + confidence) / 2, n - 1) * stdev(finite) / sqrt(n) if n > 1 else None
     return Interval(mean(finite), half, n)
 
 
-def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
+def paired(
+    values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
+) -> Interval | None:
     """Mean and interval of the differences, seed by seed, over the seeds that both have.
 
     Pairing removes what a seed does to all rules alike (its partition, its first adapter, its
     cohorts): the interval is that of the difference, not the difference of two intervals.
     """
-    return interval([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline)])
+    both = sorted(values.keys() & baseline)
+    return interval([values[seed] - baseline[seed] for seed in both], confidence)
 
 
 def t_cdf(t: float, df: int) -> float:

@@ -5,14 +5,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedft.report.formats import bias_text, bytes_text, seconds_text, spread
-from fedft.report.groups import Group, Metric, baseline_of, group, metric_of, traffic
-from fedft.report.records import BASELINE, Record, load
-from fedft.report.statistics import Interval, interval, paired
+from fedft.report.groups import (
+    Group,
+    Metric,
+    baseline_name,
+    baseline_of,
+    group,
+    metric_of,
+    traffic,
+)
+from fedft.report.records import Record, load
+from fedft.report.statistics import CONFIDENCE, Interval
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rule, over its seeds. Shares, bytes and seconds in their own units, not in percent.
+    """One rule, or arm, over its seeds. Shares, bytes and seconds in their own units, not in percent.
 
     Attributes:
         label, strategy: of the group.
@@ -42,10 +50,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows, and how they are shown."""
+    """The rows, and how they are shown.
+
+    Attributes:
+        metric: of the score.
+        rows: the baseline's first.
+        baseline: what differences are taken to.
+        confidence: level of the intervals.
+    """
 
     metric: Metric
     rows: tuple[Row, ...]
+    baseline: str
+    confidence: float = CONFIDENCE
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -84,10 +101,10 @@ class Table:
         if counts[-1] == 1:
             return "One seed (n = 1): no interval can be given and no difference told from chance."
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-        text = f"Mean ± half of the 95 % confidence interval (Student's t) over {seeds}."
+        text = f"Mean ± half of the {100 * self.confidence:.3g} % confidence interval (Student's t) over {seeds}."
         if self._any(lambda row: row.gain):
             unit = "percentage points" if self.metric.percent else "the metric's own unit"
-            text += f" Differences to {BASELINE} are paired by seed, in {unit}."
+            text += f" Differences to {self.baseline} are paired by seed, in {unit}."
         return text
 
     def _columns(self) -> list[tuple[str, Callable[[Row], str]]]:
@@ -98,7 +115,7 @@ class Table:
             (f"{m.title} (%)" if m.percent else m.title, lambda r: spread(r.score, m.percent)),
         ]
         if self._any(lambda r: r.gain):
-            title = f"Δ to {BASELINE}"
+            title = f"Δ to {self.baseline}"
             columns += [(title, lambda r: spread(r.gain, m.percent, signed=True))]
         if self._any(lambda r: r.sites):
             title = f"Sites' own {m.word} (%)" if m.percent else f"Sites' own {m.word}"
@@ -117,22 +134,28 @@ class Table:
         return any(field(row) for row in self.rows)
 
 
-def summarise(run_dirs: Sequence[Path]) -> Table:
+def summarise(run_dirs: Sequence[Path], confidence: float | None = None) -> Table:
     """The summary table of some runs: run directories, or folders of them.
 
+    Args:
+        run_dirs: run directories, or folders of them.
+        confidence: level of the intervals, see :func:`~fedft.report.groups.group`.
+
     Raises:
-        ConfigError: a path is not a run directory, or two runs have the same rule and seed.
+        ConfigError: a path is not a run directory, two runs have the same rule and seed, or an
+            interval is asked for where there is one seed.
         IntegrityError: a run directory is damaged.
     """
     records, _ = load(run_dirs)
-    return tabulate(records)
+    return tabulate(records, confidence)
 
 
-def tabulate(records: Sequence[Record]) -> Table:
+def tabulate(records: Sequence[Record], confidence: float | None = None) -> Table:
     """The summary table of runs that have been read."""
     metric = metric_of(records)
-    groups = group(records)
-    return Table(metric, tuple(_row(g, baseline_of(g, groups), metric) for g in groups))
+    groups = group(records, confidence)
+    rows = tuple(_row(g, baseline_of(g, groups), metric) for g in groups)
+    return Table(metric, rows, baseline_name(groups), groups[0].confidence)
 
 
 def _row(one: Group, baseline: Group | None, metric: Metric) -> Row:
@@ -143,13 +166,13 @@ def _row(one: Group, baseline: Group | None, metric: Metric) -> Row:
         strategy=one.strategy,
         seeds=tuple(one.runs),
         unfinished=sum(run.summary is None for run in runs),
-        score=interval(list(score.values())),
-        gain=paired(score, baseline.values(*metric.keys)) if baseline else None,
-        sites=interval(list(sites.values())),
-        sites_gain=paired(sites, baseline.values(*metric.of_sites)) if baseline else None,
-        bias=interval(list(one.means("bias", "relative").values())),
-        traffic=interval([b for b in map(traffic, runs) if b is not None]),
-        seconds=interval([s for s in (run.seconds() for run in runs) if s is not None]),
+        score=one.interval(score.values()),
+        gain=one.gain(baseline, *metric.keys),
+        sites=one.interval(sites.values()),
+        sites_gain=one.gain(baseline, *metric.of_sites),
+        bias=one.interval(one.means("bias", "relative").values()),
+        traffic=one.interval(b for b in map(traffic, runs) if b is not None),
+        seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),
     )
 
 
