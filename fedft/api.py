@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedft.core.errors import ConfigError, EnvironmentFailure
-from fedft.core.peft_io import load_adapter
 from fedft.core.rundir import RunDir
-from fedft.core.types import Adapter
 
 if TYPE_CHECKING:
+    from fedft.core.types import Adapter
     from fedft.report.tables import Table
     from server.config import RunConfig
     from server.run import Observer
@@ -41,8 +40,10 @@ class ExportedAdapter:
         shutil.copytree(self.path, target, dirs_exist_ok=True)
         return target
 
-    def factors(self) -> Adapter:
+    def factors(self) -> "Adapter":
         """Its tensors."""
+        from fedft.core.peft_io import load_adapter
+
         return load_adapter(self.path)
 
 

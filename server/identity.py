@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -43,7 +43,9 @@ from fedft.core.link.secrets import (
     write_private,
 )
 from fedft.core.rundir import RunDir, child
-from fedft.core.types import Site
+
+if TYPE_CHECKING:
+    from fedft.core.types import Site
 
 KIT_DAYS = 7.0
 SITE_DAYS = 365.0
@@ -275,8 +277,10 @@ class Client:
     memory_mib: float | None = None
 
     @property
-    def site(self) -> Site:
+    def site(self) -> "Site":
         """As the rules see it."""
+        from fedft.core.types import Site  # torch comes with it, and `fedft invite` needs none
+
         return Site(self.name, self.examples, self.rank, self.memory_mib)
 
     @property
@@ -402,7 +406,7 @@ class Registry:
             clients[client.name] = replace(client, key=digest, serial=serial_of(certificate))
         return certificate_pem(certificate)
 
-    def joined(self, site: Site) -> None:
+    def joined(self, site: "Site") -> None:
         """Remember what a site offered."""
         with self._changing() as clients:
             clients[site.name] = replace(
