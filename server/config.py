@@ -19,21 +19,63 @@ from pydantic import (
 
 from fedft.core.errors import ConfigError
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, Precision, Table, TaskSpec, TrainingSpec
+from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
 from strategies import RULES, AnyStrategy, FedAvgLoRA, check_ranks, rule_names
 
 
 class FleetSpec(Table):
-    """`[fleet]`: who takes part.
+    """`[fleet]`: who takes part, on what devices.
+
+    A key of numbers is a list, dealt out by seed, or a distribution to draw from by seed, such as
+    ``{ kind = "log-uniform", low = 2, high = 20 }``; see :class:`~server.fleet.Distribution`. Rates
+    and availability turn the simulated clock on: see docs/fleets.md.
 
     Attributes:
         clients: registered sites of a simulation.
-        ranks: LoRA ranks of the sites, dealt out by seed; empty gives every site `[lora] rank`.
-        memory_budgets_mib: memory that sites grant to training, dealt out by seed, in MiB.
+        ranks: LoRA ranks of the sites; empty gives every site `[lora] rank`.
+        memory_budgets_mib: memory that sites grant to training, in MiB.
+        speeds: examples that sites train on in a second.
+        up_mbps, down_mbps: bandwidth of the sites, in megabits a second.
+        devices: a CSV of devices, or its rows, in place of all of the above; see
+            :mod:`server.fleet`.
+        availability: a CSV of the times at which sites can be reached; see
+            :mod:`server.availability`.
+        period_s: seconds after which that file repeats; None: never.
     """
 
     clients: PositiveInt = 100
-    ranks: tuple[PositiveInt, ...] = ()
-    memory_budgets_mib: tuple[PositiveFloat, ...] = ()
+    ranks: WholeNumbers = ()
+    memory_budgets_mib: Numbers = ()
+    speeds: Numbers = ()
+    up_mbps: Numbers = ()
+    down_mbps: Numbers = ()
+    devices: tuple[Device, ...] = ()
+    availability: str | None = None
+    period_s: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> "FleetSpec":
+        check_devices(self.devices)
+        lists = ("ranks", "memory_budgets_mib", "speeds", "up_mbps", "down_mbps")
+        both = [name.replace("_", "-") for name in lists if self.devices and getattr(self, name)]
+        if both:
+            raise ValueError(f"devices say it all: {', '.join(both)} cannot stand beside them")
+        if self.period_s is not None and self.availability is None:
+            raise ValueError("period-s is of the file of availability, and there is none")
+        return self
+
+    @property
+    def rank_choices(self) -> tuple[int, ...]:
+        """Every rank that a site can have; empty where all have the run's own."""
+        if self.devices:
+            return tuple(device.rank for device in self.devices if device.rank is not None)
+        return whole(self.ranks)
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a simulated clock."""
+        rates = any(d.samples_per_s or d.up_mbps or d.down_mbps for d in self.devices)
+        return bool(rates or self.speeds or self.up_mbps or self.down_mbps or self.availability)
 
 
 class RoundsSpec(Table):
@@ -43,23 +85,29 @@ class RoundsSpec(Table):
         count: rounds to complete.
         per_round: sites sampled each round.
         quorum: usable replies without which the model stays as it is; None is 70 % of ``per_round``.
-        deadline_s: seconds after which a round closes with what has arrived; None waits for all.
+        deadline_s: seconds after which a round closes with what has arrived, on the simulated clock
+            where the fleet has one; None waits for all.
+        spares: sites asked beyond ``per_round``; the round closes without the slowest. Needs the
+            simulated clock.
         retries: further tries with a fresh cohort before the run pauses.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         patience: evaluations without improvement after which the run ends early; None never does.
         keep_checkpoints: number of checkpoints to keep.
         keep_adapters: export an adapter at every evaluation, not only at the best and the last.
+        spectrum: record the singular values of the mean update, layer by layer, at every evaluation.
     """
 
     count: PositiveInt = 20
     per_round: PositiveInt = 10
     quorum: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
+    spares: Annotated[int, Field(ge=0)] = 0
     retries: Annotated[int, Field(ge=0)] = 2
     evaluate_every: PositiveInt = 5
     patience: PositiveInt | None = None
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     keep_adapters: bool = False
+    spectrum: bool = False
 
     @property
     def needed(self) -> int:
@@ -110,17 +158,23 @@ class RunConfig(Table):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         rounds, fleet = self.rounds, self.fleet
-        if rounds.per_round > fleet.clients:
+        if rounds.per_round + rounds.spares > fleet.clients:
+            spares = f" with spares = {rounds.spares}" if rounds.spares else ""
             raise ValueError(
-                f"[rounds] per-round = {rounds.per_round} is more than [fleet] clients = {fleet.clients}"
+                f"[rounds] per-round = {rounds.per_round}{spares} is more than "
+                f"[fleet] clients = {fleet.clients}"
+            )
+        if rounds.spares and not fleet.timed:
+            raise ValueError(
+                "[rounds] spares need the simulated clock: give [fleet] speeds, devices or availability"
             )
         if rounds.needed > rounds.per_round:
             raise ValueError(
                 f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
             )
-        ranks = {*fleet.ranks} or {self.lora.rank}
+        ranks = {*fleet.rank_choices} or {self.lora.rank}
         try:
-            check_ranks(self.strategy, fleet.ranks)
+            check_ranks(self.strategy, fleet.rank_choices)
         except ConfigError as error:
             raise ValueError(f"[fleet] ranks: {error.what}; {error.fix}") from error
         if len(ranks) > 1 and self.lora.rslora:
@@ -132,7 +186,21 @@ class RunConfig(Table):
     @property
     def rank(self) -> int:
         """The rank of the global adapter: the largest in the fleet."""
-        return max(self.fleet.ranks, default=self.lora.rank)
+        return max(self.fleet.rank_choices, default=self.lora.rank)
+
+    @property
+    def devices(self) -> Fleet:
+        """What each site's device can do."""
+        fleet = self.fleet
+        return Fleet(
+            seed=self.seed,
+            ranks=fleet.ranks,
+            memory_mib=fleet.memory_budgets_mib,
+            samples_per_s=fleet.speeds,
+            up_mbps=fleet.up_mbps,
+            down_mbps=fleet.down_mbps,
+            devices=fleet.devices,
+        )
 
     def task(self, **facts: Any) -> TaskSpec:
         """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
@@ -202,7 +270,7 @@ def parse_toml(text: str, where: str) -> RunConfig:
 def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
     """Validate a configuration that is already a table; errors as in :func:`load_config`."""
     try:
-        return RunConfig.model_validate(table)
+        return RunConfig.model_validate(_with_devices(table))
     except ValidationError as error:
         raise ConfigError("\n".join([f"{where} cannot be run:", *_explain(error)])) from error
 
@@ -245,9 +313,23 @@ def _override(table: dict[str, Any], key: str, value: Any) -> None:
         ) from None
 
 
+_PATHS = (
+    *(("model", "source"), ("data", "source"), ("data", "test-source")),
+    *(("fleet", "devices"), ("fleet", "availability")),
+)
+
+
+def _with_devices(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rows of a file of devices in place of its name: they belong to the configuration."""
+    fleet = table.get("fleet")
+    if not isinstance(fleet, Mapping) or not isinstance(fleet.get("devices"), str):
+        return table
+    return {**table, "fleet": {**fleet, "devices": read_devices(Path(fleet["devices"]))}}
+
+
 def _anchor(table: dict[str, Any], folder: Path) -> None:
     """Make relative paths of a configuration relative to its file, so that it runs from anywhere."""
-    for section, key in (("model", "source"), ("data", "source"), ("data", "test-source")):
+    for section, key in _PATHS:
         inner = table.get(section)
         value = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(value, str) and ":" not in value and (folder / value).exists():

@@ -168,6 +168,9 @@ def one_round(federation: Federation, state: ServerState) -> Completed:
         **measured,
     }
     if _evaluation_due(federation.settings, after.round):
+        if federation.settings.spectrum:
+            with clock.phase("aggregate"):
+                record["spectrum"] = meters.spectrum(updates, federation.strategy.personal)
         with clock.phase("evaluate"):
             record["eval"] = evaluate(federation, after)
             if federation.holdout:

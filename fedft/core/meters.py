@@ -169,11 +169,15 @@ def bias(
     return _read(gaps)
 
 
-def spectrum(updates: Sequence[ClientUpdate]) -> dict[str, list[float]]:
+def spectrum(
+    updates: Sequence[ClientUpdate], personal: Iterable[Part] = ()
+) -> dict[str, list[float]]:
     """Singular values of dW by module path, descending; at most sum_k r_k of them are not zero.
 
-    As for :func:`bias`, the server must know all factors of the sites.
+    Empty where a factor stays at the sites (``personal``): the server never knows dW then.
     """
+    if frozenset(personal) & _MATRICES:
+        return {}
     usable = [u for u in updates if u.examples > 0]
     return {
         module: algebra.singular_values(factors).tolist()

@@ -69,6 +69,23 @@ def test_the_keys_that_others_read_are_there(tiny_table: Table, tmp_path: Path) 
     )
 
 
+def test_the_spectrum_of_the_mean_update_is_recorded_on_request(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    settings = {"count": 2, "evaluate-every": 2, "spectrum": True}
+    run = run_of(tiny_table(rounds=settings), tmp_path / "run")
+    assert "spectrum" not in run.rounds[0]
+    spectrum = run.rounds[1]["spectrum"]
+    assert spectrum.keys() == run.adapter("last").factors().factors.keys()
+    for values in spectrum.values():
+        assert values == sorted(values, reverse=True)
+        assert values[0] > 0
+
+    personal = tiny_table(rounds=settings, strategy={"name": "fedsa-lora"}, data={"holdout": 0.2})
+    assert run_of(personal, tmp_path / "personal").rounds[1]["spectrum"] == {}
+    assert "spectrum" not in run_of(tiny_table(), tmp_path / "silent").rounds[-1]
+
+
 def test_the_written_configuration_runs_again_as_it_is(tiny_table: Table, tmp_path: Path) -> None:
     first = run_of(tiny_table(), tmp_path / "one")
     import fedft
