@@ -7,6 +7,8 @@ from pydantic import Field
 
 from fedft.core.errors import ConfigError
 from strategies.base import Strategy
+from strategies.combinator import Combinator
+from strategies.coordinate_median import CoordinateMedian
 from strategies.fed_sb import FedSB
 from strategies.fedavg_lora import FedAvgLoRA
 from strategies.fedex_lora import FedExLoRA
@@ -19,10 +21,14 @@ from strategies.ffa_lora import FFALoRA
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.hetlora import HetLoRA
+from strategies.krum import Krum
 from strategies.lora_fair import LoRAFAIR
+from strategies.multi_krum import MultiKrum
+from strategies.norm_clip import NormClip
 from strategies.raflora import RaFLoRA
 from strategies.rolora import RoLoRA
 from strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
+from strategies.trimmed_mean import TrimmedMean
 
 Rule = (
     FedAvgLoRA
@@ -43,6 +49,11 @@ Rule = (
     | FedAvgM
     | FedAdam
     | FedYogi
+    | NormClip
+    | CoordinateMedian
+    | TrimmedMean
+    | Krum
+    | MultiKrum
 )
 
 AnyStrategy = Annotated[Rule, Field(discriminator="name")]
@@ -51,8 +62,9 @@ AnyStrategy = Annotated[Rule, Field(discriminator="name")]
 RULES: tuple[type[Strategy], ...] = get_args(Rule)
 """Every rule's class, in the order in which they are listed to users."""
 
-for combinator in (FedProx, FedAvgM, FedAdam, FedYogi):  # their `inner` is any rule, themselves too
-    combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
+for combinator in RULES:
+    if issubclass(combinator, Combinator):  # its `inner` is any rule, itself too
+        combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
 
 
 def rule_names(*, mixed_ranks: bool = False) -> list[str]:
@@ -85,6 +97,7 @@ def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
 __all__ = [
     "RULES",
     "AnyStrategy",
+    "CoordinateMedian",
     "FFALoRA",
     "FLoRA",
     "FedAdam",
@@ -100,11 +113,15 @@ __all__ = [
     "FedYogi",
     "FlexLoRA",
     "HetLoRA",
+    "Krum",
     "LoRAFAIR",
+    "MultiKrum",
+    "NormClip",
     "RaFLoRA",
     "RoLoRA",
     "Rule",
     "Strategy",
+    "TrimmedMean",
     "check_ranks",
     "rule_names",
 ]

@@ -77,6 +77,15 @@ class Strategy(BaseModel, ABC):
         """
         return ALL_PARTS
 
+    @property
+    def mean_only(self) -> bool:
+        """Whether the new state depends on the replies through the mean of what they sent alone.
+
+        Another summary of the replies (a median, a noisy mean) can then take the mean's place:
+        it is handed to ``combine`` as the one reply of the round.
+        """
+        return False
+
     def init(self, adapter: Adapter) -> ServerState:
         """The state before the first round."""
         return ServerState(adapter)

@@ -37,6 +37,10 @@ class Combinator(Strategy, ABC):
     def steady(self) -> frozenset[Part]:
         return self.inner.steady
 
+    @property
+    def mean_only(self) -> bool:
+        return self.inner.mean_only
+
     def init(self, adapter: Adapter) -> ServerState:
         return self.inner.init(adapter)
 

@@ -31,5 +31,9 @@ class FedAvgLoRA(Strategy):
 
     name: Literal["fedavg-lora"] = "fedavg-lora"
 
+    @property
+    def mean_only(self) -> bool:
+        return True
+
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         return replace(state, adapter=state.adapter.replaced(mean_of(updates)))

@@ -32,6 +32,10 @@ class FedSVD(Strategy):
     name: Literal["fedsvd"] = "fedsvd"
 
     @property
+    def mean_only(self) -> bool:
+        return True
+
+    @property
     def steady(self) -> frozenset[Part]:
         return frozenset({"head"})
 

@@ -30,6 +30,10 @@ class FFALoRA(Strategy):
 
     name: Literal["ffa-lora"] = "ffa-lora"
 
+    @property
+    def mean_only(self) -> bool:
+        return True
+
     def plan(self, state: ServerState, site: Site) -> TrainPlan:
         return TrainPlan(
             start=state.adapter,

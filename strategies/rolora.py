@@ -30,6 +30,10 @@ class RoLoRA(Strategy):
 
     name: Literal["rolora"] = "rolora"
 
+    @property
+    def mean_only(self) -> bool:
+        return True
+
     def plan(self, state: ServerState, site: Site) -> TrainPlan:
         factor: Part = "B" if state.round % 2 == 0 else "A"
         learned: frozenset[Part] = frozenset({factor, "head"})

@@ -39,6 +39,18 @@ def norm(x: Factors) -> float:
     return abs(x.scale) * max(float(grams.sum()), 0.0) ** 0.5
 
 
+def gram(parts: Sequence[Factors]) -> Tensor:
+    """The Frobenius inner products of all pairs, as :func:`inner` gives them. [K, K], float64
+
+    One Gram matrix a side over all factors, [sum r, sum r], summed by blocks: ranks may differ.
+    """
+    A = torch.cat([p.scale * p.folded_A().double() for p in parts])  # [sum r, d_in]
+    B = torch.cat([p.B.double() for p in parts], dim=1)  # [d_out, sum r]
+    owners = torch.repeat_interleave(torch.tensor([p.rank for p in parts]))
+    members = torch.nn.functional.one_hot(owners, len(parts)).double()  # [sum r, K]
+    return members.T @ (_gram(B) * _gram(A.T)) @ members
+
+
 def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
     """The exact sum ``sum_k w_k s_k B_k A_k`` as one factor pair of rank ``sum_k r_k``, scale 1.
 

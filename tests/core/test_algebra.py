@@ -45,6 +45,14 @@ class TestAgainstDense:
         assert algebra.inner(x, y) == pytest.approx(float((dense(x) * dense(y)).sum()), rel=1e-12)
         assert algebra.norm(x) == pytest.approx(float(dense(x).norm()), rel=1e-12)
 
+    def test_gram_is_the_inner_product_of_all_pairs(self, shape, dtype):
+        d_out, d_in, r = shape
+        parts = [factors(d_out, d_in, r + i, dtype, scale=1.0 + i, seed=i) for i in range(3)]
+        expected = [[algebra.inner(x, y) for y in parts] for x in parts]
+        assert torch.allclose(
+            algebra.gram(parts), torch.tensor(expected, dtype=torch.float64), rtol=1e-12
+        )
+
     def test_stack_is_the_weighted_sum(self, shape, dtype):
         parts = [factors(*shape, dtype, scale=s, seed=i) for i, s in enumerate((1.0, 2.0, 0.5))]
         p = [0.5, 0.3, 0.2]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part, ServerState, Site
 from strategies import (
+    CoordinateMedian,
     FedAdam,
     FedAvgLoRA,
     FedAvgM,
@@ -34,9 +35,13 @@ from strategies import (
     FlexLoRA,
     FLoRA,
     HetLoRA,
+    Krum,
     LoRAFAIR,
+    MultiKrum,
+    NormClip,
     RaFLoRA,
     RoLoRA,
+    TrimmedMean,
 )
 
 EVERYTHING: frozenset[Part] = frozenset({"A", "B", "R", "head"})
@@ -321,3 +326,71 @@ class TestServerOptimizers:
         D = 2 - x
         step = 0.1 * (0.09 + 0.1 * D) / (sqrt(0.02 + 0.01 * D * D) + 0.1)
         assert self.values(rule) == pytest.approx([x, x + step])
+
+
+class TestNormClip:
+    def test_a_fixed_bound(self):
+        # Changes: site 1 has dA = [0 -1], dB = [4 0], of norm sqrt(17); site 2 the same norm.
+        # C = sqrt(17) / 2 halves both: A_1 = [1 1/2], B_1 = [2 0], A_2 = [1/2 1], B_2 = [0 2].
+        check(play(NormClip(max_norm=sqrt(17) / 2)), [[0.625, 0.875]], [[0.5], [1.5]])
+
+    def test_the_median_of_the_round(self):
+        # Norms 1, 2 and 8 in B alone: C = 2 takes the last to a quarter.
+        sites = [(adapter([[1, 1]], [[x], [0]]), 1) for x in (1, 2, 8)]
+        check(play(NormClip(), sites=sites), [[1, 1]], [[5 / 3], [0]])
+
+
+FIVE = [
+    (adapter([[x, 1]], [[y], [0]]), 1)
+    for x, y in zip((0, 1, 2, 3, 99), (7, 5, 6, 4, -99), strict=True)
+]
+
+
+class TestCoordinatewise:
+    def test_median_of_an_odd_number(self):
+        # Entry by entry: A of 0 1 2 3 99 is 2; B of -99 4 5 6 7 is 5, from another site.
+        check(play(CoordinateMedian(), sites=FIVE), [[2, 1]], [[5], [0]])
+
+    def test_median_of_an_even_number(self):
+        check(play(CoordinateMedian(), sites=FIVE[:4]), [[1.5, 1]], [[5.5], [0]])
+
+    def test_trimmed_mean(self):
+        # k = ceil(0.2 * 5) = 1: A of 1 2 3 is 2, B of 4 5 6 is 5.
+        check(play(TrimmedMean(trim=0.2), sites=FIVE), [[2, 1]], [[5], [0]])
+        # k = ceil(0.3 * 5) = 2 leaves the median; of two sites nothing can be trimmed.
+        check(play(TrimmedMean(trim=0.3), sites=FIVE), [[2, 1]], [[5], [0]])
+        check(play(TrimmedMean(trim=0.3), sites=FIVE[:2]), [[0.5, 1]], [[6], [0]])
+
+    def test_a_step_of_the_inner_rule_on_the_median(self):
+        # FedAvgM from m = 0 with lr 0.5 goes half of the way from [1 1], [0 0] to the median.
+        rule = CoordinateMedian(inner=FedAvgM(lr=0.5))
+        check(play(rule, sites=FIVE), [[1.5, 1]], [[2.5], [0]])
+
+
+class TestKrum:
+    # Products diag(x, 0) with x = 0 1 3 4 -20; K = 5, f = 1: two neighbours each.
+    # Scores: 1 + 9 = 10, 1 + 4 = 5, 1 + 4 = 5, 1 + 9 = 10, 400 + 441. The second is first.
+    # The sites' factors say otherwise: site 2 has them scaled by 10 and 1/10.
+    SITES = [
+        (adapter([[a, 0]], [[b], [0]]), n)
+        for (a, b), n in zip(
+            ((1, 0), (10, 0.1), (1, 3), (1, 4), (1, -20)), (1, 1, 3, 1, 1), strict=True
+        )
+    ]
+
+    def test_krum_takes_one(self):
+        check(play(Krum(), sites=self.SITES), [[10, 0]], [[0.1], [0]])
+
+    def test_multi_krum_averages_equally(self):
+        # m = K - f = 4: all but the liar, and site 3's examples do not count.
+        check(play(MultiKrum(), sites=self.SITES), [[13 / 4, 0]], [[7.1 / 4], [0]])
+        check(play(MultiKrum(select=2), sites=self.SITES), [[5.5, 0]], [[1.55], [0]])
+
+    def test_the_head_counts(self):
+        sites = [
+            (adapter([[1, 0]], [[0], [0]], head={BIAS: matrix([x])}), 1) for x in (0.0, 1.0, 5.0)
+        ]
+        start = adapter([[1, 0]], [[0], [0]], head={BIAS: matrix([0.0])})
+        # One neighbour each: scores 1, 1, 16.
+        state = play(Krum(), start, sites)
+        assert torch.equal(state.adapter.head[BIAS], matrix([0.0]))

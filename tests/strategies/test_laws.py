@@ -15,6 +15,7 @@ from fedft.core import codec, meters, seeds
 from fedft.core.errors import ConfigError
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, part_of
 from strategies import (
+    CoordinateMedian,
     FedAdam,
     FedAvgLoRA,
     FedAvgM,
@@ -30,11 +31,16 @@ from strategies import (
     FlexLoRA,
     FLoRA,
     HetLoRA,
+    Krum,
     LoRAFAIR,
+    MultiKrum,
+    NormClip,
     RaFLoRA,
     RoLoRA,
     Strategy,
+    TrimmedMean,
 )
+from strategies.base import mean_of
 
 RANK, ALPHA = 3, 6.0
 SHAPES = {"layer.0.q": (10, 8), "layer.1.v": (6, 12)}  # (d_out, d_in)
@@ -92,12 +98,14 @@ class Row:
         wire: the formula on its page.
         own: a lone client, or identical ones, get exactly that client's function.
         unbiased: the applied update is the mean update.
+        layerwise: a layer is made of what its holders sent for it, whatever they sent of others.
     """
 
     rule: Strategy
     wire: Wire = both
     own: bool = True
     unbiased: bool = False
+    layerwise: bool = True
 
 
 TABLE = {
@@ -149,6 +157,21 @@ TABLE = {
     "fedavgm over flexlora": Row(FedAvgM(inner=FlexLoRA()), own=False),
     "fedadam": Row(FedAdam(inner=LoRAFAIR()), own=False),
     "fedyogi": Row(FedYogi(inner=FedProx(inner=FedRotLoRA())), own=False),
+    "norm-clip": Row(NormClip(), layerwise=False),
+    "norm-clip over flexlora": Row(NormClip(max_norm=1e9, inner=FlexLoRA())),
+    "coordinate-median": Row(CoordinateMedian()),
+    "coordinate-median over ffa-lora": Row(
+        CoordinateMedian(inner=FFALoRA()), lambda t, K: (RANK * OUT + HEADS, RANK * OUT + HEADS)
+    ),
+    "trimmed-mean": Row(TrimmedMean()),
+    "trimmed-mean over fedavgm": Row(
+        TrimmedMean(inner=FedAvgM(beta=0.0, inner=FedSVD())),
+        lambda t, K: (pi(RANK) + HEADS, RANK * OUT + HEADS),
+    ),
+    "krum": Row(Krum(), layerwise=False),
+    "krum over flexlora": Row(Krum(inner=FlexLoRA()), layerwise=False),
+    "multi-krum": Row(MultiKrum(), layerwise=False),
+    "multi-krum over flexlora": Row(MultiKrum(select=2, inner=FlexLoRA()), layerwise=False),
 }
 rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -368,6 +391,19 @@ def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
         state = after
 
 
+@rows
+def test_a_rule_of_the_mean_takes_the_mean_for_a_reply(row: Row) -> None:
+    """What rules that hand over one summary (a median, a noisy mean) rely on."""
+    rule, state = row.rule, warm(row.rule)
+    updates = [reply(rule, state, site) for site in fleet(rule)]
+    mean = ClientUpdate("mean", 1, mean_of(updates), updates[0].start)
+    lone, whole = rule.aggregate(state, [mean]), rule.aggregate(state, updates)
+    equal = lone.adapter.rank == whole.adapter.rank and (
+        distance(function(lone.adapter, lone.delta), function(whole.adapter, whole.delta)) < 1e-10
+    )
+    assert equal or not rule.mean_only
+
+
 def test_the_yardstick_sees_a_bias() -> None:
     """Without it, the test above could not fail."""
     rule = FedAvgLoRA()
@@ -411,7 +447,11 @@ def test_plans_are_consistent(row: Row) -> None:
         assert other.start is plan.start, "one object a rank, so that it is encoded once"
 
 
-@rows
+@pytest.mark.parametrize(
+    "row",
+    [r for r in TABLE.values() if r.layerwise],
+    ids=[k for k, r in TABLE.items() if r.layerwise],
+)
 def test_layers_that_only_some_sites_hold(row: Row) -> None:
     """Averaged over those who do; a layer that nobody holds is kept."""
     rule, state = row.rule, warm(row.rule)
@@ -435,7 +475,9 @@ def test_layers_that_only_some_sites_hold(row: Row) -> None:
 
 def test_mixed_ranks_are_refused_by_name() -> None:
     able = {"flora", "flexlora", "hetlora", "raflora", "fedmomentum"}
-    combinators = {"fedprox", "fedavgm", "fedadam", "fedyogi"}
+    combinators = {
+        r.model_fields["name"].default for r in strategies.RULES if "inner" in r.model_fields
+    }
     for row in TABLE.values():
         strategies.check_ranks(row.rule, [4, 4])  # type: ignore[arg-type]
         inner = row.rule
@@ -475,6 +517,14 @@ def test_a_rank_above_the_global_one_is_refused() -> None:
         ({"name": "fedavgm", "beta": 1.0}, "beta"),
         ({"name": "fedadam", "tau": 0}, "tau"),
         ({"name": "fedyogi", "beta2": 1}, "beta2"),
+        ({"name": "norm-clip", "max-norm": 0}, "max-norm"),
+        ({"name": "trimmed-mean", "trim": 0.5}, "trim"),
+        ({"name": "krum", "byzantine": 0.5}, "byzantine"),
+        ({"name": "multi-krum", "select": 0}, "select"),
+        ({"name": "coordinate-median", "inner": {"name": "flora"}}, "one by one"),
+        ({"name": "trimmed-mean", "inner": {"name": "norm-clip"}}, "one by one"),
+        ({"name": "krum", "inner": {"name": "fedsa-lora"}}, "keep B to themselves"),
+        ({"name": "multi-krum", "inner": {"name": "fedsa-lora"}}, "keep B to themselves"),
         ({"name": "fedavg"}, "fedavg-lora"),
         ({"name": "fedprox", "inner": {"name": "sgd"}}, "fedavg-lora"),
         ({}, "name"),
