@@ -30,7 +30,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     shapes = models.schema(config.model, config.lora, classes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.strategy.init(initial)
-    ranks = sorted({*config.fleet.ranks}) or [config.rank]
+    ranks = sorted({*config.fleet.rank_choices}) or [config.rank]
     clients = [_client(config, shapes, folder, state, rank) for rank in ranks]
     mean = {
         way: sum(c["bytes"][way] for c in clients) / len(clients) * config.rounds.per_round
@@ -53,7 +53,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
 
 
 def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) -> dict[str, Any]:
-    mixed = len({*config.fleet.ranks}) > 1
+    mixed = len({*config.fleet.rank_choices}) > 1
     plan = config.strategy.plan(state, Site("example", 1, rank if mixed else None))
     trained: frozenset[Part] = plan.train
     wire = config.engine.wire

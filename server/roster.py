@@ -4,9 +4,10 @@ A simulated roster is a view of the partition manifest: a million sites cost no 
 cohort of n costs O(n).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,7 @@ from fedft.core import seeds
 from fedft.core.errors import QuorumFailure
 from fedft.core.partition import Manifest
 from fedft.core.types import Site
-
-T = TypeVar("T")
+from server.fleet import Fleet
 
 
 class Roster(Protocol):
@@ -38,16 +38,12 @@ class SimulatedRoster:
     Attributes:
         manifest: who holds which rows.
         holdout: share of each site's rows that it does not train on.
-        ranks: LoRA ranks dealt out by seed; empty leaves the run's.
-        memory_mib: memory budgets dealt out by seed; empty is unlimited.
-        seed: of the run.
+        fleet: what the sites' devices can do.
     """
 
     manifest: Manifest
     holdout: float = 0.0
-    ranks: tuple[int, ...] = ()
-    memory_mib: tuple[float, ...] = ()
-    seed: int = 0
+    fleet: Fleet = field(default_factory=Fleet)
 
     @cached_property
     def _eligible(self) -> NDArray[np.int64] | None:
@@ -69,19 +65,28 @@ class SimulatedRoster:
         indices = drawn if eligible is None else eligible[drawn]
         return [self.site(int(i)) for i in np.sort(indices)]
 
+    def shuffled(self, generator: np.random.Generator) -> Iterator[Site]:
+        """All sites with data in a random order, each drawn when it is asked for (Fisher-Yates)."""
+        eligible = self._eligible
+        moved: dict[int, int] = {}
+        population = len(self.manifest) if eligible is None else len(eligible)
+        for last in range(population - 1, -1, -1):
+            drawn = int(generator.integers(last + 1))
+            position = moved.get(drawn, drawn)
+            moved[drawn] = moved.pop(last, last)
+            yield self.site(position if eligible is None else int(eligible[position]))
+
     def site(self, index: int) -> Site:
         """The site at a position of the manifest."""
         name = self.manifest.name_of(index)
         held = int(self.manifest.offsets[index + 1] - self.manifest.offsets[index])
+        device = self.fleet.device(name)
         return Site(
             name=name,
             examples=held - int(held * self.holdout),
-            rank=self._dealt("rank", name, self.ranks),
-            memory_mib=self._dealt("memory", name, self.memory_mib),
+            rank=device.rank,
+            memory_mib=device.memory_mib,
         )
 
     def node_of(self, site: Site) -> int:
         return self.manifest.index_of(site.name) + 1
-
-    def _dealt(self, what: str, name: str, hand: tuple[T, ...]) -> T | None:
-        return hand[seeds.derive(self.seed, what, name) % len(hand)] if hand else None

@@ -28,6 +28,7 @@ from fedft.core.errors import (
     MismatchError,
     QuorumFailure,
 )
+from fedft.core.files import disk
 from fedft.core.metrics import better
 from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter
@@ -475,16 +476,9 @@ def _restore(
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
     """Everything the rounds need, unpacked from the configuration."""
     config = setting.config
-    fleet = config.fleet
     return Federation(
         strategy=config.strategy,
-        roster=SimulatedRoster(
-            setting.manifest,
-            config.data.holdout,
-            fleet.ranks,
-            fleet.memory_budgets_mib,
-            config.seed,
-        ),
+        roster=SimulatedRoster(setting.manifest, config.data.holdout, config.devices),
         grid=grid,
         task=setting.task.model_dump_json(),
         training=config.training.local(),
@@ -525,7 +519,7 @@ def _commit(
     start = time.monotonic()
     state = completed.state
     if "eval" in completed.record:
-        _export_evaluated(setting, run, state, progress)
+        export(setting.config, state, run.adapter(state.round))
     touched = grid.touched_states()
     sites = {
         setting.manifest.name_of(node - 1): codec.tensors_from(record.array_records[codec.KEPT])
@@ -538,18 +532,22 @@ def _commit(
     run.append_round(completed.record)
     checkpoints.commit(state, sites, vars(progress))
     grid.states_committed(touched)
+    if "eval" in completed.record:
+        _drop_superseded(setting, run, progress)
 
 
-def _export_evaluated(
-    setting: Setting, run: RunDir, state: ServerState, progress: Progress
-) -> None:
-    """Keep the adapters of the best and of the newest evaluation, or of all."""
-    export(setting.config, state, run.adapter(state.round))
+def _drop_superseded(setting: Setting, run: RunDir, progress: Progress) -> None:
+    """Keep the adapters of the best and of the newest evaluation only, unless all are wanted.
+
+    Not before the round is committed: the adapter that was the best until then goes here.
+    """
     if setting.config.rounds.keep_adapters:
         return
-    wanted = {state.round, int(progress.best["round"]) if progress.best else state.round}
-    for round_ in set(run.exported()) - wanted:
-        shutil.rmtree(run.adapter(round_))
+    exported = run.exported()
+    wanted = {*exported[-1:], *([int(progress.best["round"])] if progress.best else [])}
+    for round_ in set(exported) - wanted:
+        with disk(f"remove {run.adapter(round_)}"):
+            shutil.rmtree(run.adapter(round_))
 
 
 def export(config: RunConfig, state: ServerState, folder: Path) -> None:
@@ -565,6 +563,7 @@ def export(config: RunConfig, state: ServerState, folder: Path) -> None:
 
 
 def _finish(setting: Setting, run: RunDir, state: ServerState, progress: Progress) -> None:
+    _drop_superseded(setting, run, progress)  # where a crash came between commit and removal
     run.write_summary(
         {
             "status": "finished" if state.round == setting.config.rounds.count else "stopped early",
