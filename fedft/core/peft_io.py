@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fedft.core.algebra import pad
 from fedft.core.errors import MismatchError, SecurityRefusal
+from fedft.core.files import Files, disk, write_file
 from fedft.core.models import PEFT_TASK, effective
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
 
@@ -34,6 +35,9 @@ def save_adapter(
         task: as in :class:`~fedft.core.spec.ModelSpec`.
         base: name or folder of the base model, for the reader.
         revision: of the base model.
+
+    Raises:
+        EnvironmentFailure: the disk refused.
     """
     plain = effective(adapter, delta)
     rank = max(plain.rank, 1)
@@ -57,10 +61,12 @@ def save_adapter(
         "modules_to_save": heads or None,
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = plain.map_factors(folded).tensors()
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {n: t.contiguous() for n, t in plain.map_factors(folded).tensors().items()}
+    with disk(f"create {folder}"):
+        Files().mkdir(folder)
+        Files().sync_folder(folder.parent)
+    write_file(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_file(folder / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
 
 def load_adapter(folder: Path) -> Adapter:
