@@ -159,10 +159,12 @@ class ComparisonConsole:
             return
         shown = Table(show_header=True, header_style="bold", caption=table.note())
         for index, title in enumerate(table.header()):
-            shown.add_column(title, justify="left" if index == 0 else "right")
+            first = index == 0
+            shown.add_column(title, justify="left" if first else "right", no_wrap=first)
         for cells in table.cells():
             shown.add_row(*map(safe, cells))
-        Console(highlight=False).print(shown)
+        piped = None if sys.stdout.isatty() else 160  # a file has no width to keep to
+        Console(highlight=False, width=piped).print(shown)
         print(f"runs  {folder}")
 
 
