@@ -12,6 +12,7 @@ from dataclasses import replace
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.attack import sent_by
 from clients.workbench import Workbench, workbench
 from fedft.core import codec
 from fedft.core.errors import FedftError, MismatchError
@@ -47,8 +48,9 @@ class SiteApp(ClientApp):
             seconds = (time.monotonic() - start) / len(ready)
             for (position, plan, own), result in zip(ready, results, strict=True):
                 _keep(contexts[position], result.adapter, plan.keep)
+                index = _index(bench, contexts[position])
                 content = codec.reply_content(
-                    result.adapter.tensors(plan.send),
+                    sent_by(bench.task, index, plan, result.adapter.tensors(plan.send)),
                     _examples(bench, contexts[position], own),
                     {**result.metrics, "seconds": seconds},
                     bench.task.wire,

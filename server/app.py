@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedft.core.errors import MismatchError
 from fedft.core.rundir import RunDir
 from fedft.core.types import ServerState
-from server.config import RunConfig, configured, load_config
+from server.config import RunConfig, check_real, configured, load_config
 from server.grids.superlink import SuperLinkGrid
 from server.run import simulate
 
@@ -54,6 +54,7 @@ def configuration(settings: Mapping[str, UserConfigValue]) -> RunConfig:
         ConfigError: see :func:`server.config.load_config`.
     """
     config = load_config(_bundled(str(settings["config"])), str(settings["set"]).split())
+    check_real(config)
     return configured(config, {"engine.cohort": 1})
 
 

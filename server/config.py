@@ -18,7 +18,16 @@ from pydantic import (
 )
 
 from fedft.core.errors import ConfigError
-from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, Precision, Table, TaskSpec, TrainingSpec
+from fedft.core.spec import (
+    AttackSpec,
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    Precision,
+    Table,
+    TaskSpec,
+    TrainingSpec,
+)
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
 from strategies import RULES, AnyStrategy, FedAvgLoRA, check_ranks, rule_names
 
@@ -41,6 +50,7 @@ class FleetSpec(Table):
         availability: a CSV of the times at which sites can be reached; see
             :mod:`server.availability`.
         period_s: seconds after which that file repeats; None: never.
+        attack: sites that lie, see :class:`~fedft.core.spec.AttackSpec`; None of none.
     """
 
     clients: PositiveInt = 100
@@ -52,6 +62,7 @@ class FleetSpec(Table):
     devices: tuple[Device, ...] = ()
     availability: str | None = None
     period_s: PositiveFloat | None = None
+    attack: AttackSpec | None = None
 
     @model_validator(mode="after")
     def _unambiguous(self) -> "FleetSpec":
@@ -211,12 +222,26 @@ class RunConfig(Table):
             seed=self.seed,
             clients=self.fleet.clients,
             wire=self.engine.wire,
+            attack=self.fleet.attack,
             **facts,
         )
 
     def to_toml(self) -> str:
         """The resolved configuration; reading it gives this object again."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def check_real(config: RunConfig) -> None:
+    """Refuse what only a simulation does.
+
+    Raises:
+        ConfigError: the configuration asks sites to lie.
+    """
+    if config.fleet.attack is not None:
+        raise ConfigError(
+            "[fleet] attack makes sites lie, which is for simulations; real sites are never asked to",
+            fix="Remove the key, or run it with: fedft simulate CONFIG",
+        )
 
 
 def load_config(path: Path, settings: Iterable[str] = ()) -> RunConfig:

@@ -21,7 +21,7 @@ from fedft.core.rundir import RunDir
 from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
 from server.checkpoints import Checkpoints
-from server.config import RunConfig, configured, differences, parse_toml
+from server.config import RunConfig, check_real, configured, differences, parse_toml
 from server.enrolment import EnrolledRoster
 from server.grids.grpc import GrpcGrid, Terms, Timing
 from server.grids.inline import InlineGrid
@@ -107,7 +107,12 @@ def serve(
 
 
 def for_sites(config: RunConfig) -> RunConfig:
-    """The configuration as sites run it: each trains alone, in the plain loop."""
+    """The configuration as sites run it: each trains alone, in the plain loop.
+
+    Raises:
+        ConfigError: it asks for what only a simulation does.
+    """
+    check_real(config)
     return configured(resolved(config), {"engine.cohort": 1})
 
 

@@ -146,6 +146,23 @@ class TrainingSpec(Table):
         return LocalTraining(**values)
 
 
+class AttackSpec(Table):
+    """`[fleet] attack`: sites of a simulation that lie, for experiments with robust rules.
+
+    Real clients are never asked to: ``fedft serve`` and ``flwr run`` refuse a configuration with it.
+
+    Attributes:
+        kind: ``sign-flip`` sends start - scale * change; ``collude`` sends start + scale * ||change||
+            along one random direction, the same for all lying sites of a round.
+        share: of the registered sites, drawn by seed.
+        scale: 1 is a lie of the size of the truth.
+    """
+
+    kind: Literal["sign-flip", "collude"] = "sign-flip"
+    share: Fraction = 0.2
+    scale: PositiveFloat = 1.0
+
+
 class TaskSpec(Table):
     """What a client needs to know of a run: sent with every message, the same for all sites.
 
@@ -162,6 +179,7 @@ class TaskSpec(Table):
         site: name of the one site that all training rows here belong to, in the order of the file;
             None where they are divided among many.
         classes: names of the run's classes, where sites read data of their own.
+        attack: which sites of a simulation lie, and how; None of none.
     """
 
     model: ModelSpec
@@ -178,3 +196,4 @@ class TaskSpec(Table):
     fingerprint: str = ""
     site: str | None = None
     classes: tuple[str, ...] = ()
+    attack: AttackSpec | None = None

@@ -7,6 +7,7 @@ import pytest
 
 from fedft.core.errors import ConfigError
 from server.config import configured, differences, load_config, parse_config, parse_toml
+from server.serve import for_sites
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,3 +101,12 @@ def test_differences_name_keys_and_values() -> None:
         "[training] lr: 0.005 → 0.1",
     ]
     assert differences(old, old) == []
+
+
+def test_real_sites_are_never_asked_to_lie() -> None:
+    config = parse_config({"fleet": {"attack": {"kind": "sign-flip", "share": 0.2}}})
+    assert config.task().attack == config.fleet.attack
+    with pytest.raises(ConfigError, match="for simulations") as caught:
+        for_sites(config)
+    assert "fedft simulate" in caught.value.fix
+    assert for_sites(parse_config({})).fleet.attack is None
