@@ -122,7 +122,7 @@ def join(
         )
     folder = folder or default_folder(kit)
     with _occupied(folder):
-        credentials = None if kit.insecure else enrolled(kit, folder)
+        credentials = None if kit.insecure else enrolled(kit, folder, tell)
         worker = Resident(kit.name, site, KeptParts(folder / "kept"))
         session = Session(
             Connection(kit.server, kit.name, credentials),
@@ -162,8 +162,13 @@ def _occupied(folder: Path) -> Iterator[None]:
 # ── identity ──────────────────────────────────────────────────────────────────────────────────
 
 
-def enrolled(kit: Kit, folder: Path) -> Credentials:
+def enrolled(
+    kit: Kit, folder: Path, tell: Callable[[str], None] = lambda text: None
+) -> Credentials:
     """The site's own credentials; the first time, in exchange for the kit.
+
+    A certificate of which less than a third of its time is left is renewed. Where the server is
+    away or will not, the site goes on with the one it has.
 
     Raises:
         SecurityRefusal: the server refuses the kit, or is not the one that made it.
@@ -180,29 +185,57 @@ def enrolled(kit: Kit, folder: Path) -> Credentials:
         raise SecurityRefusal(
             f"{folder} belongs to a site of another server", fix="Name another --site-dir."
         )
-    return own.checked(str(folder))
+    own.checked(str(folder))
+    return _renewed(kit, folder, own, tell) if own.due else own
 
 
 def _exchange(kit: Kit, folder: Path) -> None:
     """Have a key of this machine's own certified; it is stored before the kit is spent."""
+    show = kit.credentials.checked("the kit")
     path = folder / "site.key"
     if not path.exists():
         write_private(path, key_pem(new_key()))
-    key = load_key(read_private(path), str(path))
+    own = _certified(kit, show, read_private(path))
+    write_private(folder / "ca.pem", own.ca)
+    write_private(folder / "certificate.pem", own.certificate)
+
+
+def _renewed(kit: Kit, folder: Path, own: Credentials, tell: Callable[[str], None]) -> Credentials:
+    """The key that the site has, certified anew; both certificates work until the new one did."""
+    try:
+        new = _certified(kit, own, own.key)
+    except (SecurityRefusal, EnvironmentFailure) as error:
+        tell(f"the certificate of this site was not renewed: {error.what}")
+        return own
+    write_private(folder / "certificate.pem", new.certificate)
+    tell("the certificate of this site was renewed")
+    return new
+
+
+def _certified(kit: Kit, show: Credentials, key_file: bytes) -> Credentials:
+    """Have a key certified.
+
+    Args:
+        kit: says where, and for whom.
+        show: credentials of the call: the kit's, or the site's present ones.
+        key_file: the private key, PEM.
+
+    Raises:
+        SecurityRefusal: the server refused, or is not the one that made the kit.
+        EnvironmentFailure: the server cannot be reached.
+    """
+    key = load_key(key_file, "the folder of this site")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, kit.name)])
     csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     request = pb.EnrolRequest(csr=csr.public_bytes(serialization.Encoding.PEM))
-    reply = _call_enrol(kit, request)
+    reply = _call_enrol(kit, show, request)
     if reply.refusal:
         raise SecurityRefusal(f"the server refused the kit: {reply.refusal}")
     certificate = certificate_pem(load_certificate(reply.certificate, "the server's answer"))
-    Credentials(kit.ca.encode(), certificate, key_pem(key)).checked("the server's answer")
-    write_private(folder / "ca.pem", kit.ca.encode())
-    write_private(folder / "certificate.pem", certificate)
+    return Credentials(show.ca, certificate, key_file).checked("the server's answer")
 
 
-def _call_enrol(kit: Kit, request: pb.EnrolRequest) -> pb.EnrolReply:
-    show = kit.credentials
+def _call_enrol(kit: Kit, show: Credentials, request: pb.EnrolRequest) -> pb.EnrolReply:
     tls = grpc.ssl_channel_credentials(show.ca, show.key, show.certificate)
     with grpc.secure_channel(kit.server, tls) as channel:
         try:

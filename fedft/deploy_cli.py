@@ -45,6 +45,9 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         patience: Annotated[
             float, typer.Option(help="Seconds to wait for enough clients before pausing.")
         ] = 600.0,
+        linger: Annotated[
+            float, typer.Option(help="Seconds to wait at the end for clients that were away.")
+        ] = 60.0,
         settings: Annotated[
             list[str] | None,
             typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
@@ -58,7 +61,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         parsed = own_server("config").load_config(config, settings or [])
         server = own_server("serve")
         address = own_server("identity").Address(host, port, public, insecure)
-        hosting = server.Hosting(first=wait_for, patience_s=patience)
+        hosting = server.Hosting(first=wait_for, patience_s=patience, linger_s=linger)
         with graceful() as stop, RunConsole(json_output=json) as console:
             run = server.serve(
                 parsed, run_dir, address, hosting=hosting, observer=console, stop=stop
@@ -100,8 +103,8 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             Path | None, typer.Option(help="This site's own folder: key, kept parts.")
         ] = None,
         give_up: Annotated[
-            float | None, typer.Option(help="Seconds without a server after which to end.")
-        ] = None,
+            float, typer.Option(help="Seconds without a server after which to end.")
+        ] = 86_400.0,
     ) -> None:
         """Take part in a federation with data of one's own, until it is over."""
         from clients import join as joining
@@ -139,10 +142,11 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         if json:
             print_json([{**asdict(client), "state": client.state} for client in registered])
             return
-        table = Table("client", "state", "examples", "rank", "MiB", "since", "why")
+        table = Table("client", "state", "examples", "rank", "MiB", "since", "certificate", "why")
         for c in registered:
-            since = c.revoked or c.joined or c.invited
-            cells = (c.name, c.state, c.examples, c.rank or "", c.memory_mib or "", since, c.why)
+            since, until = c.revoked or c.dismissed or c.joined or c.invited, c.expires[:10]
+            numbers = (c.examples, c.rank or "", c.memory_mib or "")
+            cells = (c.name, c.state, *numbers, since, until and f"until {until}", c.why)
             table.add_row(*(safe(cell) for cell in cells))
         Console(highlight=False).print(table)
 

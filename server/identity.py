@@ -257,8 +257,11 @@ class Client:
         node: its number in the grid, from 1, for ever.
         kit: serial number of its kit's certificate.
         serial: of the certificate it works with; empty before it enrolled.
+        renewed: of the one that is to take its place, as soon as the site comes with it.
         key: digest of the public key it enrolled with; empty before.
+        expires: when its newest certificate does, ISO 8601.
         invited, joined, revoked: ISO 8601; empty where that has not happened.
+        dismissed: when it was told that the run is over, ISO 8601.
         why: reason of the revocation.
         examples, rank, memory_mib: as offered at its last join; see :class:`~fedft.core.types.Site`.
     """
@@ -268,8 +271,11 @@ class Client:
     kit: str
     invited: str
     serial: str = ""
+    renewed: str = ""
     key: str = ""
+    expires: str = ""
     joined: str = ""
+    dismissed: str = ""
     revoked: str = ""
     why: str = ""
     examples: int = 0
@@ -288,6 +294,8 @@ class Client:
         """One word for a list."""
         if self.revoked:
             return "revoked"
+        if self.dismissed:
+            return "done"
         return "joined" if self.joined else "enrolled" if self.serial else "invited"
 
 
@@ -372,9 +380,10 @@ class Registry:
             clients[name] = replace(clients[name], revoked=_now(), why=why)
 
     def enrol(self, serial: str, csr_pem: bytes, authority: Authority) -> bytes:
-        """Certify the key of a site that shows its kit.
+        """Certify the key of a site that shows its kit, or the certificate it has.
 
-        The same key may ask again: its first answer may have been lost on the way.
+        The same key may ask again: its first answer may have been lost on the way. For the same
+        reason a certificate that is renewed goes on working until the site comes with the new one.
 
         Args:
             serial: of the certificate the caller showed, which TLS has verified.
@@ -389,7 +398,8 @@ class Registry:
         """
         key = _requested_key(csr_pem)
         with self._changing() as clients:
-            client = next((c for c in clients.values() if c.kit == serial), None)
+            known = (c for c in clients.values() if serial in (c.kit, c.serial, c.renewed))
+            client = next(known, None) if serial else None
             if client is None:
                 raise SecurityRefusal("this kit is not known here, or was replaced by a newer one")
             if client.revoked:
@@ -403,19 +413,38 @@ class Registry:
                     fix="A kit works once. Ask for a new one; if nobody of yours used it, say so.",
                 )
             certificate = authority.client(client.name, key, SITE_DAYS)
-            clients[client.name] = replace(client, key=digest, serial=serial_of(certificate))
+            new = serial_of(certificate)
+            expires = _iso(certificate.not_valid_after_utc)
+            if serial == client.kit:
+                changed = replace(client, key=digest, serial=new, renewed="", expires=expires)
+            else:
+                changed = replace(client, serial=serial, renewed=new, expires=expires)
+            clients[client.name] = changed
         return certificate_pem(certificate)
 
-    def joined(self, site: "Site") -> None:
-        """Remember what a site offered."""
+    def joined(self, site: "Site", serial: str) -> None:
+        """Remember what a site offered, and the certificate it came with: older ones are void."""
         with self._changing() as clients:
+            client = clients[site.name]
             clients[site.name] = replace(
-                clients[site.name],
-                joined=clients[site.name].joined or _now(),
+                client,
+                serial=serial or client.serial,
+                renewed="" if serial == client.renewed else client.renewed,
+                joined=client.joined or _now(),
                 examples=site.examples,
                 rank=site.rank,
                 memory_mib=site.memory_mib,
             )
+
+    def dismissed(self, name: str) -> None:
+        """Remember that a site knows that the run is over."""
+        with self._changing() as clients:
+            clients[name] = replace(clients[name], dismissed=_now())
+
+    def unaware(self) -> list[str]:
+        """The sites that have joined and may not know yet that the run is over."""
+        clients = self.clients().values()
+        return sorted(c.name for c in clients if c.joined and not (c.revoked or c.dismissed))
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Client]]:

@@ -5,6 +5,7 @@ run directory goes on after the last committed round, on the same port and with 
 so that its clients find it by themselves.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ from server.run import (
     resolved,
 )
 
+_LOOK_UP_S = 0.2
+
 OWN_DATA = "own"
 """What stands for the data in the task that sites are told: they have their own."""
 
@@ -56,12 +59,15 @@ class Hosting:
     Attributes:
         first: sites to wait for before the first round; None is ``rounds.per-round``.
         patience_s: seconds to wait for enough sites before the run pauses.
+        linger_s: seconds to wait, when the run is over, for sites that were away, so that they hear
+            it; by default twice the longest pause between two attempts of a client.
         grace_s: see :class:`~server.enrolment.EnrolledRoster`.
         timing: of the streams.
     """
 
     first: int | None = None
     patience_s: float = 600.0
+    linger_s: float = 60.0
     grace_s: float = 30.0
     timing: Timing = field(default_factory=Timing)
 
@@ -98,11 +104,13 @@ def serve(
     with _claimed(config, run_dir) as run:
         if run.finished:
             observer.note("this run is finished; nothing to serve")
+            _dismiss_late(run, address, hosting, observer, stop)
             return run
         torch.set_num_threads(config.engine.threads)
         setting = replace(prepare_run(_undivided(config), run), config=config)
-        with _listening(setting, run, _with_port(address, run), hosting, observer) as grid:
+        with _listening(_terms(setting, run), run, address, hosting, observer) as grid:
             _rounds(setting, run, grid, hosting, observer, stop)
+            _dismiss(grid, run, hosting, observer, stop)
     return run
 
 
@@ -159,12 +167,11 @@ def _with_port(address: Address, run: RunDir) -> Address:
 
 @contextmanager
 def _listening(
-    setting: Setting, run: RunDir, address: Address, hosting: Hosting, observer: Observer
+    terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Observer
 ) -> Iterator[GrpcGrid]:
-    folder = folder_of(run.path)
+    folder, address = folder_of(run.path), _with_port(address, run)
     authority = None if address.insecure else Authority(folder)
     registry, audit = Registry(folder), Audit(run.path)
-    terms = _terms(setting, run)
     with GrpcGrid(terms, address, registry, authority, audit, hosting.timing) as grid:
         address = replace(address, port=grid.port)
         save_address(folder, address)
@@ -202,7 +209,31 @@ def _rounds(
         except FedftError as error:
             grid.drain(finished=False, reason=error.what)
             raise
-    grid.drain(finished=True, reason=f"the run is over after {rounds.count} rounds at most")
+
+
+def _dismiss(
+    grid: GrpcGrid, run: RunDir, hosting: Hosting, observer: Observer, stop: Callable[[], bool]
+) -> None:
+    """Tell every site that the run is over, and wait a while for those that are away."""
+    rounds = run.summary()["rounds"]
+    grid.drain(finished=True, reason=f"the run is over, after {rounds} rounds")
+    registry, ends = Registry(folder_of(run.path)), time.monotonic() + hosting.linger_s
+    if away := registry.unaware():
+        observer.note(
+            f"waiting up to {hosting.linger_s:.0f} s to tell {', '.join(away)} that the run is over"
+        )
+    while registry.unaware() and time.monotonic() < ends and not stop():
+        time.sleep(_LOOK_UP_S)
+
+
+def _dismiss_late(
+    run: RunDir, address: Address, hosting: Hosting, observer: Observer, stop: Callable[[], bool]
+) -> None:
+    """The same for a server that ended, or died, before everybody had heard it."""
+    if Registry(folder_of(run.path)).unaware():
+        nothing = Terms(run.path.name, "", {}, expected=lambda message: {})
+        with _listening(nothing, run, address, hosting, observer) as grid:
+            _dismiss(grid, run, hosting, observer, stop)
 
 
 def _terms(setting: Setting, run: RunDir) -> Terms:

@@ -405,6 +405,7 @@ class _Hub(link_pb2_grpc.FederationServicer):
         self._streams: dict[str, _Stream] = {}
         self._left: dict[str, float] = {}  # site → when it went away, monotonic
         self._begun = time.monotonic()
+        self.over: pb.Drain | None = None
         self._watching: asyncio.Task[None] | None = None
         self._server: Any = None
 
@@ -432,9 +433,12 @@ class _Hub(link_pb2_grpc.FederationServicer):
         return port
 
     async def drain(self, finished: bool, reason: str, patience_s: float) -> None:
+        word = pb.Drain(finished=finished, reason=reason)
+        # From now on nobody is let in: who comes late hears at the door that the run is over.
+        self.over = word if finished else None
         streams = list(self._streams.values())
         for stream in streams:
-            stream.put(pb.Drain(finished=finished, reason=reason))
+            stream.put(word)
         if streams:
             await asyncio.wait([s.ended for s in streams], timeout=patience_s)
 
@@ -544,6 +548,8 @@ class _Hub(link_pb2_grpc.FederationServicer):
             self.audit("refused", stream.site or "?", str(refused), peer=context.peer())
             await stream.tell(refusal=refused.message)
         except (_Left, Broken) as gone:
+            if stream.dismissed and isinstance(gone, _Left):
+                await asyncio.to_thread(self.registry.dismissed, stream.site)
             self.audit("left", stream.site or "?", str(gone), peer=context.peer())
         except (grpc.aio.BaseError, asyncio.InvalidStateError, asyncio.CancelledError) as broke:
             self.audit("left", stream.site or "?", "the connection broke", peer=context.peer())
@@ -554,13 +560,14 @@ class _Hub(link_pb2_grpc.FederationServicer):
             if not stream.ended.done():
                 stream.ended.set_result(None)
 
-    def admit(self, context: Any, hello: pb.Hello) -> Client:
-        """The client that is speaking.
+    def admit(self, context: Any, hello: pb.Hello) -> tuple[Client, str]:
+        """The client that is speaking, and the serial number of the certificate it shows.
 
         Raises:
             _Refused: it may not.
         """
         clients = self.registry.clients()
+        serial = ""
         if self._authority is None:
             client = clients.get(hello.site)
             if client is None:
@@ -570,11 +577,12 @@ class _Hub(link_pb2_grpc.FederationServicer):
             client = clients.get(name)
             if client is None:
                 raise _Refused(f"{name!r} is not registered here")
-            if client.serial != serial and not client.revoked:
+            known = bool(serial) and serial in (client.serial, client.renewed)
+            if not known and not client.revoked:
                 raise _Refused(f"{name} was enrolled with another certificate than this one")
         if client.revoked:
             raise _Refused(f"{client.name} was revoked on {client.revoked}: {client.why}")
-        return client
+        return client, serial
 
 
 class _Stream:
@@ -592,6 +600,7 @@ class _Stream:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.site = ""
         self.instance = ""
+        self.dismissed = False  # it was told that the run is over
 
     @property
     def quiet_s(self) -> float:
@@ -636,17 +645,19 @@ class _Stream:
 
     async def _handshake(self) -> None:
         hello = (await self._pipe.read(self._timing.handshake)).hello
-        client = self._hub.admit(self._context, hello)
+        client, serial = self._hub.admit(self._context, hello)
         self.site = client.name
         _check_versions(hello)
         self._hub.replaces(client.name, hello.instance)
         self.instance = hello.instance
+        if self._hub.over is not None:
+            await self._dismiss(self._hub.over)
         terms = self._hub.terms
         task = pb.Task(run=terms.run, spec=terms.task, hashes=pb.Hashes(**terms.hashes))
         await self._pipe.say(task=task)
         offer = await self._offer()
         site = self._accepted(offer)
-        await asyncio.to_thread(self._hub.registry.joined, site)
+        await asyncio.to_thread(self._hub.registry.joined, site, serial)
         self._hub.replaces(client.name, hello.instance)
         await self._pipe.say(welcome=pb.Welcome())
         self._hub.audit(
@@ -657,6 +668,13 @@ class _Stream:
             versions=", ".join(f"{k} {v}" for k, v in sorted(hello.versions.items())),
         )
         self._hub.arrive(self)
+
+    async def _dismiss(self, word: pb.Drain) -> None:
+        """Say that the run is over, and hear the goodbye."""
+        self.dismissed = True
+        await self._pipe.say(drain=word)
+        message = await self._pipe.read(self._timing.handshake)
+        raise _Left(message.goodbye.reason[:500])
 
     async def _offer(self) -> pb.Offer:
         """The client's offer, once it has loaded; heartbeats come before it."""
@@ -701,6 +719,7 @@ class _Stream:
                 case pb.Cancel():
                     await self._pipe.say(cancel=item)
                 case pb.Drain():
+                    self.dismissed = item.finished
                     await self._pipe.say(drain=item)
                 case _ if self._hub.desk.errand(item.ticket) is item:
                     await self._send(item)

@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,11 +19,26 @@ from cryptography.x509.oid import NameOID
 from clients.join import Site as Workstation
 from clients.join import enrolled, join
 from clients.session import Connection, Offer, Session, Timing, tls_trouble
-from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
+from fedft.core.errors import (
+    ConfigError,
+    EnvironmentFailure,
+    IntegrityError,
+    Interrupted,
+    SecurityRefusal,
+)
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc
-from fedft.core.link.secrets import Credentials, Kit, key_pem, new_key, read_private, write_private
+from fedft.core.link.secrets import (
+    Credentials,
+    Kit,
+    key_pem,
+    load_certificate,
+    new_key,
+    read_private,
+    write_private,
+)
 from fedft.core.types import Site
+from server import identity
 from server.grids.grpc import GrpcGrid, Terms
 from server.identity import (
     Address,
@@ -150,7 +167,8 @@ class TestKit:
         kit = Registry(folder).invite("ann", Authority(folder), Address(port=1), days=-0.001)
         kit.write(tmp_path / "kit")
         with pytest.raises(SecurityRefusal, match="expired on"):
-            Kit.read(tmp_path / "kit")
+            enrolled(Kit.read(tmp_path / "kit"), tmp_path)
+        assert not (tmp_path / "site.key").exists()
 
     def test_without_tls_it_leads_to_this_machine_only(self, tmp_path: Path) -> None:
         """Row 57, at the client."""
@@ -216,7 +234,7 @@ class TestRegistry:
         def some(mine: list[str]) -> None:
             for name in mine:
                 Registry(folder).invite(name, authority, Address())
-                Registry(folder).joined(Site(name, 3, 4, 5.0))
+                Registry(folder).joined(Site(name, 3, 4, 5.0), "")
 
         threads = [threading.Thread(target=some, args=(names[i::4],)) for i in range(4)]
         for thread in threads:
@@ -337,6 +355,57 @@ class TestOverTls:
         with pytest.raises(SecurityRefusal, match="another certificate"):
             attend(here.address.target, kit.credentials)
 
+    def test_a_kit_that_was_used_in_time_serves_for_ever(
+        self, server: Callable[..., Server], tmp_path: Path, site: Path
+    ) -> None:
+        """The kit lasts days and the site's own certificate a year: it may join again with both."""
+        here = server()
+        own = enrolled(Kit.read(here.kit("ann", tmp_path / "kit")), site)
+        expired, _ = here.authority.kit("ann", here.address, days=-0.001)
+        (tmp_path / "kit").unlink()
+        expired.write(tmp_path / "kit")
+        assert enrolled(Kit.read(tmp_path / "kit"), site) == own
+
+    def test_a_certificate_is_renewed_in_time_and_the_old_one_is_void(
+        self,
+        server: Callable[..., Server],
+        tmp_path: Path,
+        site: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        here, told = server(), list[str]()
+        kit = Kit.read(here.kit("ann", tmp_path / "kit"))
+        monkeypatch.setattr(identity, "SITE_DAYS", 4 / 1440)  # of 14 minutes, 10 are in the past
+        old = enrolled(kit, site, told.append)
+        new = enrolled(kit, site, told.append)
+        assert told == ["the certificate of this site was renewed"] * 2  # the first one at once
+        assert new.key == old.key and new.certificate != old.certificate
+        for own in (old, new, new):  # the answer could have been lost: both work, until the new did
+            asked = iter([False] * 5)
+            with pytest.raises(Interrupted):
+                attend(here.address.target, own, stop=lambda asked=asked: next(asked, True))
+        with pytest.raises(SecurityRefusal, match="another certificate"):
+            attend(here.address.target, old)
+        here.grid.close()
+        assert enrolled(kit, site, told.append) == new  # a server that is away is no reason to stop
+        assert "not renewed" in told[-1]
+
+    def test_only_the_key_that_a_site_has_is_certified_anew(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        authority, registry = Authority(folder), Registry(folder)
+        kit = registry.invite("ann", authority, Address(port=1))
+        shown = load_certificate(kit.certificate.encode(), "")
+        key = new_key()
+        first = registry.enrol(serial_of(shown), request(key), authority)
+        present = serial_of(load_certificate(first, ""))
+        again = registry.enrol(present, request(key), authority)
+        assert registry.client("ann").renewed == serial_of(load_certificate(again, ""))
+        with pytest.raises(SecurityRefusal, match="used before"):
+            registry.enrol(present, request(new_key()), authority)
+        with pytest.raises(SecurityRefusal, match="not known"):
+            registry.enrol("", request(key), authority)
+
     def test_a_second_machine_with_the_kit_is_refused_and_audited(
         self, server: Callable[..., Server], tmp_path: Path, site: Path
     ) -> None:
@@ -441,6 +510,25 @@ class TestOverTls:
             stub = link_pb2_grpc.FederationStub(channel)
             with pytest.raises(grpc.RpcError):
                 stub.Enrol(pb.EnrolRequest(csr=request(new_key())), timeout=5)
+
+
+def test_the_commands_of_an_operator_load_no_torch(tmp_path: Path) -> None:
+    from fedft.core.rundir import RunDir
+
+    with RunDir.create(tmp_path / "run") as run:
+        run.write_config("")
+    Authority(tmp_path / "run" / "identity")
+    save_address(tmp_path / "run" / "identity", Address(port=1))
+    script = """
+import sys
+from fedft.cli import cli
+for line in ("invite ann -o kit", "clients", "revoke ann"):
+    cli([*line.split(), "--run-dir", "run"], standalone_mode=False)
+print(sorted({"torch", "transformers", "grpc", "flwr", "ray", "datasets"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_invite_writes_no_kit_over_another_file(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Real client processes over loopback with mutual TLS: the same bytes as a simulation, whatever dies."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from clients.join import Site, join
 from clients.session import Timing as ClientTiming
 from fedft.api import Run
 from fedft.core import partition
-from fedft.core.errors import ConfigError, QuorumFailure
+from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
 from server import identity
 from server.config import RunConfig, parse_config
 from server.grids.grpc import Timing
@@ -41,6 +44,53 @@ def processes() -> Any:
     return context
 
 
+class Cable:
+    """A network that a test can cut: then nothing gets through and nobody is told, as in life."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._whole = threading.Event()
+        self._whole.set()
+        self._ends: list[socket.socket] = []
+        self.server = 0
+        """The port that it leads to."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    def cut(self, seconds: float) -> None:
+        self._whole.clear()
+        time.sleep(seconds)
+        self._whole.set()
+
+    def close(self) -> None:
+        self._whole.set()
+        for end in [self._listener, *self._ends]:
+            # Also wakes whoever waits for it in another thread.
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._whole.wait()
+                far = socket.create_connection(("127.0.0.1", self.server))
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                self._whole.wait()  # what was on its way is sent again once the line is mended
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+
 @dataclass
 class Stage:
     """A server and clients, each a process of its own."""
@@ -52,6 +102,9 @@ class Stage:
     server: Any = None
     clients: dict[str, Any] = field(default_factory=dict)
     ranks: dict[str, int | None] = field(default_factory=dict)
+    client_timing: ClientTiming = QUICK
+    cable: Cable | None = None
+    """Between the server and the clients that are invited."""
 
     @property
     def run_dir(self) -> Path:
@@ -72,13 +125,16 @@ class Stage:
 
     def invite(self, name: str) -> None:
         until(lambda: (self.run_dir / "identity" / "address.json").exists())
-        identity.invite(self.run_dir, name, self.folder / f"{name}.kit")
+        kit = identity.invite(self.run_dir, name, self.folder / f"{name}.kit")
+        if self.cable is not None:
+            self.cable.server = int(kit.server.rpartition(":")[2])
+            replace(kit, server=f"127.0.0.1:{self.cable.port}").write(self.folder / f"{name}.kit")
 
     def start_client(self, name: str, data: Path) -> None:
         process = self.processes.Process(
             target=join,
             args=(self.folder / f"{name}.kit", Site(data, rank=self.ranks.get(name), threads=1)),
-            kwargs={"folder": self.folder / name, "timing": QUICK},
+            kwargs={"folder": self.folder / name, "timing": self.client_timing},
             daemon=True,
         )
         process.start()
@@ -97,6 +153,8 @@ class Stage:
             if process is not None and process.is_alive():
                 process.kill()
                 process.join(10)
+        if self.cable is not None:
+            self.cable.close()
 
 
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -113,7 +171,7 @@ def stage(processes: Any, tmp_path: Path) -> Iterator[Callable[..., Stage]]:
     def make(config: RunConfig, name: str = "stage", **options: Any) -> Stage:
         folder = tmp_path / name
         folder.mkdir()
-        made.append(Stage(processes, folder, config, Hosting(timing=FAST, **options)))
+        made.append(Stage(processes, folder, config, Hosting(**{"timing": FAST, **options})))
         return made[-1]
 
     yield make
@@ -180,14 +238,19 @@ def start_all(play: Stage, files: dict[str, Path]) -> None:
 
 
 def disturb(play: Stage, files: dict[str, Path]) -> None:
-    """Kill and restart a client after the first round, and the server after the second."""
-    victim = sorted(files)[1]
+    """Kill and restart a client after the first round, and the server in the middle of a later one."""
+    held, victim = sorted(files)[:2]
     until(lambda: rounds_done(play) >= 1)
     kill(play.clients[victim])
     play.start_client(victim, files[victim])
     until(lambda: rounds_done(play) >= 2)
+    os.kill(play.clients[held].pid, signal.SIGSTOP)  # its round cannot close
+    time.sleep(1.0)
+    before = rounds_done(play)
+    time.sleep(1.0)  # the results of the others are in
+    assert rounds_done(play) == before and not play.run.metrics
     kill(play.server)
-    assert not play.run.metrics, "the run was over before the server was killed"
+    os.kill(play.clients[held].pid, signal.SIGCONT)
     play.start_server()
 
 
@@ -254,6 +317,84 @@ def test_parts_that_stay_at_the_sites_survive_kills_too(
     forgetful.start_client(victim, files[victim])
     other = forgetful.finish()
     assert other.metrics["history_sha256"] != expected.metrics["history_sha256"]
+
+
+def test_a_client_that_was_away_at_the_end_hears_that_the_run_is_over(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """From the server that lingers for it, or from the one that is started again for it."""
+    config = parse_config(
+        tiny_table(fleet={"clients": 3}, rounds={"count": 3, "per-round": 2, "quorum": 1})
+    )
+    files = site_files(config, simulated(config, tmp_path / "simulated"), tmp_path / "files")
+    away, *others = sorted(files)
+    for linger in (60.0, 0.0):
+        impatient = replace(FAST, absence=0.5)
+        options = {"linger_s": linger, "grace_s": 0.1, "first": 3, "timing": impatient}
+        play = stage(config, f"linger-{linger:.0f}", **options)
+        start_all(play, files)
+        until(lambda play=play: rounds_done(play) >= 1)
+        kill(play.clients.pop(away))
+        until(lambda play=play: (play.run_dir / "summary.json").exists())
+        if not linger:
+            assert play.finish()
+            assert identity.Registry(play.run_dir / "identity").unaware() == [away]
+        play.start_client(away, files[away])
+        if not linger:
+            play.hosting = Hosting(timing=FAST)
+            play.start_server()
+        play.finish()
+        clients = identity.Registry(play.run_dir / "identity").clients()
+        assert {clients[name].state for name in files} == {"done"}
+        assert set(play.clients) == {away, *others}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seconds", [6.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_a_cut_of_the_network_loses_nothing(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path, seconds: float
+) -> None:
+    """Row 26; without patience, the positive control, it costs the sites their places."""
+    table = tiny_table(
+        fleet={"clients": 3},
+        rounds={"count": 5, "per-round": 3, "quorum": 3},
+        training={"epochs": 3},
+    )
+    config = parse_config(table)
+    reference = simulated(config, tmp_path / "simulated")
+    files = site_files(config, reference, tmp_path / "files")
+    for absence in (seconds + 60.0, 0.1):
+        timing = replace(FAST, heartbeat=seconds / 12, silence=seconds / 3, absence=absence)
+        play = stage(config, f"absence-{absence:.0f}", timing=timing)
+        play.cable = Cable()
+        play.client_timing = replace(QUICK, heartbeat=timing.heartbeat, silence=timing.silence)
+        start_all(play, files)
+        until(lambda play=play: rounds_done(play) >= 1)
+        play.cable.cut(seconds)
+        assert not play.run.metrics, "the run was over before the network was cut"
+        run = play.finish()
+        assert any(record["failures"] for record in run.rounds) == (absence < 1)
+        assert run.metrics["history_sha256"] == reference.metrics["history_sha256"]
+        lines = [json.loads(x) for x in (play.run_dir / "clients.jsonl").read_text().splitlines()]
+        counted = [(x["round"], x["site"]) for x in lines if x["status"] == "ok"]
+        assert sorted(counted) == [(r, s) for r in range(1, 6) for s in sorted(files)]
+        audit = (play.run_dir / "audit.jsonl").read_text()
+        assert audit.count("nothing was heard") >= 3
+
+
+def test_a_second_server_is_refused_until_the_first_is_dead(
+    tiny_table: Table, stage: Callable[..., Stage]
+) -> None:
+    """Row 12."""
+    play = stage(parse_config(tiny_table()))
+    play.start_server()
+    until(lambda: (play.run_dir / "identity" / "address.json").exists())
+    short = replace(play.hosting, patience_s=0.5)
+    with pytest.raises(EnvironmentFailure, match=str(play.server.pid)):
+        serve(play.config, play.run_dir, identity.Address(), hosting=short)
+    kill(play.server)
+    with pytest.raises(QuorumFailure):  # it listened, and nobody came
+        serve(play.config, play.run_dir, identity.Address(), hosting=short)
 
 
 def test_a_server_without_clients_waits_in_sight_and_pauses(
@@ -333,7 +474,7 @@ def test_the_commands_as_a_user_types_them(
     assert Run(run_dir).adapter("last").round == 2
     here("revoke", "bob", "--run-dir", run_dir, "--why", "left")
     listed = json.loads(here("clients", "--run-dir", run_dir, "--json"))
-    assert [(c["name"], c["state"]) for c in listed] == [("ann", "joined"), ("bob", "revoked")]
+    assert [(c["name"], c["state"]) for c in listed] == [("ann", "done"), ("bob", "revoked")]
     assert "revoked" in here("clients", "--run-dir", run_dir)
     with pytest.raises(ConfigError, match="no file"):
         here("join", tmp_path / "nowhere.kit", "--data", tiny_data)
@@ -343,8 +484,6 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
     tiny_table: Table, tmp_path: Path, tiny_data: Path
 ) -> None:
     """Row 28: rank and memory are weighed with both figures; the server's own files stay its own."""
-    from dataclasses import replace
-
     from fedft.core.rundir import RunDir
     from fedft.core.types import Site as Member
     from server.run import prepare_run

@@ -152,6 +152,28 @@ class Credentials:
         Raises:
             SecurityRefusal: they do not, or have.
         """
+        self.matching(where)
+        ends = load_certificate(self.certificate, where).not_valid_after_utc
+        if ends <= datetime.now(UTC):
+            raise SecurityRefusal(
+                f"the certificate in {where} expired on {ends:%Y-%m-%d %H:%M} UTC",
+                fix="Ask whoever runs the server: fedft revoke NAME, then fedft invite NAME.",
+            )
+        return self
+
+    @property
+    def due(self) -> bool:
+        """Whether less than a third of the certificate's time is left: time to renew it."""
+        own = load_certificate(self.certificate, "a certificate in use")
+        begins, ends = own.not_valid_before_utc, own.not_valid_after_utc
+        return ends - datetime.now(UTC) < (ends - begins) / 3
+
+    def matching(self, where: str) -> "Credentials":
+        """These, after a look at whether they belong together; they may have expired.
+
+        Raises:
+            SecurityRefusal: they do not.
+        """
         ca = load_certificate(self.ca, where)
         own = load_certificate(self.certificate, where)
         key = load_key(self.key, where)
@@ -164,11 +186,6 @@ class Credentials:
             ) from error
         if own.public_key() != key.public_key():
             raise SecurityRefusal(f"the key in {where} does not belong to its certificate")
-        if own.not_valid_after_utc <= datetime.now(UTC):
-            raise SecurityRefusal(
-                f"the certificate in {where} expired on {own.not_valid_after_utc:%Y-%m-%d %H:%M} UTC",
-                fix="Ask whoever runs the server: fedft revoke NAME, then fedft invite NAME.",
-            )
         return self
 
 
@@ -209,14 +226,16 @@ class Kit:
     def read(cls, path: Path) -> "Kit":
         """Load a kit and check all that can be checked without the server.
 
+        It may have expired: a site that has enrolled needs no more of it than the address.
+
         Raises:
-            SecurityRefusal: other users can read it, it was changed, or it has expired.
+            SecurityRefusal: other users can read it, or it was changed.
             ConfigError: there is no such file, or it is not a kit.
         """
         kit = cls._parsed(read_private(path)[: _LARGEST_KIT + 1], path)
         if kit.insecure:
             return kit
-        kit.credentials.checked(str(path))
+        kit.credentials.matching(str(path))
         own = common_name(load_certificate(kit.certificate.encode(), str(path)))
         if own != kit.name:
             raise SecurityRefusal(
