@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.attack import sent_by
@@ -50,7 +50,7 @@ class SiteApp(ClientApp):
                 _keep(contexts[position], result.adapter, plan.keep)
                 index = _index(bench, contexts[position])
                 content = codec.reply_content(
-                    sent_by(bench.task, index, plan, result.adapter.tensors(plan.send)),
+                    sent_by(bench.task, index, plan, plan.reply(result.adapter)),
                     _examples(bench, contexts[position], own),
                     {**result.metrics, "seconds": seconds},
                     bench.task.wire,
@@ -86,7 +86,7 @@ def evaluate(message: Message, context: Context) -> Message:
     else:
         adapter = _with_kept(plan.adapter, context, plan.keep)
         own = bench.holdout_batches(_index(bench, context))
-    tally = bench.engine.evaluate(adapter, plan.delta, own)
+    tally = bench.engine.evaluate(adapter, plan.delta, own, plan.layers)
     sums = {
         "num-examples": tally.count,
         "loss-sum": tally.loss_sum,
@@ -127,5 +127,9 @@ def _with_kept(adapter: Adapter, context: Context, parts: frozenset[Part]) -> Ad
 
 
 def _keep(context: Context, adapter: Adapter, parts: frozenset[Part]) -> None:
+    """Put the parts into the site's state; those of blocks it did not hold this time stay there."""
     if parts:
-        context.state[codec.KEPT] = codec.arrays_from(adapter.tensors(parts))
+        known = context.state.array_records.get(codec.KEPT, {})
+        context.state[codec.KEPT] = ArrayRecord(
+            {**known, **codec.arrays_from(adapter.tensors(parts))}
+        )

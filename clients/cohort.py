@@ -11,7 +11,7 @@ learning rate and scale belong to one site each. Mathematically every site train
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from clients.engine import Trained
 from clients.packing import Packing, Step, form_now, join
+from clients.prefix import Kept, Prefix
 from clients.stacked import (
     AdaptedLinear,
     Branch,
@@ -89,6 +90,7 @@ class CohortEngine:
         self._packs = wanted and self._packing.possible
         config: Any = base.model.config
         self._pad_token = int(getattr(config, "pad_token_id", None) or 0)
+        self._prefix = Prefix(base, self._packing, self._joined)
         wide = any(p.dtype == torch.float64 for p in base.model.parameters())
         self._dtype = torch.float64 if wide else torch.float32
         self._now: _Now | None = None
@@ -105,14 +107,15 @@ class CohortEngine:
         proximal terms, and the number and size of batches may differ.
 
         Raises:
-            ConfigError: a plan leaves layers out, or trains nothing.
+            ConfigError: a plan trains nothing.
         """
         results: dict[int, Trained] = {}
         for members in _groups(plans):
-            self.base.shift(plans[members[0]].delta)
+            shared = plans[members[0]]
             # Sites with most steps first: those that have finished leave from the end.
             members = sorted(members, key=lambda k: -len(batches[k]))
-            trained = self._train([plans[k] for k in members], [batches[k] for k in members])
+            with self.base.holding(shared.layers, shared.delta):
+                trained = self._train([plans[k] for k in members], [batches[k] for k in members])
             results.update(zip(members, trained, strict=True))
         return [results[k] for k in range(len(plans))]
 
@@ -128,12 +131,13 @@ class CohortEngine:
         leaves: Mapping[str, Tensor] = {}
         count = 0
         with self._wired(stack):
+            kept = None if plans[0].layers is not None else self._prefix.for_training(batches)
             for i in range(len(batches[0])):
                 own = [mine[i] for mine in batches if len(mine) > i]
                 if count != len(own):
                     count = len(own)
                     leaves = stack.leaves(count)
-                step = self._joined(own)
+                step = self._step(own, kept)
                 now = _Now(step, leaves, scales[:count], generators[:count])
                 losses[:count] += self._backward(now, stack, optimizer)
                 optimizer.add_proximal(count)
@@ -165,14 +169,21 @@ class CohortEngine:
 
     # -------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, adapter: Adapter, delta: Delta, batches: Iterable[Batch]) -> Tally:
-        """Score one adapter, without gradients."""
-        self.base.shift(delta)
+    def evaluate(
+        self,
+        adapter: Adapter,
+        delta: Delta,
+        batches: Iterable[Batch],
+        layers: tuple[int, ...] | None = None,
+    ) -> Tally:
+        """Score one adapter; see :class:`clients.engine.Engine`."""
         stack = self._stack([adapter], None)
         leaves, scales = stack.leaves(1), (_scale(adapter),)
-        with torch.inference_mode(), self._wired(stack):
+        with self.base.holding(layers, delta), torch.inference_mode(), self._wired(stack):
             return Tally.total(
-                self._tally(_Now(self._joined([batch]), leaves, scales)) for batch in batches
+                self._tally(_Now(self._step([b], kept), leaves, scales))
+                for b in batches
+                for kept in [None if layers else self._prefix.for_evaluation(b)]
             )
 
     def _tally(self, now: _Now) -> Tally:
@@ -184,14 +195,22 @@ class CohortEngine:
         train = frozenset[Any]() if plan is None else plan.train
         return Stack(adapters, train, self._dtype, self.base.device)
 
+    def _step(self, batches: Sequence[Batch], kept: Mapping[str, Kept] | None) -> Step:
+        """The sites' batches as one; with what is kept of their rows, where it is."""
+        if kept is None:
+            return self._joined(batches)
+        step = self._joined([self._prefix.unopened(batch) for batch in batches])
+        return replace(step, entering=self._prefix.entering(batches, step, kept))
+
     def _joined(self, batches: Sequence[Batch]) -> Step:
         return join(batches, self._pad_token, packs=self._packs).to(self.base.device)
 
     def _logits(self, now: _Now) -> Tensor:
         """Predictions for the step's targets, [m, classes]."""
         self._now = now
-        with self._packing.using(now.step.layout):
-            logits = self.base.model(**now.step.inputs).logits
+        step = now.step
+        with self._packing.using(step.layout), self._prefix.skipped(step.entering):
+            logits = self.base.model(**step.inputs).logits
         self._now = None
         if now.step.answers is None:
             return logits
@@ -316,12 +335,6 @@ def _groups(plans: Sequence[TrainPlan]) -> list[list[int]]:
     """Indices of the plans that can share a pass, in order of first appearance."""
     groups: list[list[int]] = []
     for k, plan in enumerate(plans):
-        if plan.layers is not None:
-            raise ConfigError(
-                f"site {plan.site!r} is to hold only the blocks {list(plan.layers)}; "
-                "the cohort engine does not train plans that leave layers out yet",
-                fix='Set [engine] cohort = 1, or give the site the whole model ("layers" unset).',
-            )
         if not plan.start.tensors(plan.train):
             raise ConfigError(f"the plan for site {plan.site!r} trains nothing")
         for group in groups:

@@ -44,6 +44,12 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, adapter: Adapter, delta: Delta, batches: Iterable[Batch]) -> Tally:
-        """Score one adapter, without gradients."""
+    def evaluate(
+        self,
+        adapter: Adapter,
+        delta: Delta,
+        batches: Iterable[Batch],
+        layers: tuple[int, ...] | None = None,
+    ) -> Tally:
+        """Score one adapter, without gradients, on the whole model or on some of its blocks."""
         ...

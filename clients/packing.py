@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from clients.attention import Grouping, PackedAttention, group_rows
 from clients.stacked import Segments
 from fedft.core.metrics import IGNORED
+from fedft.core.models import block_list
 from fedft.core.types import Batch
 
 
@@ -77,6 +78,8 @@ class Step:
         lengths: tokens of each site's longest row, its own padding included.
         tokens: tokens of each site that the blocks see: the real ones where packed.
         layout: how to pack; None where there is nothing to gain.
+        entering: what the first adapted block gets where those below do not run, in the form of
+            the layout; None runs all.
     """
 
     inputs: Mapping[str, Tensor]
@@ -87,6 +90,7 @@ class Step:
     lengths: Segments
     tokens: Segments
     layout: Layout | None
+    entering: Tensor | None = None
 
     def to(self, device: torch.device) -> "Step":
         """The same step with its tensors on a device."""
@@ -291,33 +295,36 @@ class Packing:
     Args:
         model: any encoder or decoder of transformers with one list of blocks, whose attention goes
             through transformers' attention interface. Others are run on padded rows.
+
+    Attributes:
+        blocks: in order; empty where the model is not of this kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._config: Any = getattr(model, "config", None)
-        self._blocks = _blocks(model)
+        self.blocks = _blocks(model)
         self._after_attention: nn.Module | None = None
-        if self._blocks and type(model).__name__ in _READS_FIRST:
-            self._after_attention = self._blocks[-1].get_submodule("attention.output")
+        if self.blocks and type(model).__name__ in _READS_FIRST:
+            self._after_attention = self.blocks[-1].get_submodule("attention.output")
 
     @property
     def possible(self) -> bool:
         """Whether this model can be run on packed tokens."""
-        return bool(self._blocks)
+        return bool(self.blocks)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks on the blocks and our attention in the registry, for the time of the context."""
-        if not self._blocks:
+        if not self.blocks:
             yield
             return
         original = self._config._attn_implementation
         with ExitStack() as undo:
-            for block in self._blocks:
+            for block in self.blocks:
                 hook = block.register_forward_pre_hook(_pack_positions, with_kwargs=True)
                 undo.callback(hook.remove)
-            undo.callback(self._blocks[0].register_forward_pre_hook(_enter).remove)
-            undo.callback(self._blocks[-1].register_forward_hook(_leave).remove)
+            undo.callback(self.blocks[0].register_forward_pre_hook(_enter).remove)
+            undo.callback(self.blocks[-1].register_forward_hook(_leave).remove)
             if (after := self._after_attention) is not None:
                 undo.callback(after.register_forward_pre_hook(_keep_first).remove)
             undo.callback(setattr, self._config, "_attn_implementation", original)
@@ -339,9 +346,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         return []
     if model.config._attn_implementation not in _PACKED:
         return []
-    depth = getattr(model.config, "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return list(lists[0]) if len(lists) == 1 else []
+    return list(block_list(model) or ())
 
 
 _READS_FIRST = {

@@ -4,7 +4,8 @@ This is the readable definition of what a site does; the cohort engine must agre
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -15,40 +16,57 @@ from transformers import PreTrainedModel
 
 from clients.engine import Trained
 from fedft.core import seeds
-from fedft.core.errors import ConfigError
 from fedft.core.metrics import Tally, mean_loss
 from fedft.core.models import HEADS, Base
 from fedft.core.spec import LoraSpec
-from fedft.core.types import PREFIX, Adapter, Batch, Delta, Factors, LocalTraining, Part, TrainPlan
+from fedft.core.types import (
+    PREFIX,
+    Adapter,
+    Batch,
+    Delta,
+    LocalTraining,
+    Part,
+    TrainPlan,
+    factor_name,
+    module_of,
+    part_of,
+)
 from fedft.core.types import clone as copy_of
 
 _SLOT = "default"  # PEFT's name of the only adapter
 
 
-class PeftEngine:
-    """Trains sites on one resident base through ``peft.get_peft_model``.
+class LoopEngine(ABC):
+    """The loop of local training over one resident model, whatever is adapted in it.
 
-    The PEFT model is built once; a site's adapter is swapped in, which costs a millisecond where
-    rebuilding costs a hundred.
+    An engine puts its trainable tensors into the model once, under their PEFT names; a site's
+    adapter is swapped in, which costs a millisecond where rebuilding costs a hundred.
+
+    Args:
+        base: the frozen model, with or without the adapter's layers in it.
+        model: what is called with a batch's inputs.
     """
 
-    def __init__(self, base: Base, lora: LoraSpec) -> None:
+    def __init__(self, base: Base, model: nn.Module) -> None:
         self.base = base
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=cast(int, lora.alpha),
-            lora_dropout=lora.dropout,
-            use_rslora=lora.rslora,
-            target_modules=list(base.adapted),
-        )
-        self._model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
-        wrapped = dict(base.model.named_modules())  # PEFT injects its layers in place
-        self._layers = {path: cast(LoraLayer, wrapped[path]) for path in base.adapted}
+        self._model = model
         self._head = {
             PREFIX + name: parameter
             for name, parameter in base.model.named_parameters()
             if name.split(".")[0] in HEADS
         }
+
+    @abstractmethod
+    def _load(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        """Put an adapter into the model; only what the plan trains requires a gradient."""
+
+    @abstractmethod
+    def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tensors of the adapted layers, by PEFT name, in the order of the model."""
+
+    @abstractmethod
+    def _dropouts(self) -> Iterable[nn.Module]:
+        """The modules that drop inputs of the adapter while training."""
 
     def train(
         self, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
@@ -57,19 +75,16 @@ class PeftEngine:
         return [self._train(plan, own) for plan, own in zip(plans, batches, strict=True)]
 
     def _train(self, plan: TrainPlan, batches: Sequence[Batch]) -> Trained:
-        if plan.layers is not None:
-            raise ConfigError("a plan that names layers needs an engine that can leave layers out")
-        self.base.shift(plan.delta)
-        self._load(plan.start, plan.train)
+        self._load(plan.start, plan)
         self._dropout(True)
-        with torch.random.fork_rng(devices=[]):
+        with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
             metrics = self._loop(plan, batches)
         self._dropout(False)
         return Trained(self._read(plan.start), metrics)
 
     def _loop(self, plan: TrainPlan, batches: Sequence[Batch]) -> dict[str, float]:
-        trained = [p for p in self._parameters() if p.requires_grad]
+        trained = [p for _, p in self._named() if p.requires_grad]
         anchor = [p.detach().clone() for p in trained] if plan.training.proximal_mu else []
         optimizer = make_optimizer(trained, plan.training)
         loss_sum, examples = 0.0, 0
@@ -91,11 +106,16 @@ class PeftEngine:
             examples += len(batch)
         return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}
 
-    def evaluate(self, adapter: Adapter, delta: Delta, batches: Iterable[Batch]) -> Tally:
-        """Score one adapter, without gradients."""
-        self.base.shift(delta)
-        self._load(adapter, frozenset())
-        with torch.inference_mode():
+    def evaluate(
+        self,
+        adapter: Adapter,
+        delta: Delta,
+        batches: Iterable[Batch],
+        layers: tuple[int, ...] | None = None,
+    ) -> Tally:
+        """Score one adapter; see :class:`clients.engine.Engine`."""
+        self._load(adapter, None)
+        with self.base.holding(layers, delta), torch.inference_mode():
             return Tally.total(
                 Tally.of(self._logits(b), b.labels.to(self.base.device)) for b in batches
             )
@@ -104,14 +124,80 @@ class PeftEngine:
         inputs = {name: tensor.to(self.base.device) for name, tensor in batch.inputs.items()}
         return self._model(**inputs).logits
 
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        for layer in self._layers.values():
-            yield from layer.lora_A[_SLOT].parameters()
-            yield _up(layer)
-        yield from self._head.values()
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._layers_named()
+        yield from self._head.items()
 
-    def _load(self, adapter: Adapter, train: frozenset[Part]) -> None:
-        """Put an adapter into the PEFT layers; only the parts in ``train`` require a gradient."""
+    def _load_head(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        for name, parameter in self._head.items():
+            parameter.data = adapter.head[name].to(parameter.device, copy=True)
+            parameter.requires_grad_(plan is not None and plan.trains(name))
+
+    def _parameter(self, tensor: Tensor, trains: bool) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.base.device, copy=True), requires_grad=trains)
+
+    def _read(self, start: Adapter) -> Adapter:
+        present = start.tensors()
+        return start.replaced({n: copy_of(p) for n, p in self._named() if n in present})
+
+    def _tail(self, keep: float) -> Tensor:
+        """HetLoRA's regulariser: sum of ||B[:, k:]||_F ||A[k:, :]||_F, k = floor(keep * r)."""
+        named = dict(self._layers_named())
+        products: list[Tensor] = []
+        for module in dict.fromkeys(map(module_of, named)):
+            A, B = named[factor_name(module, "A")], named[factor_name(module, "B")]
+            k = int(keep * A.shape[0])
+            products.append(_norm(B[:, k:]) * _norm(A[k:]))
+        return torch.stack(products).sum()
+
+    def _gradient_norms(self) -> dict[str, float]:
+        def norm(part: Part) -> float:
+            return math.sqrt(
+                sum(
+                    float(p.grad.square().sum())
+                    for name, p in self._layers_named()
+                    if p.grad is not None and part_of(name) == part
+                )
+            )
+
+        return {"grad_A_norm": norm("A"), "grad_B_norm": norm("B")}
+
+    def _dropout(self, active: bool) -> None:
+        for module in self._dropouts():
+            module.train(active)
+
+
+class PeftEngine(LoopEngine):
+    """Trains sites' LoRA factors through ``peft.get_peft_model``."""
+
+    def __init__(self, base: Base, lora: LoraSpec) -> None:
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=cast(int, lora.alpha),
+            lora_dropout=lora.dropout,
+            use_rslora=lora.rslora,
+            target_modules=list(base.adapted),
+        )
+        model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
+        super().__init__(base, model)
+        wrapped = dict(base.model.named_modules())  # PEFT injects its layers in place
+        self._wrapped = {path: cast(LoraLayer, wrapped[path]) for path in base.adapted}
+        self._layers = self._wrapped  # those that the adapter in hand has
+
+    def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in self._layers.items():
+            down = layer.lora_A[_SLOT]
+            yield factor_name(path, "A"), cast(nn.Parameter, down.weight)  # [r, d_in]
+            if isinstance(down, _Cored):
+                yield factor_name(path, "R"), down.core
+            yield factor_name(path, "B"), cast(nn.Parameter, layer.lora_B[_SLOT].weight)
+
+    def _dropouts(self) -> Iterable[nn.Module]:
+        return [layer.lora_dropout[_SLOT] for layer in self._layers.values()]
+
+    def _load(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        train: frozenset[Part] = frozenset() if plan is None else plan.train
+        self._layers = {path: self._wrapped[path] for path in adapter.factors}
         for path, layer in self._layers.items():
             f = adapter.factors[path]
             layer.scaling[_SLOT] = f.scale
@@ -123,53 +209,7 @@ class PeftEngine:
             if isinstance(down, _Cored):
                 core = torch.eye(f.rank, dtype=f.A.dtype) if f.R is None else f.R
                 down.core = self._parameter(core, "R" in train and f.R is not None)
-        for name, parameter in self._head.items():
-            parameter.data = adapter.head[name].to(parameter.device, copy=True)
-            parameter.requires_grad_("head" in train)
-
-    def _parameter(self, tensor: Tensor, trains: bool) -> nn.Parameter:
-        return nn.Parameter(tensor.to(self.base.device, copy=True), requires_grad=trains)
-
-    def _read(self, start: Adapter) -> Adapter:
-        factors: dict[str, Factors] = {}
-        for path, layer in self._layers.items():
-            f, down = start.factors[path], layer.lora_A[_SLOT]
-            core = copy_of(down.core) if f.R is not None and isinstance(down, _Cored) else None
-            factors[path] = Factors(copy_of(_down(layer)), copy_of(_up(layer)), f.scale, core)
-        return Adapter(factors, {name: copy_of(p) for name, p in self._head.items()})
-
-    def _tail(self, keep: float) -> Tensor:
-        """HetLoRA's regulariser: sum of ||B[:, k:]||_F ||A[k:, :]||_F, k = floor(keep * r)."""
-        products: list[Tensor] = []
-        for layer in self._layers.values():
-            A, B = _down(layer), _up(layer)
-            k = int(keep * A.shape[0])
-            products.append(_norm(B[:, k:]) * _norm(A[k:]))
-        return torch.stack(products).sum()
-
-    def _gradient_norms(self) -> dict[str, float]:
-        def norm(weights: Iterable[Tensor]) -> float:
-            return math.sqrt(
-                sum(float(w.grad.square().sum()) for w in weights if w.grad is not None)
-            )
-
-        layers = self._layers.values()
-        return {
-            "grad_A_norm": norm(map(_down, layers)),
-            "grad_B_norm": norm(map(_up, layers)),
-        }
-
-    def _dropout(self, active: bool) -> None:
-        for layer in self._layers.values():
-            layer.lora_dropout[_SLOT].train(active)
-
-
-def _down(layer: LoraLayer) -> nn.Parameter:
-    return cast(nn.Parameter, layer.lora_A[_SLOT].weight)  # [r, d_in]
-
-
-def _up(layer: LoraLayer) -> nn.Parameter:
-    return cast(nn.Parameter, layer.lora_B[_SLOT].weight)  # [d_out, r]
+        self._load_head(adapter, plan)
 
 
 def _norm(x: Tensor) -> Tensor:

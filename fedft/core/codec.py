@@ -12,7 +12,7 @@ does not know, travels as raw little-endian bytes under a serialisation type of 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -60,6 +60,18 @@ def payload_bytes(record: ArrayRecord) -> int:
         int(np.prod(array.shape, dtype=np.int64)) * _ITEMSIZE.get(array.dtype, 8)
         for array in record.values()
     )
+
+
+def plan_bytes(plan: TrainPlan, dtype: WireDtype = "fp32") -> tuple[int, int]:
+    """Bytes of all tensors of a ``train`` message and of the reply to it, from their shapes alone."""
+    delta = [tensor for f in plan.delta.values() for tensor in (f.A, f.B)]
+    down = [*plan.start.tensors(plan.receive).values(), *delta]
+    return _tensor_bytes(down, dtype), _tensor_bytes(plan.sent().values(), dtype)
+
+
+def _tensor_bytes(tensors: Iterable[Tensor], dtype: WireDtype) -> int:
+    size = 4 if dtype == "fp32" else 2
+    return sum(t.numel() * (size if t.is_floating_point() else t.itemsize) for t in tensors)
 
 
 def _encode(tensor: Tensor, dtype: WireDtype) -> Array:
@@ -134,6 +146,7 @@ class Encoder:
             "basis": plan.basis,
             "training": asdict(plan.training),
             "layers": plan.layers,
+            "heads": plan.heads,
             "round": plan.round,
             "site": plan.site,
         }
@@ -147,10 +160,11 @@ class Encoder:
             "split": plan.split,
             "keep": sorted(plan.keep),
             "shard": plan.shard,
+            "layers": plan.layers,
             "round": plan.round,
             "site": plan.site,
         }
-        everything: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+        everything: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
         return self._content(plan.adapter, everything, plan.delta, fields)
 
     def _content(
@@ -196,7 +210,7 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         seed: of the run.
     """
     fields = message_fields(content)
-    layers, basis = fields["layers"], fields["basis"]
+    basis = fields["basis"]
     if basis is not None:
         initial = _on_basis(initial, basis)
     return TrainPlan(
@@ -207,7 +221,8 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         keep=frozenset(fields["keep"]),
         basis=basis,
         training=LocalTraining(**fields["training"]),
-        layers=None if layers is None else tuple(layers),
+        layers=_indices(fields["layers"]),
+        heads=_indices(fields["heads"]),
         round=fields["round"],
         site=fields["site"],
         seed=seed,
@@ -223,6 +238,7 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
         split=fields["split"],
         keep=frozenset(fields["keep"]),
         shard=tuple(fields["shard"]),
+        layers=_indices(fields["layers"]),
         round=fields["round"],
         site=fields["site"],
     )
@@ -230,7 +246,13 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
 
 def _start(content: RecordDict, initial: Adapter, fields: dict[str, Any]) -> Adapter:
     received = tensors_from(content.array_records["arrays"])
-    return adapter_from(received, initial, fields["scale"])
+    layers = _indices(fields["layers"])
+    held = initial if layers is None else initial.narrowed(layers)
+    return adapter_from(received, held, fields["scale"])
+
+
+def _indices(values: list[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _on_basis(initial: Adapter, basis: int) -> Adapter:

@@ -9,29 +9,31 @@ is read from the configuration alone, with no weight in memory: that is all a se
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fedft.core import seeds
-from fedft.core.algebra import stack
+from fedft.core import hydra, seeds
+from fedft.core.algebra import stack, uniform_rows
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
-from fedft.core.types import PREFIX, Adapter, Delta, Factors
+from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 HEADS = ("classifier", "score")
 """Top-level modules that are a task head, new and random; peft's own list for classification."""
@@ -207,12 +209,15 @@ class Schema:
         head: PEFT name of each head tensor → shape.
         parameters: all parameters of the frozen base, head not counted.
         blocks: number of transformer blocks.
+        tensors: PEFT name of each tensor of the adapted layers → shape, where the method is not
+            plain LoRA; empty where it is, since ``modules`` and a rank say it all.
     """
 
     modules: Mapping[str, tuple[int, int]]
     head: Mapping[str, tuple[int, ...]]
     parameters: int
     blocks: int
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
@@ -233,7 +238,14 @@ def schema_of(model: nn.Module, lora: LoraSpec) -> Schema:
     modules = {path: weight_shape(m) for path, m in targets(model, lora).items()}
     size = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] not in HEADS)
     indices = [i for path, _ in linears(model) if (i := block_of(path)) is not None]
-    return Schema(modules, heads, size, max(indices, default=-1) + 1)
+    tensors: Mapping[str, tuple[int, ...]] = {}
+    if lora.heads is not None:
+        tensors = hydra.shapes(modules, lora.rank, lora.heads)
+    elif lora.whole:
+        from fedft.core import methods  # peft takes a second to import
+
+        tensors = methods.shapes(model, lora, modules)
+    return Schema(modules, heads, size, max(indices, default=-1) + 1, tensors)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -251,12 +263,6 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
-
-
-def block_of(path: str) -> int | None:
-    """Index of the transformer block a module path lies in; None outside of all blocks."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found.group(1)) if found else None
 
 
 def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
@@ -304,28 +310,35 @@ def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Ada
     A is uniform in ±1/sqrt(d_in) (Kaiming with a = sqrt(5), as peft), B is zero, and a head's
     weights are normal with standard deviation 0.02, its biases zero. The rows of A at a smaller
     rank are the first rows of A at a larger one.
+
+    The tensors of another peft method are zeros of the right shape here: they are drawn by peft
+    at the server (:func:`fedft.core.methods.drawn`), and all of them travel.
     """
+    if shapes.tensors:
+        whole = (
+            hydra.initial(shapes.tensors, seed)
+            if lora.heads is not None
+            else {name: torch.zeros(shape) for name, shape in shapes.tensors.items()}
+        )
+        return Adapter({}, whole | _initial_head(shapes, seed))
     factors = {
         module: Factors(
-            A=_uniform_rows(rank, d_in, seeds.derive(seed, "lora_A", module)),
+            A=uniform_rows(rank, d_in, seeds.derive(seed, "lora_A", module)),
             B=torch.zeros(d_out, rank),
             scale=scale_of(lora, rank),
         )
         for module, (d_out, d_in) in shapes.modules.items()
     }
-    head = {
+    return Adapter(factors, _initial_head(shapes, seed))
+
+
+def _initial_head(shapes: Schema, seed: int) -> dict[str, Tensor]:
+    return {
         name: torch.randn(shape, generator=seeds.torch_generator(seed, "head", name)) * 0.02
         if len(shape) > 1
         else torch.zeros(shape)
         for name, shape in shapes.head.items()
     }
-    return Adapter(factors, head)
-
-
-def _uniform_rows(rank: int, d_in: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    bound = d_in**-0.5
-    return torch.rand(rank, d_in, generator=generator) * (2 * bound) - bound  # [r, d_in]
 
 
 def geometry(spec: ModelSpec, folder: Path) -> Geometry:
@@ -356,21 +369,43 @@ class Base:
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
 
+    Args:
+        model: as above.
+        lora: which of its layers are adapted.
+        task: as above.
+        load: gives a model of some blocks alone. Where set, ``model`` came without the weights of
+            its blocks: they are on the meta device, and only those that :meth:`holding` names are
+            ever in memory.
+
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
     after an engine has wrapped them: :meth:`shift` changes their weights in place.
     """
 
-    def __init__(self, model: nn.Module, lora: LoraSpec, task: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lora: LoraSpec,
+        task: str,
+        *,
+        load: Callable[[Sequence[int]], nn.Module] | None = None,
+    ) -> None:
         self.model = model
         self.task = task
         self.shapes = schema_of(model, lora)
         self.adapted = targets(model, lora)
+        self._load = load
+        self._held: frozenset[int] = frozenset()
         self._pristine: dict[str, Tensor] = {}
         self._shifted_by: Delta | None = None
 
     @cached_property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def lean(self) -> bool:
+        """Whether this base holds only the blocks that it was last asked for."""
+        return self._load is not None
 
     def shift(self, delta: Delta) -> None:
         """Make the weights ``W_0 + delta``; an empty delta restores ``W_0`` exactly.
@@ -394,6 +429,80 @@ class Base:
         assert isinstance(weight, Tensor)
         return weight
 
+    @cached_property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks in order; empty where they cannot be told from other layers."""
+        return list(block_list(self.model) or ())
+
+    @contextmanager
+    def holding(self, layers: Sequence[int] | None, delta: Delta | None = None) -> Iterator[None]:
+        """For the time of the context, a model of these blocks alone, on weights ``W_0 + delta``.
+
+        A block that is not held passes its input on; position embeddings, masks and the head are
+        untouched, and so is the order of the others. None is the whole model.
+
+        Raises:
+            MismatchError: this model has no such block, or none that can be left out.
+        """
+        self._check(layers)
+        if self._load is not None:
+            self._hold(frozenset(range(len(self.blocks)) if layers is None else layers))
+        self.shift(delta or {})
+        with ExitStack() as undo:
+            for index, block in enumerate(self.blocks):
+                if layers is not None and index not in layers:
+                    block.forward = _pass_on
+                    undo.callback(delattr, block, "forward")
+            yield
+
+    def _check(self, layers: Sequence[int] | None) -> None:
+        if layers is None:
+            return
+        name = type(self.model).__name__
+        if not self.blocks or not all(map(_gives_a_tensor, self.blocks)):
+            raise MismatchError(
+                f"no block of {name} can be left out: it is not one list of blocks that give a tensor",
+                fix='Train the whole model: [pruning] selection = "none".',
+            )
+        if absent := sorted(set(layers) - set(range(len(self.blocks)))):
+            raise MismatchError(
+                f"a plan names the blocks {absent}, and {name} has none of them",
+                fix=f"Blocks are counted from 0 to {len(self.blocks) - 1}.",
+            )
+        if not layers:
+            raise MismatchError("a plan holds no block at all", fix="Name at least one.")
+
+    def _hold(self, wanted: frozenset[int]) -> None:
+        """Load the blocks that are wanted and let go of the others."""
+        assert self._load is not None
+        if wanted == self._held:
+            return
+        self.shift({})
+        for index in self._held - wanted:
+            self.blocks[index].to("meta")
+        missing = sorted(wanted - self._held)
+        for index, loaded in zip(missing, block_list(self._load(missing)) or (), strict=True):
+            _transplant(loaded, self.blocks[index])
+        self._pristine = {p: t for p, t in self._pristine.items() if block_of(p) in wanted}
+        self._held = wanted
+
+
+def _pass_on(*args: Tensor, **options: Tensor) -> Tensor:
+    """What a block does that is not held."""
+    return args[0] if args else options["hidden_states"]
+
+
+def _gives_a_tensor(block: nn.Module) -> bool:
+    """Whether a block says of itself that it maps hidden states to hidden states alone."""
+    return inspect.signature(type(block).forward).return_annotation in (Tensor, "torch.Tensor")
+
+
+def block_list(model: nn.Module) -> nn.ModuleList | None:
+    """The one list of as many blocks as the configuration counts; None where there is none."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return lists[0] if len(lists) == 1 else None
+
 
 def load_base(
     spec: ModelSpec,
@@ -402,6 +511,7 @@ def load_base(
     *,
     precision: Precision = "fp32",
     device: str = "cpu",
+    lean: bool = False,
 ) -> Base:
     """Load the frozen base. Its head, if any, is a placeholder: an adapter brings the real one.
 
@@ -412,35 +522,116 @@ def load_base(
         precision: ``bf16`` holds and multiplies the base in bfloat16; ``tf32`` is float32 storage
             with TensorFloat-32 products on CUDA.
         device: torch device.
+        lean: load no block yet: :meth:`Base.holding` loads those that it is asked for from the
+            safetensors file, and no other block is ever in memory.
 
     Attention is eager in bf16 on a CPU, where SDPA's backward pass is many times slower at short
     lengths, and SDPA elsewhere.
+
+    Raises:
+        MismatchError: ``lean``, and the blocks of this model cannot be told apart.
     """
     import transformers
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    eager = precision == "bf16" and device == "cpu"
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    options: dict[str, Any] = {} if spec.task == "causal-lm" else {"num_labels": classes}
+    eager = precision == "bf16" and device == "cpu"
+    options = {
+        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        "attn_implementation": "eager" if eager else "sdpa",
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,
+    }
+    folder = resolve(spec)
+    if lean:
+        load = partial(_of_blocks, spec, folder, classes, options, device)
+        return Base(_skeleton(spec, folder, classes, load(())), lora, spec.task, load=load)
     auto: Any = getattr(transformers, _AUTO[spec.task])
-    model: PreTrainedModel = auto.from_pretrained(
-        resolve(spec),
-        dtype=dtype,
-        attn_implementation="eager" if eager else "sdpa",
-        use_safetensors=True,
-        trust_remote_code=spec.trust_remote_code,
-        ignore_mismatched_sizes=True,
-        **options,
+    model = auto.from_pretrained(
+        folder, trust_remote_code=spec.trust_remote_code, **options, **_labels(spec, classes)
     )
+    return Base(_ready(model, device), lora, spec.task)
+
+
+def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
+    return {} if spec.task == "causal-lm" else {"num_labels": classes}
+
+
+def _ready(model: nn.Module, device: str) -> nn.Module:
+    """Frozen, in evaluation mode, on its device."""
     model.requires_grad_(False).eval()
-    nn.Module.to(model, device)
+    model.to(device)
     for name in HEADS:
         if isinstance(head := getattr(model, name, None), nn.Module):
             head.float().register_forward_pre_hook(_widen)
-    if getattr(model.config, "pad_token_id", 0) is None:
-        model.config.pad_token_id = model.config.eos_token_id
-    return Base(model, lora, spec.task)
+    config: Any = model.config
+    if getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = config.eos_token_id
+    return model
+
+
+def _of_blocks(
+    spec: ModelSpec,
+    folder: Path,
+    classes: int,
+    options: Mapping[str, Any],
+    device: str,
+    layers: Sequence[int],
+) -> nn.Module:
+    """The pretrained network of some blocks alone, in the order given.
+
+    Its configuration counts as many blocks, and its weights are views of the file: those of the
+    other blocks are never read.
+    """
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        whole: Any = _empty(spec, folder, classes)
+    config = whole.config
+    config.num_hidden_layers = len(layers)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [kinds[index] for index in layers]
+    position = {block: index for index, block in enumerate(layers)}
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                if in_blocks(f".{name}", position):
+                    weights[_renumbered(name, position)] = file.get_tensor(name)
+    model = type(whole).from_pretrained(None, config=config, state_dict=weights, **options)
+    return _ready(model, device)
+
+
+def _renumbered(name: str, position: Mapping[int, int]) -> str:
+    return re.sub(r"\.(\d+)\.", lambda found: f".{position[int(found[1])]}.", name, count=1)
+
+
+def _skeleton(spec: ModelSpec, folder: Path, classes: int, bare: nn.Module) -> nn.Module:
+    """``bare``, a model without blocks, with all blocks of the configuration on the meta device."""
+    with torch.device("meta"):
+        whole: Any = _empty(spec, folder, classes)
+    blocks, slot = block_list(whole), block_list(bare)
+    if blocks is None or slot is None:
+        raise MismatchError(
+            f"the blocks of {type(whole).__name__} cannot be told from its other layers",
+            fix="Grant the memory of the whole model.",
+        )
+    config: Any = bare.config
+    config.num_hidden_layers = len(blocks)
+    if hasattr(whole.config, "layer_types"):
+        config.layer_types = whole.config.layer_types
+    for module in blocks.modules():
+        if hasattr(module, "config"):
+            module.config = config  # one object for all, as in a model that is loaded whole
+    slot.extend(blocks.requires_grad_(False).eval())
+    return bare
+
+
+def _transplant(source: nn.Module, target: nn.Module) -> None:
+    """Make ``target`` hold the very tensors of ``source``, a module of the same making."""
+    for a, b in zip(source.modules(), target.modules(), strict=True):
+        b._parameters.update(a._parameters)
+        b._buffers.update(a._buffers)
 
 
 def _widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,16 +8,20 @@ and so on), so that the wire, the checkpoint, the exported adapter and any other
 speak of the same keys.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Part = Literal["A", "B", "R", "head"]
-"""What of an adapter is meant: a factor of every layer, or the fully trained tensors."""
+Part = Literal["A", "B", "R", "router", "head"]
+"""What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
+head, and whatever tensors another method of peft has."""
 
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
@@ -27,7 +31,9 @@ _SUFFIX: dict[Part, str] = {
     "A": ".lora_A.weight",
     "B": ".lora_B.weight",
     "R": ".lora_R.weight",
+    "router": ".lora_router.weight",
 }
+_PART = re.compile(r"\.lora_(A|B|R|router)(?:\.(\d+))?\.weight$")
 
 
 def factor_name(module: str, part: Part) -> str:
@@ -35,17 +41,38 @@ def factor_name(module: str, part: Part) -> str:
     return f"{PREFIX}{module}{_SUFFIX[part]}"
 
 
+def head_name(module: str, head: int) -> str:
+    """The name of one of HydraLoRA's up-projections, ``….lora_B.<head>.weight``."""
+    return f"{PREFIX}{module}.lora_B.{head}.weight"
+
+
 def part_of(name: str) -> Part:
     """Which part of an adapter a PEFT tensor name belongs to."""
-    for part, suffix in _SUFFIX.items():
-        if name.endswith(suffix):
-            return part
-    return "head"
+    found = _PART.search(name)
+    return "head" if found is None else cast(Part, found[1])
+
+
+def head_of(name: str) -> int | None:
+    """Which of HydraLoRA's up-projections a name means; None where it means none of them."""
+    found = _PART.search(name)
+    return None if found is None or found[2] is None else int(found[2])
 
 
 def module_of(name: str) -> str:
     """The module path behind the name of a factor."""
     return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+
+
+def block_of(path: str) -> int | None:
+    """Index of the transformer block a module path lies in; None outside of all blocks."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found.group(1)) if found else None
+
+
+def in_blocks(path: str, layers: Collection[int]) -> bool:
+    """Whether a model that holds only the blocks ``layers`` has this module."""
+    block = block_of(path)
+    return block is None or block in layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +130,13 @@ Delta = Mapping[str, Factors]
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is fine-tuned: LoRA factors by module path, and fully trained tensors by PEFT name.
+    """What is fine-tuned: LoRA factors by module path, and other tensors by PEFT name.
 
     Every module of one adapter has the same rank and scale; a site of another rank has another
     adapter. The order of both mappings is that of the model and is kept everywhere.
+
+    ``head`` holds the tensors that are carried whole: a task head, and, where the method is not
+    plain LoRA, all tensors of the method; there are no ``factors`` then.
     """
 
     factors: Mapping[str, Factors]
@@ -121,10 +151,14 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module; 0 where nothing is adapted."""
-        return max((f.rank for f in self.factors.values()), default=0)
+        """The largest rank of any module; 0 where nothing has a rank."""
+        downs = (t for name, t in self.head.items() if part_of(name) == "A")
+        ranks = [f.rank for f in self.factors.values()] or [A.shape[0] for A in downs]
+        return max(ranks, default=0)
 
-    def tensors(self, parts: Iterable[Part] = ("A", "B", "R", "head")) -> dict[str, Tensor]:
+    def tensors(
+        self, parts: Iterable[Part] = ("A", "B", "R", "router", "head")
+    ) -> dict[str, Tensor]:
         """The chosen parts as PEFT name → tensor, in the order of the model."""
         wanted = set(parts)
         flat: dict[str, Tensor] = {}
@@ -132,9 +166,7 @@ class Adapter:
             for part, tensor in (("A", factors.A), ("R", factors.R), ("B", factors.B)):
                 if part in wanted and tensor is not None:
                     flat[factor_name(module, part)] = tensor
-        if "head" in wanted:
-            flat.update(self.head)
-        return flat
+        return flat | {name: t for name, t in self.head.items() if part_of(name) in wanted}
 
     def replaced(self, tensors: Mapping[str, Tensor], scale: float | None = None) -> "Adapter":
         """A new adapter with the named tensors in place of this one's; the rest is kept.
@@ -163,6 +195,10 @@ class Adapter:
     def map_factors(self, factors: Mapping[str, Factors]) -> "Adapter":
         """A new adapter with other factors and the same head."""
         return Adapter(factors, self.head)
+
+    def narrowed(self, layers: Collection[int]) -> "Adapter":
+        """What a site that holds only these transformer blocks has of this adapter."""
+        return self.map_factors({m: f for m, f in self.factors.items() if in_blocks(m, layers)})
 
 
 @dataclass(frozen=True)
@@ -229,6 +265,24 @@ class LocalTraining:
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """Which rows a batch consists of, for whoever keeps what was computed of a row.
+
+    Attributes:
+        pool: the rows that the batch was drawn from; within a process the same name stands for the
+            same rows.
+        lengths: tokens of every row of the pool, [n] int64; all ones where rows are of one size.
+        cut: positions in the pool → these rows as a batch.
+        positions: of this batch's rows in the pool, [b] int64.
+    """
+
+    pool: str
+    lengths: NDArray[np.int64]
+    cut: "Callable[[NDArray[np.int64]], Batch]"
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """A few examples, padded to their own longest.
 
@@ -236,10 +290,12 @@ class Batch:
         inputs: keyword arguments of the model: ``input_ids`` and ``attention_mask`` [b, t] int64,
             or ``pixel_values`` [b, c, h, w].
         labels: class ids [b], or token ids [b, t] with -100 where no loss is taken. int64
+        origin: where the rows come from; None where that is not known.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -262,6 +318,8 @@ class TrainPlan:
             ``algebra.orthonormal_basis(basis, ...)``, which the site makes itself (Fed-SB).
         training: the optimiser's settings.
         layers: indices of the transformer blocks this site holds; None holds all of them.
+        heads: indices of the HydraLoRA heads that the site trains and sends, of part B; None means
+            all of them.
         round: the round this belongs to.
         site: the site's name.
         seed: of the run; the site derives the order of its batches from (seed, round, site).
@@ -276,13 +334,26 @@ class TrainPlan:
     basis: int | None = None
     training: LocalTraining = LocalTraining()
     layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
     round: int = 0
     site: str = ""
     seed: int = 0
 
+    def trains(self, name: str) -> bool:
+        """Whether the tensor of this PEFT name learns."""
+        return part_of(name) in self.train and self._own_head(name)
+
     def sent(self) -> dict[str, Tensor]:
         """The tensors of ``start`` that a reply must consist of: its schema. PEFT name → tensor."""
-        return self.start.tensors(self.send)
+        return self.reply(self.start)
+
+    def reply(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The tensors of a trained adapter that travel back."""
+        tensors = adapter.tensors(self.send)
+        return {name: t for name, t in tensors.items() if self._own_head(name)}
+
+    def _own_head(self, name: str) -> bool:
+        return self.heads is None or head_of(name) is None or head_of(name) in self.heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +366,7 @@ class EvalPlan:
         split: ``test`` is the server's central set, ``holdout`` the site's own held-out part.
         keep: the parts that the site replaces by its own, as in :class:`TrainPlan`.
         shard: (index, count): which slice of the split; the sums over all slices are the result.
-        round, site: as in :class:`TrainPlan`.
+        layers, round, site: as in :class:`TrainPlan`.
     """
 
     adapter: Adapter
@@ -303,6 +374,7 @@ class EvalPlan:
     split: Literal["test", "holdout"] = "test"
     keep: frozenset[Part] = frozenset()
     shard: tuple[int, int] = (0, 1)
+    layers: tuple[int, ...] | None = None
     round: int = 0
     site: str = ""
 

@@ -520,13 +520,6 @@ def test_evaluation_equals_the_plain_loop(kind: str) -> None:
 # --------------------------------------------------------------------------- refusals
 
 
-def test_a_plan_without_some_layers_is_refused_by_name() -> None:
-    _, engine = engines("bert")
-    plans, batches = build(engine.base, MIXED, TRAINED[0])
-    with pytest.raises(ConfigError, match=r"site-1.*\[0\]"):
-        engine.train([plans[0], replace(plans[1], layers=(0,))], batches[:2])
-
-
 def test_a_plan_that_trains_nothing_is_refused() -> None:
     _, engine = engines("bert")
     plans, batches = build(engine.base, MIXED, TRAINED[0])
