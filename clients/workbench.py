@@ -21,9 +21,6 @@ from fedft.core.partition import Manifest
 from fedft.core.spec import TaskSpec
 from fedft.core.types import Adapter, Batch, LocalTraining
 
-EVALUATION_BATCH = 64
-"""Rows a batch when no gradients are kept."""
-
 
 @dataclass(frozen=True, eq=False)
 class Workbench:
@@ -66,18 +63,20 @@ class Workbench:
                 epochs=training.epochs,
                 steps=training.steps,
                 generator=seeds.torch_generator(self.task.seed, "batches", round_, name),
+                pool=f"training rows of {name}",
             )
         )
 
     def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
         """One of ``count`` slices of the central test set."""
         rows = np.arange(len(self.data.test))[shard::count]
-        return eval_batches(self.data.test, rows, EVALUATION_BATCH)
+        return eval_batches(self.data.test, rows, pool=f"test rows {shard} of {count}")
 
     def holdout_batches(self, index: int) -> Iterable[Batch]:
         """The examples that a site holds out."""
         _, held = self.rows(index)
-        return eval_batches(self.data.train, held, EVALUATION_BATCH)
+        name = self.manifest.name_of(index)
+        return eval_batches(self.data.train, held, pool=f"held-out rows of {name}")
 
 
 @lru_cache(maxsize=1)
@@ -103,6 +102,14 @@ def workbench(task_json: str) -> Workbench:
 
 
 def _engine(task: TaskSpec, base: models.Base) -> Engine:
+    if task.lora.method == "hydralora":
+        from clients.hydra import HydraEngine
+
+        return HydraEngine(base, task.lora)
+    if task.lora.whole:
+        from clients.whole import WholeEngine
+
+        return WholeEngine(base, task.lora, task.seed)
     if task.cohort == 1:
         from clients.train import PeftEngine
 

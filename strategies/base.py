@@ -40,7 +40,7 @@ from fedft.core.types import (
     part_of,
 )
 
-ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
 
 class Strategy(BaseModel, ABC):
@@ -85,6 +85,14 @@ class Strategy(BaseModel, ABC):
         it is handed to ``combine`` as the one reply of the round.
         """
         return False
+
+    def takes(self, method: str) -> bool:
+        """Whether the rule can aggregate adapters of this `[lora] method`.
+
+        One whose equation is about factors takes ``lora`` alone. One that takes the mean of every
+        tensor, whatever it stands for, takes any method whose tensors are carried whole.
+        """
+        return method == "lora"
 
     def init(self, adapter: Adapter) -> ServerState:
         """The state before the first round."""

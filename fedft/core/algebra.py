@@ -217,6 +217,16 @@ def orthonormal_basis(
     return A.T.to(dtype).contiguous(), B.to(dtype).contiguous()
 
 
+def uniform_rows(rows: int, columns: int, seed: int) -> Tensor:
+    """A matrix uniform in ±1/sqrt(columns): Kaiming with a = sqrt(5), as peft draws A.
+
+    The rows of a smaller matrix are the first rows of a larger one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = columns**-0.5
+    return torch.rand(rows, columns, generator=generator) * (2 * bound) - bound
+
+
 def _haar(gaussian: Tensor) -> Tensor:
     """Q of a QR with a positive diagonal of R, which makes it unique."""
     Q, R = torch.linalg.qr(gaussian)

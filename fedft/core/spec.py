@@ -4,9 +4,17 @@ Each table is a frozen pydantic model; every key has its one default here. The w
 validated by ``server.config.RunConfig``; a client receives these tables only.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fedft.core.types import LocalTraining
 
@@ -46,10 +54,27 @@ class ModelSpec(Table):
     sha256: str | None = None
 
 
+_SHORT: Mapping[str, Mapping[str, Any]] = {
+    "rslora": {"method": "lora", "rslora": True},
+    "pissa": {"method": "lora", "init": "pissa"},
+    "olora": {"method": "lora", "init": "olora"},
+}
+"""Methods that are plain LoRA with another scale or another start."""
+
+
 class LoraSpec(Table):
     """`[lora]`: the adapter, as in peft's ``LoraConfig``.
 
     Attributes:
+        method: ``lora``; ``hydralora``, one A with several B and a router; or the name of any other
+            peft method with trainable tensors in the adapted layers, such as ``dora``, ``vera``,
+            ``ia3``, ``loha`` or ``lokr``. ``rslora``, ``pissa`` and ``olora`` are short for
+            ``lora`` with ``rslora = true``, ``init = "pissa"`` and ``init = "olora"``.
+        init: where A and B start: ``default`` at random and at zero; ``pissa`` at the leading
+            singular vectors of each weight and ``olora`` at its QR factors, which are taken out of
+            the frozen weight.
+        heads: number of B in each adapted layer, of ``hydralora``.
+        options: further fields of peft's configuration of another method, by their names there.
         rank: r of every adapted layer, unless the fleet says otherwise.
         alpha: numerator of the scale s = alpha / r.
         target_modules: names of the linear layers to adapt, or ``all-linear``.
@@ -66,6 +91,43 @@ class LoraSpec(Table):
     dropout: Fraction = 0.0
     rslora: bool = False
     head: Literal["trained", "frozen"] = "trained"
+    method: str = "lora"
+    init: Literal["default", "pissa", "olora"] = "default"
+    heads: PositiveInt | None = None
+    options: dict[str, bool | int | float | str | list[str]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the adapter is tensors of a peft method that are carried whole, not factors."""
+        return self.method not in ("lora", "hydralora")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        given = cast(dict[str, Any], table)
+        return {**given, **_SHORT.get(str(given.get("method")), {})}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.method == "hydralora") != (self.heads is not None):
+            raise ValueError(
+                "method = 'hydralora' needs the number of its heads, such as heads = 4"
+                if self.heads is None
+                else f"heads = {self.heads} belongs to method = 'hydralora', not to {self.method!r}"
+            )
+        if self.init != "default" and self.method != "lora":
+            raise ValueError(
+                f"init = {self.init!r} belongs to method = 'lora', not {self.method!r}"
+            )
+        if self.options and not self.whole:
+            raise ValueError(f"options are those of another peft method, not of {self.method!r}")
+        if self.whole:
+            from fedft.core import methods
+
+            methods.config_of(self, targets=("query",), seed=0)
+        return self
 
 
 class PartitionSpec(Table):

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING
 from fedft.core.errors import UpdateRejected
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Shape
-from fedft.core.types import Part, factor_name, module_of
+from fedft.core.types import Part, factor_name, module_of, part_of
 
 if TYPE_CHECKING:
     from fedft.core.models import Schema
 
-ALL: frozenset[Part] = frozenset({"A", "B", "R", "head"})
+ALL: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
 
 def of_adapter(schema: "Schema", rank: int, parts: Collection[Part]) -> dict[str, Shape]:
     """PEFT name → shape of every tensor that these parts of an adapter can have."""
+    if schema.tensors:
+        carried = {**schema.tensors, **schema.head}
+        return {name: shape for name, shape in carried.items() if part_of(name) in parts}
     shapes: dict[str, Shape] = {}
     for module, (d_out, d_in) in schema.modules.items():
         whole: dict[Part, Shape] = {"A": (rank, d_in), "B": (d_out, rank), "R": (rank, rank)}
@@ -37,7 +40,7 @@ def of_work(schema: "Schema", rank: int, header: pb.Content) -> Expected:
         UpdateRejected: the rank is none that this model can have.
     """
     largest = min((min(shape) for shape in schema.modules.values()), default=0)
-    if not 1 <= rank <= largest:
+    if not schema.tensors and not 1 <= rank <= largest:
         raise UpdateRejected("shape", f"rank {rank} is none this model can have: 1 to {largest}")
     delta: dict[str, Shape] = {}
     for record in header.records:
