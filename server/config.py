@@ -28,6 +28,7 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
+from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
 from strategies import RULES, AnyStrategy, FedAvgLoRA, check_ranks, rule_names
 
@@ -213,6 +214,14 @@ class RunConfig(Table):
             devices=fleet.devices,
         )
 
+    @property
+    def availability(self) -> Availability | None:
+        """When sites can be reached, read from its file; None where they always can."""
+        fleet = self.fleet
+        if fleet.availability is None:
+            return None
+        return read_availability(Path(fleet.availability), fleet.period_s, self.seed)
+
     def task(self, **facts: Any) -> TaskSpec:
         """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
         return TaskSpec(
@@ -235,8 +244,14 @@ def check_real(config: RunConfig) -> None:
     """Refuse what only a simulation does.
 
     Raises:
-        ConfigError: the configuration asks sites to lie.
+        ConfigError: the configuration asks sites to lie, or has a simulated clock.
     """
+    if config.fleet.timed:
+        raise ConfigError(
+            "[fleet] speeds, bandwidths, devices and availability are for simulations; real sites "
+            "take the time they take",
+            fix="Remove the keys, or run it with: fedft simulate CONFIG",
+        )
     if config.fleet.attack is not None:
         raise ConfigError(
             "[fleet] attack makes sites lie, which is for simulations; real sites are never asked to",

@@ -19,6 +19,7 @@ from fedft.core import codec, meters
 from fedft.core.errors import Interrupted, QuorumFailure, UpdateRejected
 from fedft.core.metrics import Tally
 from fedft.core.types import ClientUpdate, EvalPlan, LocalTraining, ServerState, Site, TrainPlan
+from server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from server.config import RoundsSpec
 from server.roster import Roster
 from server.validation import REPLY_REFUSED, Limits, validate
@@ -62,6 +63,7 @@ class Federation:
         strategy: the aggregation rule.
         roster: the registered sites.
         grid: how they are reached.
+        clock: the simulated clock of a fleet that has one; without it time is the machine's.
         evaluator: what scores the global model on the server's test set, where the sites do not
             hold it; None is the grid itself.
         task: JSON of the :class:`~fedft.core.spec.TaskSpec`, sent with every message.
@@ -89,7 +91,20 @@ class Federation:
     limits: Limits = field(default_factory=Limits)
     holdout: bool = False
     evaluator: Courier | None = None
+    clock: SimulatedClock | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
+
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds of this machine's time for which replies are waited; None is as long as it takes.
+
+        Under a simulated clock the deadline is one of simulated time.
+        """
+        return self.settings.deadline_s if self.clock is None else None
+
+
+Asked = tuple[Site, TrainPlan]
+"""A site and what it is asked to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +116,8 @@ class Completed:
     replies: list[dict[str, Any]]
 
 
-class Clock:
-    """Seconds by phase, on the monotonic clock."""
+class Stopwatch:
+    """Seconds by phase, on this machine's monotonic clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -117,19 +132,39 @@ class Clock:
 
 @dataclass
 class Ledger:
-    """What happened in the round in hand: replies, failures by reason, bytes."""
+    """What happened in the round in hand.
+
+    Attributes:
+        replies: lines for ``clients.jsonl``.
+        failures: reason → sites.
+        up, down: bytes.
+        now: simulated seconds since the beginning of the run.
+        busy: seconds that the devices of the cohort in hand spent on the simulated clock.
+        spent: the same of all cohorts, summed.
+    """
 
     replies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     failures: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     up: int = 0
     down: int = 0
+    now: float = 0.0
+    busy: Mapping[str, float] = field(default_factory=dict[str, float])
+    spent: float = 0.0
 
     def failed(self, round_: int, site: str, reason: str, why: str) -> None:
         """Count a site that gave no usable reply."""
         self.failures.setdefault(reason, []).append(site)
-        self.replies.append(
-            {"kind": "train", "round": round_, "site": site, "status": reason, "reason": why}
-        )
+        line = {"kind": "train", "round": round_, "site": site, "status": reason, "reason": why}
+        self.replies.append({**line, **self.timing(site)})
+
+    def timing(self, site: str) -> dict[str, float]:
+        """What a line on a site says of its device's time; nothing where there is no clock."""
+        return {"device_seconds": self.busy[site]} if site in self.busy else {}
+
+    def took(self, busy: Mapping[str, float]) -> None:
+        """Devices of the next cohort spent that many seconds."""
+        self.busy = busy
+        self.spent += sum(busy.values())
 
 
 def rounds(federation: Federation, state: ServerState) -> Iterator[Completed]:
@@ -147,9 +182,26 @@ def rounds(federation: Federation, state: ServerState) -> Iterator[Completed]:
 
 def one_round(federation: Federation, state: ServerState) -> Completed:
     """One round, from sampling to evaluation."""
-    clock, ledger = Clock(), Ledger()
-    updates, cohort, attempts = _gather(federation, state, clock, ledger)
-    with clock.phase("aggregate"):
+    watch, ledger = Stopwatch(), Ledger(now=elapsed(state))
+    updates, cohort, attempts = _gather(federation, state, watch, ledger)
+    return concluded(federation, state, updates, cohort, watch, ledger, {"attempts": attempts})
+
+
+def concluded(
+    federation: Federation,
+    state: ServerState,
+    updates: Sequence[ClientUpdate],
+    cohort: Sequence[Site],
+    watch: Stopwatch,
+    ledger: Ledger,
+    facts: Mapping[str, Any],
+) -> Completed:
+    """Aggregate, measure and, where it is due, evaluate.
+
+    ``cohort`` are the sites that were asked, ``watch`` and ``ledger`` those of the round so far,
+    and ``facts`` further entries of its line.
+    """
+    with watch.phase("aggregate"):
         after = federation.strategy.aggregate(state, updates)
         measured = meters.measure(
             state,
@@ -162,20 +214,24 @@ def one_round(federation: Federation, state: ServerState) -> Completed:
         "round": after.round,
         "cohort": [site.name for site in cohort],
         "failures": ledger.failures,
-        "attempts": attempts,
+        **facts,
         "train": {"loss": _mean_loss(updates)},
         "bytes": {"up": ledger.up, "down": ledger.down},
         **measured,
     }
+    if federation.clock is not None:
+        after = at_time(after, ledger.now)
+        spent = {"seconds": ledger.now - elapsed(state), "elapsed": ledger.now}
+        record["clock"] = {**spent, "device_seconds": ledger.spent}
     if _evaluation_due(federation.settings, after.round):
         if federation.settings.spectrum:
-            with clock.phase("aggregate"):
+            with watch.phase("aggregate"):
                 record["spectrum"] = meters.spectrum(updates, federation.strategy.personal)
-        with clock.phase("evaluate"):
+        with watch.phase("evaluate"):
             record["eval"] = evaluate(federation, after)
             if federation.holdout:
                 record["sites"] = _evaluate_sites(federation, after, cohort, ledger)
-    record["seconds"] = clock.seconds
+    record["seconds"] = watch.seconds
     return Completed(after, record, ledger.replies)
 
 
@@ -189,20 +245,27 @@ def _next_starts(
 
 
 def _gather(
-    federation: Federation, state: ServerState, clock: Clock, ledger: Ledger
+    federation: Federation, state: ServerState, watch: Stopwatch, ledger: Ledger
 ) -> tuple[list[ClientUpdate], list[Site], int]:
     """Ask cohorts until one of them meets the quorum."""
     settings, round_ = federation.settings, state.round + 1
     needed = settings.needed
     updates: list[ClientUpdate] = []
+    stays: list[Stay] = []
     for attempt in range(settings.retries + 1):
-        with clock.phase("plan"):
-            cohort = federation.roster.sample(federation.seed, round_, attempt, settings.per_round)
+        with watch.phase("plan"):
+            cohort = _cohort(federation, round_, attempt, ledger)
             plans = [plan_for(federation, state, site) for site in cohort]
-        with clock.phase("train"):
-            updates = _train(federation, cohort, plans, ledger)
+            asked = list(zip(cohort, plans, strict=True))
+            if federation.clock is not None:
+                asked, stays = _in_time(federation.clock, settings, asked, stays, ledger)
+        with watch.phase("train"):
+            # Below quorum nothing would come of the training.
+            updates = train(federation, asked, ledger) if len(asked) >= needed else []
         if len(updates) >= needed:
             return updates, cohort, attempt + 1
+    if federation.clock is not None and settings.deadline_s is not None:
+        check_reachable(stays, settings.deadline_s)
     reasons = ", ".join(f"{len(sites)} {reason}" for reason, sites in ledger.failures.items())
     first = next((r["reason"] for r in ledger.replies if r["status"] != "ok"), "")
     raise QuorumFailure(
@@ -210,6 +273,43 @@ def _gather(
         f"after {settings.retries + 1} attempts ({reasons}; the first: {first})",
         fix="The model is as it was after the last completed round.",
     )
+
+
+def _cohort(federation: Federation, round_: int, attempt: int, ledger: Ledger) -> list[Site]:
+    """The sites to ask; the clock goes on to when enough of them can be reached."""
+    settings = federation.settings
+    if federation.clock is None:
+        return federation.roster.sample(federation.seed, round_, attempt, settings.per_round)
+    count = settings.per_round + settings.spares
+    cohort, ledger.now = federation.clock.cohort(
+        round_, attempt, count, settings.needed, ledger.now
+    )
+    return cohort
+
+
+def _in_time(
+    clock: SimulatedClock,
+    settings: RoundsSpec,
+    asked: Sequence[Asked],
+    before: Sequence[Stay],
+    ledger: Ledger,
+) -> tuple[list[Asked], list[Stay]]:
+    """Those of a cohort whose replies will count, and how everybody's trip ends, ``before`` included.
+
+    Of the others, which are not even trained, the ledger notes the reason; the clock goes on to the
+    end of the round.
+    """
+    stays = [clock.stay(site, plan, ledger.now) for site, plan in asked]
+    closing = clock.close(stays, settings.per_round, ledger.now)
+    ledger.took(closing.busy)
+    for (site, plan), stay in zip(asked, stays, strict=True):
+        if site.name in closing.lost:
+            ledger.down += stay.trip.bytes_down
+            reason = closing.lost[site.name]
+            why = f"{reason}: needs {stay.trip.seconds:.4g} s of simulated time"
+            ledger.failed(plan.round, site.name, reason, why)
+    ledger.now = closing.ends
+    return [pair for pair in asked if pair[0].name not in closing.lost], [*before, *stays]
 
 
 def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPlan:
@@ -221,27 +321,25 @@ def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPla
     )
 
 
-def _train(
-    federation: Federation, cohort: Sequence[Site], plans: Sequence[TrainPlan], ledger: Ledger
-) -> list[ClientUpdate]:
+def train(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> list[ClientUpdate]:
     """Send the plans, take what comes back until all have answered or the deadline has passed."""
     encoder = codec.Encoder(federation.task, federation.wire)
-    groups = grouped(plans, federation.cohort)
+    groups = grouped([plan for _, plan in asked], federation.cohort)
     jobs: list[list[Message]] = []
     for group in groups:
-        contents = [encoder.train(plans[i]) for i in group]
+        contents = [encoder.train(asked[i][1]) for i in group]
         ledger.down += sum(codec.content_bytes(content) for content in contents)
-        nodes = [federation.roster.node_of(cohort[i]) for i in group]
-        jobs.append(_messages(MessageType.TRAIN, plans[0].round, contents, nodes))
+        nodes = [federation.roster.node_of(asked[i][0]) for i in group]
+        jobs.append(_messages(MessageType.TRAIN, asked[0][1].round, contents, nodes))
     ids = federation.grid.push_jobs(jobs)
     order = itertools.chain.from_iterable(groups)
-    asked = {id_: (cohort[i], plans[i]) for id_, i in zip(ids, order, strict=True)}
+    open_ = {id_: asked[i] for id_, i in zip(ids, order, strict=True)}
     updates: list[ClientUpdate] = []
-    for reply in _replies(federation, federation.grid, ids, federation.settings.deadline_s):
-        site, plan = asked.pop(reply.metadata.reply_to_message_id)
+    for reply in _replies(federation, federation.grid, ids, federation.patience_s):
+        site, plan = open_.pop(reply.metadata.reply_to_message_id)
         if (update := _accept(federation, reply, site, plan, ledger)) is not None:
             updates.append(update)
-    for site, plan in asked.values():
+    for site, plan in open_.values():
         ledger.failed(plan.round, site.name, "timeout", "no answer before the deadline")
     return sorted(updates, key=lambda update: update.site)
 
@@ -272,6 +370,7 @@ def _accept(
             "examples": update.examples,
             "rank": update.start.rank,
             "bytes_up": size,
+            **ledger.timing(site.name),
         }
     )
     return update
@@ -351,8 +450,7 @@ def _evaluate_sites(
     nodes = [federation.roster.node_of(site) for site in cohort]
     messages = _messages(MessageType.EVALUATE, state.round, contents, nodes)
     scores: list[Mapping[str, float]] = []
-    deadline = federation.settings.deadline_s
-    tallies = _tallies(federation, federation.grid, messages, deadline)
+    tallies = _tallies(federation, federation.grid, messages, federation.patience_s)
     for site, tally in zip(cohort, tallies, strict=True):
         if tally is None or tally.count == 0:
             continue

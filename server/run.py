@@ -36,6 +36,7 @@ from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.types import ServerState
 from server.checkpoints import Checkpoints
+from server.clock import SimulatedClock
 from server.config import RunConfig, differences, parse_toml
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
@@ -376,6 +377,8 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     shapes = models.schema(config.model, config.lora, len(data.classes))
     _check_ranks(config, shapes)
     inputs = {**models.fingerprint(folder), "data": data.fingerprint}
+    if (availability := config.availability) is not None:
+        inputs["availability"] = availability.fingerprint
     manifest = _frozen_partition(config, run, data, inputs)
     task = config.task(
         run_id=run.path.name,
@@ -476,9 +479,10 @@ def _restore(
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
     """Everything the rounds need, unpacked from the configuration."""
     config = setting.config
+    roster = SimulatedRoster(setting.manifest, config.data.holdout, config.devices)
     return Federation(
         strategy=config.strategy,
-        roster=SimulatedRoster(setting.manifest, config.data.holdout, config.devices),
+        roster=roster,
         grid=grid,
         task=setting.task.model_dump_json(),
         training=config.training.local(),
@@ -489,7 +493,25 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         wire=config.engine.wire,
         limits=Limits(update_norm=config.engine.max_update_norm),
         holdout=config.data.holdout > 0,
+        clock=simulated_clock(config, roster),
         stop=stop,
+    )
+
+
+def simulated_clock(config: RunConfig, roster: SimulatedRoster) -> SimulatedClock | None:
+    """The clock of the fleet; None where devices take no time and can always be reached.
+
+    Raises:
+        FedftError: devices or availability are not about the registered sites.
+    """
+    roster.fleet.check(roster.manifest)
+    if not config.fleet.timed:
+        return None
+    availability = config.availability
+    if availability is not None:
+        availability.check(roster.manifest)
+    return SimulatedClock(
+        roster, config.seed, config.engine.wire, availability, config.rounds.deadline_s
     )
 
 
