@@ -7,6 +7,7 @@ from pydantic import Field
 
 from fedft.core.errors import ConfigError
 from strategies.base import Strategy
+from strategies.central_dp import CentralDP
 from strategies.combinator import Combinator
 from strategies.coordinate_median import CoordinateMedian
 from strategies.fed_sb import FedSB
@@ -54,6 +55,7 @@ Rule = (
     | TrimmedMean
     | Krum
     | MultiKrum
+    | CentralDP
 )
 
 AnyStrategy = Annotated[Rule, Field(discriminator="name")]
@@ -97,6 +99,7 @@ def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
 __all__ = [
     "RULES",
     "AnyStrategy",
+    "CentralDP",
     "CoordinateMedian",
     "FFALoRA",
     "FLoRA",

@@ -11,7 +11,7 @@ otherwise r = 1, s = 1 and
     E = dW - B A = [3/4 -3/4; -3/4 3/4]
 """
 
-from math import sqrt
+from math import exp, sqrt
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part, ServerState, Site
 from strategies import (
+    CentralDP,
     CoordinateMedian,
     FedAdam,
     FedAvgLoRA,
@@ -394,3 +395,44 @@ class TestKrum:
         # One neighbour each: scores 1, 1, 16.
         state = play(Krum(), start, sites)
         assert torch.equal(state.adapter.head[BIAS], matrix([0.0]))
+
+
+def ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.float64)
+
+
+class TestCentralDP:
+    # Over ffa-lora, so that B is all that is sent. Changes [4 0] and [0 4], of norm 4.
+    RULE = CentralDP(noise_multiplier=0.5, clip=2.0, expected_sites=4)
+
+    @staticmethod
+    def updates(parts: set[Part]) -> list[ClientUpdate]:
+        return [
+            ClientUpdate(f"site-{k}", n, end.tensors(parts), START)
+            for k, (end, n) in enumerate(SITES, 1)
+        ]
+
+    def test_clipped_summed_noised_divided(self):
+        # [2 0] + [0 2] + 0.5 * 2 * [1 1], over the four that were expected, not the two that came.
+        state = self.RULE.release(ServerState(START, round=1), self.updates({"B"}), ones)
+        check(state, [[1, 1]], [[0.75], [0.75]])
+
+    def test_an_empty_round_is_noise(self):
+        check(self.RULE.release(ServerState(START, round=1), [], ones), [[1, 1]], [[0.25], [0.25]])
+
+    def test_both_factors_are_one_vector(self):
+        # Site 1 moved by dA = [0 -1], dB = [4 0], norm sqrt(17); C = sqrt(17) / 2 halves both sites.
+        rule = CentralDP(clip=sqrt(17) / 2, expected_sites=2, inner=FedAvgLoRA())
+        state = rule.release(ServerState(START, round=1), self.updates({"A", "B"}), torch.zeros)
+        check(state, [[0.75, 0.75]], [[1], [1]])
+
+    def test_the_bound_follows_the_quantile(self):
+        # Both are above C = 2: b = (-1/2 - 1/2 + 0.5 * 1) / 4 + 1/2 = 3/8; C <- 2 exp(-0.2 (3/8 - 1/2)).
+        # z_D = (0.5^-2 - 1)^(-1/2) = 1 / sqrt(3), so B = [2 2] / 4 + 2 / sqrt(3) / 4.
+        table = {"quantile": 0.5, "clip_lr": 0.2, "count_noise": 0.5}
+        rule = self.RULE.model_copy(update=table)
+        state = rule.release(ServerState(START, round=1), self.updates({"B"}), ones)
+        entry = 0.5 + 0.5 / sqrt(3)
+        check(state, [[1, 1]], [[entry], [entry]])
+        assert rule.bound(state) == pytest.approx(2 * exp(0.2 / 8))
+        assert rule.bound(ServerState(START)) == 2.0

@@ -15,6 +15,7 @@ from fedft.core import codec, meters, seeds
 from fedft.core.errors import ConfigError
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, part_of
 from strategies import (
+    CentralDP,
     CoordinateMedian,
     FedAdam,
     FedAvgLoRA,
@@ -171,6 +172,19 @@ TABLE = {
     "krum": Row(Krum(), layerwise=False),
     "krum over flexlora": Row(Krum(inner=FlexLoRA()), layerwise=False),
     "multi-krum": Row(MultiKrum(), layerwise=False),
+    # Noise below the last bit, so that what the rule does beside it can be held to the laws. The sum
+    # is divided by the number of sites expected, so that no group gets its own function.
+    "central-dp": Row(
+        CentralDP(noise_multiplier=1e-30, expected_sites=4),
+        lambda t, K: (RANK * OUT + HEADS, RANK * OUT + HEADS),
+        own=False,
+        layerwise=False,
+    ),
+    "central-dp over fedavg-lora": Row(
+        CentralDP(noise_multiplier=1e-30, expected_sites=4, inner=FedAvgLoRA()),
+        own=False,
+        layerwise=False,
+    ),
     "multi-krum over flexlora": Row(MultiKrum(select=2, inner=FlexLoRA()), layerwise=False),
 }
 rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
@@ -527,6 +541,11 @@ def test_a_rank_above_the_global_one_is_refused() -> None:
         ({"name": "trimmed-mean", "inner": {"name": "norm-clip"}}, "one by one"),
         ({"name": "krum", "inner": {"name": "fedsa-lora"}}, "keep B to themselves"),
         ({"name": "multi-krum", "inner": {"name": "fedsa-lora"}}, "keep B to themselves"),
+        ({"name": "central-dp", "noise-multiplier": 0}, "noise-multiplier"),
+        ({"name": "central-dp", "delta": 1.0}, "delta"),
+        ({"name": "central-dp", "inner": {"name": "flexlora"}}, "one by one"),
+        ({"name": "central-dp", "inner": {"name": "krum"}}, "one by one"),
+        ({"name": "central-dp", "quantile": 0.5, "expected-sites": 10}, "below twice the noise"),
         ({"name": "fedavg"}, "fedavg-lora"),
         ({"name": "fedprox", "inner": {"name": "sgd"}}, "fedavg-lora"),
         ({}, "name"),
