@@ -48,6 +48,12 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         linger: Annotated[
             float, typer.Option(help="Seconds to wait at the end for clients that were away.")
         ] = 60.0,
+        status_host: Annotated[
+            str, typer.Option(help="Address of the status page; anybody who reaches it reads it.")
+        ] = "127.0.0.1",
+        status_port: Annotated[
+            int, typer.Option(help="Of the status page and the metrics; 0 takes a free one.")
+        ] = 0,
         settings: Annotated[
             list[str] | None,
             typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
@@ -61,7 +67,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         parsed = own_server("config").load_config(config, settings or [])
         server = own_server("serve")
         address = own_server("identity").Address(host, port, public, insecure)
-        hosting = server.Hosting(first=wait_for, patience_s=patience, linger_s=linger)
+        hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
         with graceful() as stop, RunConsole(json_output=json) as console:
             run = server.serve(
                 parsed, run_dir, address, hosting=hosting, observer=console, stop=stop

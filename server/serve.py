@@ -45,6 +45,7 @@ from server.run import (
     prepare_run,
     resolved,
 )
+from server.status import Board, looker, showing
 
 _LOOK_UP_S = 0.2
 
@@ -63,6 +64,7 @@ class Hosting:
             it; by default twice the longest pause between two attempts of a client.
         grace_s: see :class:`~server.enrolment.EnrolledRoster`.
         timing: of the streams.
+        status: address and port of the status page, see :mod:`server.status`; None has none.
     """
 
     first: int | None = None
@@ -70,6 +72,7 @@ class Hosting:
     linger_s: float = 60.0
     grace_s: float = 30.0
     timing: Timing = field(default_factory=Timing)
+    status: tuple[str, int] | None = None
 
 
 def serve(
@@ -99,7 +102,7 @@ def serve(
         FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
     """
     config = for_sites(config)
-    observer = observer or Silent()
+    observer = Board(observer or Silent())
     hosting = hosting or Hosting()
     with _claimed(config, run_dir) as run:
         if run.finished:
@@ -167,7 +170,7 @@ def _with_port(address: Address, run: RunDir) -> Address:
 
 @contextmanager
 def _listening(
-    terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Observer
+    terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Board
 ) -> Iterator[GrpcGrid]:
     folder, address = folder_of(run.path), _with_port(address, run)
     authority = None if address.insecure else Authority(folder)
@@ -180,7 +183,20 @@ def _listening(
             f"{' WITHOUT TLS' if address.insecure else ''}; invite them with: "
             f"fedft invite NAME --run-dir {run.path} -o NAME.kit"
         )
-        yield grid
+        with _showing_status(run, grid, hosting, observer):
+            yield grid
+
+
+@contextmanager
+def _showing_status(run: RunDir, grid: GrpcGrid, hosting: Hosting, board: Board) -> Iterator[None]:
+    if hosting.status is None:
+        yield
+        return
+    registry = Registry(folder_of(run.path))
+    look = looker(run, board, registry.clients, lambda: grid.connected)
+    with showing(*hosting.status, look) as url:
+        board.note(f"status page at {url}, metrics at {url}metrics")
+        yield
 
 
 def _rounds(
@@ -212,7 +228,7 @@ def _rounds(
 
 
 def _dismiss(
-    grid: GrpcGrid, run: RunDir, hosting: Hosting, observer: Observer, stop: Callable[[], bool]
+    grid: GrpcGrid, run: RunDir, hosting: Hosting, observer: Board, stop: Callable[[], bool]
 ) -> None:
     """Tell every site that the run is over, and wait a while for those that are away."""
     rounds = run.summary()["rounds"]
@@ -227,7 +243,7 @@ def _dismiss(
 
 
 def _dismiss_late(
-    run: RunDir, address: Address, hosting: Hosting, observer: Observer, stop: Callable[[], bool]
+    run: RunDir, address: Address, hosting: Hosting, observer: Board, stop: Callable[[], bool]
 ) -> None:
     """The same for a server that ended, or died, before everybody had heard it."""
     if Registry(folder_of(run.path)).unaware():
