@@ -79,7 +79,8 @@ def _lead(view: "View") -> str:
         "progress": _progress(view),
         "clients connected": f"{len(view.connected)} of {len(view.clients)}",
         **{f"test {name}": _number(value) for name, value in now.scores.items() if name != "n"},
-        "received, sent": f"{_bytes(now.up)}, {_bytes(now.down)}",
+        "received": _bytes(now.up),
+        "sent": _bytes(now.down),
         "failed replies": f"{sum(now.failures.values())} of {drawn}",
     }
     cells = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in cards.items())
