@@ -4,7 +4,8 @@ The order is random where learning needs it and sorted where padding costs: rows
 sorted by length within windows of a few batches, cut, and the batches shuffled again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count, islice
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedft.core.examples import Examples, Rows
-from fedft.core.types import Batch
+from fedft.core.types import Batch, Origin
+
+EVALUATION_BATCH = 64
+"""Rows a batch when no gradients are kept."""
 
 WINDOW = 4
 """Batches among which rows are sorted by length. More saves little padding and makes the batches
@@ -27,6 +31,7 @@ def batches(
     epochs: int = 1,
     steps: int | None = None,
     generator: torch.Generator,
+    pool: str | None = None,
 ) -> Iterator[Batch]:
     """Training batches.
 
@@ -37,14 +42,16 @@ def batches(
         epochs: passes over the rows; ignored where ``steps`` is set.
         steps: number of batches, over as many epochs as that takes.
         generator: of the order. Epochs are drawn as they are reached.
+        pool: a name for ``rows``, by which batches can say where they come from.
 
     Returns:
         An iterator that pads each batch when it is asked for; empty where there are no rows.
     """
-    for chosen in batch_rows(
-        examples.lengths[rows], batch_size, epochs=epochs, steps=steps, generator=generator
-    ):
-        yield examples.collate(rows[chosen])
+    lengths = examples.lengths[rows]
+    yield from map(
+        _cutter(examples, rows, lengths, pool),
+        batch_rows(lengths, batch_size, epochs=epochs, steps=steps, generator=generator),
+    )
 
 
 def batch_rows(
@@ -70,11 +77,39 @@ def batch_count(rows: int, batch_size: int, *, epochs: int = 1, steps: int | Non
     return steps
 
 
-def eval_batches(examples: Examples, rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order of length; the same batches each time."""
-    ordered = rows[np.argsort(examples.lengths[rows], kind="stable")]
-    for first in range(0, len(ordered), batch_size):
-        yield examples.collate(ordered[first : first + batch_size])
+def eval_batches(
+    examples: Examples, rows: Rows, batch_size: int = EVALUATION_BATCH, *, pool: str | None = None
+) -> Iterator[Batch]:
+    """Every row once, in order of length; the same batches each time.
+
+    Args:
+        examples: what to draw from.
+        rows: which of them.
+        batch_size: rows a batch; the last may be short.
+        pool: a name for ``rows``, as in :func:`batches`.
+    """
+    lengths = examples.lengths[rows]
+    yield from map(_cutter(examples, rows, lengths, pool), in_chunks(lengths, batch_size))
+
+
+def in_chunks(lengths: Rows, size: int = EVALUATION_BATCH) -> list[NDArray[np.int64]]:
+    """Positions in order of length, ``size`` at a time."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _cutter(
+    examples: Examples, rows: Rows, lengths: Rows, pool: str | None
+) -> Callable[[NDArray[np.int64]], Batch]:
+    """Positions in ``rows`` → these rows as a batch that knows where it comes from."""
+
+    def cut(positions: NDArray[np.int64]) -> Batch:
+        return examples.collate(rows[positions])
+
+    if pool is None:
+        return cut
+    own = lengths.astype(np.int64)
+    return lambda positions: replace(cut(positions), origin=Origin(pool, own, cut, positions))
 
 
 def _epoch(

@@ -8,7 +8,7 @@ import hashlib
 import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -177,14 +177,41 @@ class ImageExamples(Examples):
         return replace(self, images=[self.images[int(i)] for i in rows], labels=self.labels[rows])
 
     def collate(self, rows: Rows) -> Batch:
-        images = [self.transform(open_image(self.images[int(i)], self.folder)) for i in rows]
-        return Batch({"pixel_values": torch.stack(images)}, _tensor(self.labels[rows]))
+        return Batch(_Opened(self, rows), _tensor(self.labels[rows]))
+
+    def pixels(self, rows: Rows) -> Tensor:
+        """The given images, opened and transformed. [n, c, h, w]"""
+        images = (open_image(self.images[int(i)], self.folder) for i in rows)
+        return torch.stack([self.transform(image) for image in images])
 
     def fingerprint(self) -> str:
         return _sha256(
             [np.ascontiguousarray(self.labels).data]
             + [_content(image, self.folder) for image in self.images]
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened(Mapping[str, Tensor]):
+    """``pixel_values`` of some images, which are opened each time they are asked for.
+
+    An epoch of batches is made before it is trained on: it need not be in memory all at once, and
+    where the engine has kept what it computed of an image, the image is not opened at all.
+    """
+
+    examples: ImageExamples
+    rows: Rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != "pixel_values":
+            raise KeyError(name)
+        return self.examples.pixels(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("pixel_values",))
+
+    def __len__(self) -> int:
+        return 1
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

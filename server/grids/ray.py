@@ -10,6 +10,7 @@ Ray's object store once and fetched by the workers from there.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -37,6 +38,12 @@ _FAILED_STARTS = 3
 
 _SHARE_BYTES = 64 * 1024
 """Arrays smaller than this travel inside the job: a look-up would cost more than the copy."""
+
+_CHOICE = 16
+"""Waiting jobs among which a free worker looks for one that it knows."""
+
+_REMEMBERED = 10_000
+"""Jobs whose last worker is remembered."""
 
 _HEALTH_S = 1.0
 """How often to make sure that Ray is still there."""
@@ -114,6 +121,7 @@ class RayGrid(SimulationGrid):
             environment=_worker_environment(threads),
         )
         self._queue: list[Job] = []
+        self._served: dict[int, _Worker] = {}  # who served a job last, by its first node
         self._parcels: dict[str, Parcel] = {}  # by message id, until it is answered
         self._failed_starts = 0
         self._checked = time.monotonic()
@@ -196,9 +204,13 @@ class RayGrid(SimulationGrid):
                     records.append((name, record))
             self._parcels[message.metadata.message_id] = Parcel(message.metadata, tuple(records))
 
+    def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:
+        ids = super().push_jobs(jobs)
+        self._dispatch()
+        return ids
+
     def _enqueue(self, job: Job) -> None:
         self._queue.append(job)
-        self._dispatch()
 
     def _abandon(self, ids: frozenset[str]) -> None:
         for message_id in ids:
@@ -237,26 +249,42 @@ class RayGrid(SimulationGrid):
         self._dispatch()
 
     def _dispatch(self) -> None:
-        for worker in self._workers:
-            if worker.ready and worker.ref is None:
-                job = self._next_job()
-                if job is None:
-                    return
-                self._submit(worker, job)
+        """Gives free workers jobs: of nodes they served last, else of nobody's, else another's."""
+        free = [w for w in self._workers if w.ready and w.ref is None]
+        while free and (startable := self._startable()):
+            pairs = itertools.product(startable, free)
+            job, worker = max(pairs, key=lambda pair: self._fit(*pair))  # the first of the best
+            self._queue.remove(job)
+            free.remove(worker)
+            self._submit(worker, job)
 
-    def _next_job(self) -> Job | None:
-        """The first job none of whose nodes is busy, or has an earlier job waiting."""
+    def _startable(self) -> list[Job]:
+        """The first jobs none of whose nodes is busy, or has an earlier job waiting."""
         blocked = {n for w in self._workers if w.job and w.abandoned is None for n in w.job.nodes}
-        for position, job in enumerate(self._queue):
+        found: list[Job] = []
+        for job in self._queue:
             if blocked.isdisjoint(job.nodes):
-                return self._queue.pop(position)
+                found.append(job)
+            if len(found) == _CHOICE:
+                break
             blocked |= job.nodes
-        return None
+        return found
+
+    def _fit(self, job: Job, worker: _Worker) -> int:
+        """How well a worker fits a job: what it keeps of a site saves it work."""
+        last = self._served.get(min(job.nodes))
+        return 1 if last is None else 2 * (last is worker)
+
+    def _remember(self, job: Job, worker: _Worker) -> None:
+        self._served[min(job.nodes)] = worker
+        if len(self._served) > _REMEMBERED:
+            del self._served[next(iter(self._served))]
 
     def _submit(self, worker: _Worker, job: Job) -> None:
         parcels = [self._parcels[m.metadata.message_id] for m in job.messages]
         states = [self._states.get(m.metadata.dst_node_id) for m in job.messages]
         worker.job, worker.abandoned = job, None
+        self._remember(job, worker)
         worker.ref = worker.actor.serve.remote(parcels, states)
 
     def _settle(self, worker: _Worker) -> None:
