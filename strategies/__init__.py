@@ -3,15 +3,19 @@
 from collections.abc import Iterable
 from typing import Annotated, get_args
 
+import torch
 from pydantic import Field
 
 from fedft.core.errors import ConfigError
+from fedft.core.types import Adapter, Factors, Site
 from strategies.base import Strategy
 from strategies.central_dp import CentralDP
 from strategies.combinator import Combinator
 from strategies.coordinate_median import CoordinateMedian
 from strategies.fed_sb import FedSB
+from strategies.fedasync import FedAsync
 from strategies.fedavg_lora import FedAvgLoRA
+from strategies.fedbuff import FedBuff
 from strategies.fedex_lora import FedExLoRA
 from strategies.fedmomentum import FedMomentum
 from strategies.fedprox import FedProx
@@ -22,6 +26,7 @@ from strategies.ffa_lora import FFALoRA
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.hetlora import HetLoRA
+from strategies.hydralora import HydraLoRA
 from strategies.krum import Krum
 from strategies.lora_fair import LoRAFAIR
 from strategies.multi_krum import MultiKrum
@@ -50,9 +55,12 @@ Rule = (
     | FedAvgM
     | FedAdam
     | FedYogi
+    | FedAsync
+    | FedBuff
     | NormClip
     | CoordinateMedian
     | TrimmedMean
+    | HydraLoRA
     | Krum
     | MultiKrum
     | CentralDP
@@ -73,6 +81,38 @@ def rule_names(*, mixed_ranks: bool = False) -> list[str]:
     """The name of every rule, as `[strategy] name` takes it; or of those that take mixed ranks."""
     chosen = [rule for rule in RULES if rule().mixed_ranks or not mixed_ranks]
     return [str(rule.model_fields["name"].default) for rule in chosen]
+
+
+def check_method(strategy: Rule, method: str) -> None:
+    """Refuse an `[lora] method` whose adapters the rule cannot aggregate.
+
+    Raises:
+        ConfigError: naming the rules that can.
+    """
+    if strategy.takes(method):
+        return
+    able = [str(rule.model_fields["name"].default) for rule in RULES if rule().takes(method)]
+    raise ConfigError(
+        f"{strategy.name} cannot aggregate adapters of method = {method!r}: "
+        "its equation is about other tensors",
+        fix=f"choose a rule that can: {', '.join(able)}",
+    )
+
+
+def check_init(strategy: Rule, init: str) -> None:
+    """Refuse a start of A and B that depends on the base weights, where sites make part of it.
+
+    Raises:
+        ConfigError: the rule does not send all of the adapter to its sites.
+    """
+    zero = torch.zeros(1, 1)
+    probe = strategy.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
+    sent = strategy.plan(probe, Site("probe", 1)).receive
+    if init != "default" and not sent >= {"A", "B"}:
+        raise ConfigError(
+            f"init = {init!r} needs A and B sent to the sites, and {strategy.name} does not send both",
+            fix="set [lora] init = 'default', or choose a rule such as fedavg-lora or lora-fair",
+        )
 
 
 def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
@@ -104,8 +144,10 @@ __all__ = [
     "FFALoRA",
     "FLoRA",
     "FedAdam",
+    "FedAsync",
     "FedAvgLoRA",
     "FedAvgM",
+    "FedBuff",
     "FedExLoRA",
     "FedMomentum",
     "FedProx",
@@ -116,6 +158,7 @@ __all__ = [
     "FedYogi",
     "FlexLoRA",
     "HetLoRA",
+    "HydraLoRA",
     "Krum",
     "LoRAFAIR",
     "MultiKrum",
@@ -125,6 +168,8 @@ __all__ = [
     "Rule",
     "Strategy",
     "TrimmedMean",
+    "check_init",
+    "check_method",
     "check_ranks",
     "rule_names",
 ]

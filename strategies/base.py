@@ -86,6 +86,14 @@ class Strategy(BaseModel, ABC):
         """
         return False
 
+    @property
+    def buffer(self) -> int | None:
+        """Replies that make a server update while other sites are still at work (FedBuff's K).
+
+        None waits for the whole cohort of a round.
+        """
+        return None
+
     def takes(self, method: str) -> bool:
         """Whether the rule can aggregate adapters of this `[lora] method`.
 

@@ -41,6 +41,13 @@ class Combinator(Strategy, ABC):
     def mean_only(self) -> bool:
         return self.inner.mean_only
 
+    @property
+    def buffer(self) -> int | None:
+        return self.inner.buffer
+
+    def takes(self, method: str) -> bool:
+        return self.inner.takes(method)
+
     def init(self, adapter: Adapter) -> ServerState:
         return self.inner.init(adapter)
 

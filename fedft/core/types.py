@@ -23,6 +23,9 @@ Part = Literal["A", "B", "R", "router", "head"]
 """What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
 head, and whatever tensors another method of peft has."""
 
+Importance = Literal["block-influence", "ablation"]
+"""How much a transformer block does: by how far it turns its input, or by what its absence costs."""
+
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
 
@@ -366,7 +369,10 @@ class EvalPlan:
         split: ``test`` is the server's central set, ``holdout`` the site's own held-out part.
         keep: the parts that the site replaces by its own, as in :class:`TrainPlan`.
         shard: (index, count): which slice of the split; the sums over all slices are the result.
-        layers, round, site: as in :class:`TrainPlan`.
+        layers: as in :class:`TrainPlan`.
+        probe: where set, no scores are asked for: the site compares the blocks of the model on its
+            own training rows, and weighs their importance by this measure.
+        round, site: as in :class:`TrainPlan`.
     """
 
     adapter: Adapter
@@ -375,6 +381,7 @@ class EvalPlan:
     keep: frozenset[Part] = frozenset()
     shard: tuple[int, int] = (0, 1)
     layers: tuple[int, ...] | None = None
+    probe: Importance | None = None
     round: int = 0
     site: str = ""
 
@@ -389,6 +396,7 @@ class ClientUpdate:
         tensors: PEFT name → tensor, exactly the parts the plan asked for.
         start: the adapter the site started from, at its rank.
         metrics: numbers it reported, for example ``loss``.
+        staleness: server updates made since the version that ``start`` is of.
     """
 
     site: str
@@ -396,6 +404,7 @@ class ClientUpdate:
     tensors: Mapping[str, Tensor]
     start: Adapter
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    staleness: int = 0
 
     @property
     def adapter(self) -> Adapter:

@@ -18,8 +18,10 @@ from strategies import (
     CentralDP,
     CoordinateMedian,
     FedAdam,
+    FedAsync,
     FedAvgLoRA,
     FedAvgM,
+    FedBuff,
     FedExLoRA,
     FedMomentum,
     FedProx,
@@ -85,6 +87,10 @@ def both(t: int, K: int) -> tuple[int, int]:
     return pi(RANK) + HEADS, pi(RANK) + HEADS
 
 
+def fedex(t: int, K: int) -> tuple[int, int]:
+    return pi(RANK) + delta((t - 1) * (K - 1) * RANK) + HEADS, pi(RANK) + HEADS
+
+
 def fed_sb(t: int, K: int) -> tuple[int, int]:
     core = len(SHAPES) * RANK**2
     return both(t, K) if t == 1 else (pi(RANK) + core + HEADS, core + HEADS)
@@ -132,7 +138,7 @@ TABLE = {
     "raflora": Row(RaFLoRA()),
     "fedex-lora": Row(
         FedExLoRA(),
-        lambda t, K: (pi(RANK) + delta((t - 1) * (K - 1) * RANK) + HEADS, pi(RANK) + HEADS),
+        fedex,
         unbiased=True,
     ),
     "rolora": Row(
@@ -158,6 +164,10 @@ TABLE = {
     "fedavgm over flexlora": Row(FedAvgM(inner=FlexLoRA()), own=False),
     "fedadam": Row(FedAdam(inner=LoRAFAIR()), own=False),
     "fedyogi": Row(FedYogi(inner=FedProx(inner=FedRotLoRA())), own=False),
+    "fedasync": Row(FedAsync(alpha=1.0)),
+    "fedasync over lora-fair": Row(FedAsync(inner=LoRAFAIR()), own=False),
+    "fedbuff": Row(FedBuff(size=4)),
+    "fedbuff over fedex-lora": Row(FedBuff(size=4, inner=FedExLoRA()), fedex, unbiased=True),
     "norm-clip": Row(NormClip(), layerwise=False),
     "norm-clip over flexlora": Row(NormClip(max_norm=1e9, inner=FlexLoRA())),
     "coordinate-median": Row(CoordinateMedian()),
@@ -533,6 +543,12 @@ def test_a_rank_above_the_global_one_is_refused() -> None:
         ({"name": "fedavgm", "beta": 1.0}, "beta"),
         ({"name": "fedadam", "tau": 0}, "tau"),
         ({"name": "fedyogi", "beta2": 1}, "beta2"),
+        ({"name": "fedasync", "alpha": 0}, "alpha"),
+        ({"name": "fedasync", "staleness": {"kind": "polynomial", "a": -1}}, "staleness.a"),
+        ({"name": "fedasync", "inner": {"name": "flora"}}, "re-draws"),
+        ({"name": "fedbuff", "size": 0}, "size"),
+        ({"name": "fedbuff", "inner": {"name": "hetlora"}}, "mixes"),
+        ({"name": "fedbuff", "inner": {"name": "fedasync"}}, "inner rule is asynchronous"),
         ({"name": "norm-clip", "max-norm": 0}, "max-norm"),
         ({"name": "trimmed-mean", "trim": 0.5}, "trim"),
         ({"name": "krum", "byzantine": 0.5}, "byzantine"),
