@@ -22,8 +22,10 @@ from strategies import (
     CentralDP,
     CoordinateMedian,
     FedAdam,
+    FedAsync,
     FedAvgLoRA,
     FedAvgM,
+    FedBuff,
     FedExLoRA,
     FedMomentum,
     FedProx,
@@ -44,6 +46,7 @@ from strategies import (
     RoLoRA,
     TrimmedMean,
 )
+from strategies.asynchronous import Staleness
 
 EVERYTHING: frozenset[Part] = frozenset({"A", "B", "R", "head"})
 BIAS = "base_model.model.head.bias"
@@ -436,3 +439,47 @@ class TestCentralDP:
         check(state, [[1, 1]], [[entry], [entry]])
         assert rule.bound(state) == pytest.approx(2 * exp(0.2 / 8))
         assert rule.bound(ServerState(START)) == 2.0
+
+
+class TestStaleness:
+    @pytest.mark.parametrize(
+        ("staleness", "weights"),
+        [
+            (Staleness(kind="constant"), [1, 1, 1, 1]),
+            (Staleness(kind="polynomial", a=0.5), [1, 1 / sqrt(2), 1 / sqrt(3), 1 / 2]),
+            (Staleness(kind="hinge", a=10, b=1), [1, 1, 1 / 11, 1 / 21]),
+        ],
+    )
+    def test_weights(self, staleness, weights):
+        assert [staleness.weight(tau) for tau in range(4)] == pytest.approx(weights, rel=1e-15)
+
+    def test_fedasync_mixes_the_model(self):
+        # tau = 3: s = 1/2, alpha s = 0.3, whatever the site started from.
+        # A = 0.7 [1 1] + 0.3 [1 0]; B = 0.3 [4 0].
+        end, n = SITES[0]
+        u = ClientUpdate("site-1", n, end.tensors(), adapter([[9, 9]], [[9], [9]]), staleness=3)
+        state = FedAsync(alpha=0.6).aggregate(ServerState(START, round=3), [u])
+        check(state, [[1, 0.7]], [[1.2], [0]])
+
+    def test_fedbuff_adds_the_change(self):
+        # Site 2 is 3 updates late: s = 1/2. It moved A by [0 1] - [2 0] and B by [0 4] - [0 2], so
+        # y'_2: A = [1 1] + 1/2 [-2 1] = [0 1.5], B = [0 1]. Site 1 is fresh: A = [1 0], B = [4 0].
+        # A = 1/4 [1 0] + 3/4 [0 1.5]; B = 1/4 [4 0] + 3/4 [0 1].
+        (fresh, n), (late, m) = SITES
+        then = adapter([[2, 0]], [[0], [2]])
+        updates = [
+            ClientUpdate("site-1", n, fresh.tensors(), START),
+            ClientUpdate("site-2", m, late.tensors(), then, staleness=3),
+        ]
+        state = FedBuff(size=2).aggregate(ServerState(START, round=3), updates)
+        check(state, [[0.25, 1.125]], [[1], [0.75]])
+
+    @pytest.mark.parametrize("inner", [FedAvgLoRA(), LoRAFAIR(), FedExLoRA(), FedRotLoRA()])
+    def test_with_nothing_stale_fedbuff_is_the_inner_rule(self, inner):
+        """Bit for bit: the synchronous round of K sites."""
+        mine, its = play(FedBuff(size=2, inner=inner)), play(inner)
+        assert all(
+            torch.equal(t, its.adapter.tensors()[n]) for n, t in mine.adapter.tensors().items()
+        )
+        for module, f in its.delta.items():
+            assert torch.equal(f.product(), mine.delta[module].product())
