@@ -13,10 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients.attack import sent_by
+from clients.probe import compare
 from clients.workbench import Workbench, workbench
 from fedft.core import codec
 from fedft.core.errors import FedftError, MismatchError
-from fedft.core.types import Adapter, Batch, Part, TrainPlan
+from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
 
 CLIENT_ERROR = 101
 """Code of an error reply whose reason is a sentence for the server's log."""
@@ -81,6 +82,8 @@ def evaluate(message: Message, context: Context) -> Message:
     bench = workbench(codec.task_of(message.content))
     fields = codec.message_fields(message.content)
     plan = codec.eval_plan(message.content, bench.initial(fields["rank"]))
+    if plan.probe is not None:
+        return _compared(bench, plan, plan.probe, message, context)
     if plan.split == "test":
         adapter, own = plan.adapter, bench.test_batches(*plan.shard)
     else:
@@ -93,6 +96,20 @@ def evaluate(message: Message, context: Context) -> Message:
         "correct": tally.correct,
     }
     return Message(RecordDict({"metrics": MetricRecord(sums)}), reply_to=message)
+
+
+def _compared(
+    bench: Workbench, plan: EvalPlan, kind: Importance, message: Message, context: Context
+) -> Message:
+    """The reply to a plan that asks how alike and how important the model's blocks are."""
+    own = bench.probe_batches(_index(bench, context))
+    try:
+        found = compare(bench.engine, plan.adapter, plan.delta, own, kind)
+    except FedftError as error:
+        return Message(Error(CLIENT_ERROR, error.what), reply_to=message)
+    tensors = {"similarity": found.similarity, "importance": found.importance}
+    content = codec.reply_content(tensors, found.rows, {})
+    return Message(content, reply_to=message)
 
 
 def _plan(bench: Workbench, message: Message, context: Context) -> TrainPlan:

@@ -186,6 +186,11 @@ class CohortEngine:
                 for kept in [None if layers else self._prefix.for_evaluation(b)]
             )
 
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """See :class:`clients.engine.Engine`."""
+        yield self.base.model
+
     def _tally(self, now: _Now) -> Tally:
         return Tally.of(self._logits(now), now.step.targets)
 

@@ -6,8 +6,11 @@ in one forward and backward pass.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import nn
 
 from fedft.core.metrics import Tally
 from fedft.core.models import Base
@@ -52,4 +55,12 @@ class Engine(Protocol):
         layers: tuple[int, ...] | None = None,
     ) -> Tally:
         """Score one adapter, without gradients, on the whole model or on some of its blocks."""
+        ...
+
+    def bare(self) -> AbstractContextManager[nn.Module]:
+        """The frozen network with no adapter in it, for the time of the context.
+
+        Raises:
+            MismatchError: this engine's adapter cannot be taken out.
+        """
         ...

@@ -6,16 +6,18 @@ This is the readable definition of what a site does; the cohort engine must agre
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clients.engine import Trained
 from fedft.core import seeds
+from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally, mean_loss
 from fedft.core.models import HEADS, Base
 from fedft.core.spec import LoraSpec
@@ -120,6 +122,12 @@ class LoopEngine(ABC):
                 Tally.of(self._logits(b), b.labels.to(self.base.device)) for b in batches
             )
 
+    def bare(self) -> AbstractContextManager[nn.Module]:
+        """See :class:`clients.engine.Engine`."""
+        raise MismatchError(
+            "blocks are compared under plain LoRA only", fix='Set [pruning] selection = "random".'
+        )
+
     def _logits(self, batch: Batch) -> Tensor:
         inputs = {name: tensor.to(self.base.device) for name, tensor in batch.inputs.items()}
         return self._model(**inputs).logits
@@ -191,6 +199,12 @@ class PeftEngine(LoopEngine):
             if isinstance(down, _Cored):
                 yield factor_name(path, "R"), down.core
             yield factor_name(path, "B"), cast(nn.Parameter, layer.lora_B[_SLOT].weight)
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """See :class:`clients.engine.Engine`."""
+        with cast(PeftModel, self._model).disable_adapter():
+            yield self.base.model
 
     def _dropouts(self) -> Iterable[nn.Module]:
         return [layer.lora_dropout[_SLOT] for layer in self._layers.values()]

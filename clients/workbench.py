@@ -21,6 +21,12 @@ from fedft.core.partition import Manifest
 from fedft.core.spec import TaskSpec
 from fedft.core.types import Adapter, Batch, LocalTraining
 
+PROBE_ROWS = 64
+"""Rows on which a site compares the model's blocks, at most."""
+
+PROBE_BATCH = 8
+"""Of them at a time: a site that holds a part of the model has little memory for activations."""
+
 
 @dataclass(frozen=True, eq=False)
 class Workbench:
@@ -71,6 +77,11 @@ class Workbench:
         """One of ``count`` slices of the central test set."""
         rows = np.arange(len(self.data.test))[shard::count]
         return eval_batches(self.data.test, rows, pool=f"test rows {shard} of {count}")
+
+    def probe_batches(self, index: int) -> Sequence[Batch]:
+        """The first rows that a site trains on, for comparing the model's blocks."""
+        rows, _ = self.rows(index)
+        return list(eval_batches(self.data.train, rows[:PROBE_ROWS], PROBE_BATCH))
 
     def holdout_batches(self, index: int) -> Iterable[Batch]:
         """The examples that a site holds out."""

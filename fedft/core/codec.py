@@ -161,6 +161,7 @@ class Encoder:
             "keep": sorted(plan.keep),
             "shard": plan.shard,
             "layers": plan.layers,
+            "probe": plan.probe,
             "round": plan.round,
             "site": plan.site,
         }
@@ -239,6 +240,7 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
         keep=frozenset(fields["keep"]),
         shard=tuple(fields["shard"]),
         layers=_indices(fields["layers"]),
+        probe=fields["probe"],
         round=fields["round"],
         site=fields["site"],
     )

@@ -455,15 +455,34 @@ class Base:
                     undo.callback(delattr, block, "forward")
             yield
 
+    @contextmanager
+    def streaming(self, delta: Delta) -> Iterator[None]:
+        """For the time of the context, the whole model on weights ``W_0 + delta``.
+
+        A lean base loads a block when it is reached and lets go of the one before: no two of them
+        are in memory at once. For one pass without gradients.
+        """
+        self._check_blocks()
+        if self._load is None:
+            with self.holding(None, delta):
+                yield
+            return
+
+        def reached(index: int) -> None:
+            self._hold(frozenset({index}))
+            self.shift({m: f for m, f in delta.items() if in_blocks(m, {index})})
+
+        with ExitStack() as undo:
+            for index, block in enumerate(self.blocks):
+                hook = partial(_call, reached, index)
+                undo.callback(block.register_forward_pre_hook(hook).remove)
+            yield
+
     def _check(self, layers: Sequence[int] | None) -> None:
         if layers is None:
             return
+        self._check_blocks()
         name = type(self.model).__name__
-        if not self.blocks or not all(map(_gives_a_tensor, self.blocks)):
-            raise MismatchError(
-                f"no block of {name} can be left out: it is not one list of blocks that give a tensor",
-                fix='Train the whole model: [pruning] selection = "none".',
-            )
         if absent := sorted(set(layers) - set(range(len(self.blocks)))):
             raise MismatchError(
                 f"a plan names the blocks {absent}, and {name} has none of them",
@@ -471,6 +490,14 @@ class Base:
             )
         if not layers:
             raise MismatchError("a plan holds no block at all", fix="Name at least one.")
+
+    def _check_blocks(self) -> None:
+        if not self.blocks or not all(map(_gives_a_tensor, self.blocks)):
+            raise MismatchError(
+                f"no block of {type(self.model).__name__} can be left out: it is not one list of "
+                "blocks that give a tensor",
+                fix='Train the whole model: [pruning] selection = "none".',
+            )
 
     def _hold(self, wanted: frozenset[int]) -> None:
         """Load the blocks that are wanted and let go of the others."""
@@ -485,6 +512,10 @@ class Base:
             _transplant(loaded, self.blocks[index])
         self._pristine = {p: t for p, t in self._pristine.items() if block_of(p) in wanted}
         self._held = wanted
+
+
+def _call(reached: Callable[[int], None], index: int, *_: object) -> None:
+    reached(index)
 
 
 def _pass_on(*args: Tensor, **options: Tensor) -> Tensor:

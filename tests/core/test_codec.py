@@ -63,7 +63,7 @@ def test_integers_keep_their_dtype() -> None:
 def test_a_train_plan_comes_back_whole() -> None:
     training = LocalTraining(steps=3, lr=0.1, clip_norm=None, proximal_mu=0.5)
     plan = TrainPlan(
-        adapter(), train=frozenset({"B"}), send=frozenset({"B", "head"}), keep=frozenset({"A"}),
+        adapter().narrowed((0, 2)), train=frozenset({"B"}), send=frozenset({"B", "head"}), keep=frozenset({"A"}),
         training=training, layers=(0, 2), round=4, site="site-1", seed=9,
     )  # fmt: skip
     back = codec.train_plan(codec.Encoder("{}").train(plan), adapter(seed=1), seed=9)
