@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from clients.train import LoopEngine
-from fedft.core.hydra import head_count, modules
 from fedft.core.models import Base, scale_of, weight_shape
 from fedft.core.spec import LoraSpec
 from fedft.core.types import Adapter, TrainPlan, factor_name, head_name

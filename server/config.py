@@ -30,7 +30,15 @@ from fedft.core.spec import (
 )
 from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
-from strategies import RULES, AnyStrategy, FedAvgLoRA, check_ranks, rule_names
+from strategies import (
+    RULES,
+    AnyStrategy,
+    FedAvgLoRA,
+    check_init,
+    check_method,
+    check_ranks,
+    rule_names,
+)
 
 
 class FleetSpec(Table):
@@ -193,7 +201,25 @@ class RunConfig(Table):
             raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
         if self.model.trust_remote_code and self.model.revision is None:
             raise ValueError("[model] trust-remote-code needs a pinned revision")
+        self._check_method()
         return self
+
+    def _check_method(self) -> None:
+        """What an adapter that is not plain LoRA from the seed can be combined with."""
+        lora, ranks = self.lora, self.fleet.rank_choices
+        try:
+            check_method(self.strategy, lora.method)
+            check_init(self.strategy, lora.init)
+        except ConfigError as error:
+            raise ValueError(f"[lora] {error.what}; {error.fix}") from error
+        if ranks and (lora.method, lora.init) != ("lora", "default"):
+            what = f"init = {lora.init!r}" if lora.method == "lora" else f"method = {lora.method!r}"
+            raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
+        if lora.method != "lora" and self.engine.cohort not in (1, "auto"):
+            raise ValueError(
+                f"[engine] cohort = {self.engine.cohort}: sites with method = {lora.method!r} are "
+                'trained one by one; set cohort = 1 or "auto"'
+            )
 
     @property
     def rank(self) -> int:

@@ -3,6 +3,7 @@
 Shapes come from the model's configuration; no weight is loaded and no worker is started.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from fedft.core import codec, memory, models
@@ -30,6 +31,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     shapes = models.schema(config.model, config.lora, classes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.strategy.init(initial)
+    if config.lora.init != "default":  # of the shapes of what was taken out of the base
+        state = replace(state, delta=initial.factors)
     ranks = sorted({*config.fleet.rank_choices}) or [config.rank]
     clients = [_client(config, shapes, folder, state, rank) for rank in ranks]
     mean = {

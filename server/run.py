@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,7 +31,7 @@ from fedft.core.errors import (
 from fedft.core.files import disk
 from fedft.core.metrics import better
 from fedft.core.partition import Manifest
-from fedft.core.peft_io import save_adapter
+from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.types import ServerState
@@ -300,6 +300,8 @@ def cohort_size(config: RunConfig) -> int:
     short texts come to, and never puts a round into fewer than two passes, so that two workers
     have work.
     """
+    if config.lora.method != "lora":
+        return 1  # the cohort engine stacks plain factors
     row = max(1, config.data.max_length // 8)
     fits = COHORT_TOKENS // (row * config.training.batch_size)
     return max(1, min(fits, -(-config.rounds.per_round // 2)))
@@ -461,8 +463,9 @@ def _restore(
         run.truncate_to(0)
         grid.load_states({})
         config = setting.config
-        initial = models.initial_adapter(setting.shapes, config.lora, config.rank, config.seed)
-        return config.strategy.init(initial), Progress()
+        if config.lora.method != "lora":
+            observer.note(f"sites with method = {config.lora.method!r} are trained one by one")
+        return first_state(config, setting.shapes), Progress()
     for note in checkpoint.notes:
         observer.note(note)
     run.truncate_to(checkpoint.state.round)
@@ -474,6 +477,22 @@ def _restore(
         }
     )
     return checkpoint.state, Progress(**checkpoint.extra)
+
+
+def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
+    """The state before the first round.
+
+    Some adapters start from the base weights themselves, which are loaded for it and let go of:
+    see :func:`fedft.core.methods.drawn`.
+    """
+    lora = config.lora
+    initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
+    if not lora.whole and lora.init == "default":
+        return config.strategy.init(initial)
+    from fedft.core import methods  # peft takes a second to import
+
+    adapter, delta = methods.drawn(config.model, lora, initial, config.seed)
+    return replace(config.strategy.init(adapter), delta=delta)
 
 
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
@@ -574,12 +593,20 @@ def _drop_superseded(setting: Setting, run: RunDir, progress: Progress) -> None:
 
 def export(config: RunConfig, state: ServerState, folder: Path) -> None:
     """Write a state's global adapter as PEFT does."""
+    base = str(models.resolve(config.model))
+    about: dict[str, Any] = {"model": config.model, "lora": config.lora, "base": base}
+    if config.lora.method == "hydralora":
+        save_mixture(folder, state.adapter, **about)
+        return
+    if config.lora.whole:
+        save_whole(folder, state.adapter, seed=config.seed, **about)
+        return
     save_adapter(
         folder,
         state.adapter,
         state.delta,
         task=config.model.task,
-        base=str(models.resolve(config.model)),
+        base=base,
         revision=config.model.revision,
     )
 

@@ -35,5 +35,8 @@ class FedAvgLoRA(Strategy):
     def mean_only(self) -> bool:
         return True
 
+    def takes(self, method: str) -> bool:
+        return method != "hydralora"  # whose router it would not train
+
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         return replace(state, adapter=state.adapter.replaced(mean_of(updates)))

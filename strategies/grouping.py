@@ -3,6 +3,9 @@
 Pure functions of a few small matrices, in float64 and in the order given.
 """
 
+# pyright: standard
+# scipy has no types.
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,8 +26,8 @@ def cosines(left: Sequence[Heads], right: Sequence[Heads]) -> NDArray[np.float64
     A matrix of zeros has a cosine of 0 with every other.
     """
     layers = [
-        _unit([heads[l] for heads in left]) @ _unit([heads[l] for heads in right]).T
-        for l in range(len(left[0]))
+        _unit([heads[layer] for heads in left]) @ _unit([heads[layer] for heads in right]).T
+        for layer in range(len(left[0]))
     ]
     return torch.stack(layers).mean(0).numpy()
 

@@ -11,7 +11,7 @@ The paper does not federate it. There are three ways to, by ``mode``:
 ``clustered`` (default). Each site belongs to one of at most N clusters and trains A, the head of
 its cluster, its own router and the task head, beside the other clusters' heads, which are frozen:
 
-    A <- sum_k p_k A_k        B_c <- B_c + sum_{k in c} q_k dB_k        q_k = n_k / sum_{j in c} n_j
+    A <- sum_k p_k A_k        B_c <- sum_{k in c} q_k (B_c + dB_k)        q_k = n_k / sum_{j in c} n_j
 
 The router never leaves its site. In its first round a site has no cluster: it starts with the mean
 of the heads in the place of each of them, so that the router has no say, and trains the first one;
@@ -131,56 +131,43 @@ class HydraLoRA(Strategy):
         return replace(state, adapter=state.adapter.replaced(mean_of(updates)))
 
     def _clustered(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-        old = _members(state)
-        replies = [_Reply.of(u, old.get(_key(u.site))) for u in updates]
+        members = _members(state)
+        replies = [_Reply.of(u, members.get(_key(u.site))) for u in updates]
         present = _heads(state.adapter)
-        if not old:
-            groups = self._groups([r.change for r in replies], len(present))
-            places = dict(zip(replies, groups, strict=True))
+        if not members:
+            places = self._groups([r.change for r in replies], len(present))
+            bases = places
         else:
-            places = {r: self._place(r, present, set(old.values())) for r in replies}
-            if (state.round - 1) % self.recluster_every == 0:
-                places = self._regrouped(replies, places, present)
-        members = {**old, **{_key(r.update.site): c for r, c in places.items()}}
-        shared = [u for u in updates if u.tensors]
-        tensors = mean_of([replace(u, tensors=_without_heads(u.tensors)) for u in shared])
+            bases = [_place(r, present, sorted({*members.values()})) for r in replies]
+            due = (state.round - 1) % self.recluster_every == 0
+            places = self._regrouped(replies, bases, present) if due else bases
+        members |= {_key(u.site): place for u, place in zip(updates, places, strict=True)}
+        shared = [replace(u, tensors=_without_heads(u.tensors)) for u in updates]
+        heads = _folded(state.adapter, replies, bases, places)
         return replace(
             state,
-            adapter=state.adapter.replaced({**tensors, **_folded(state.adapter, places)}),
+            adapter=state.adapter.replaced({**mean_of(shared), **heads}),
             slots={**state.slots, MEMBERS: _table(members)},
         )
 
     def _groups(self, heads: Sequence[grouping.Heads], largest: int) -> list[int]:
-        return grouping.agglomerated(heads, largest, self.least_silhouette).tolist()
-
-    def _place(self, reply: "_Reply", present: Sequence[grouping.Heads], used: set[int]) -> int:
-        """The cluster of a reply: its own, or the one in use that its change points to."""
-        if reply.cluster is not None:
-            return reply.cluster
-        mean = [torch.stack(list(B)).mean(0) for B in zip(*present, strict=True)]
-        candidates = sorted(used)
-        away = [[B - m for B, m in zip(present[c], mean, strict=True)] for c in candidates]
-        similar = grouping.cosines([reply.change], away)[0]
-        return candidates[int(similar.argmax())]
+        return [int(g) for g in grouping.agglomerated(heads, largest, self.least_silhouette)]
 
     def _regrouped(
-        self,
-        replies: "Sequence[_Reply]",
-        places: "Mapping[_Reply, int]",
-        present: Sequence[grouping.Heads],
-    ) -> "dict[_Reply, int]":
+        self, replies: "Sequence[_Reply]", bases: Sequence[int], present: Sequence[grouping.Heads]
+    ) -> list[int]:
         """New clusters of the sites at hand, in the places of the heads that they resemble most."""
         trained = [
-            [B + dB for B, dB in zip(present[places[r]], r.change, strict=True)] for r in replies
+            [B + dB for B, dB in zip(present[base], r.change, strict=True)]
+            for r, base in zip(replies, bases, strict=True)
         ]
         groups = self._groups(trained, len(present))
         means = [
-            [torch.stack(list(B)).mean(0) for B in zip(*mine, strict=True)]
-            for g in range(max(groups) + 1)
-            if (mine := [t for t, own in zip(trained, groups, strict=True) if own == g])
+            _mean([t for t, own in zip(trained, groups, strict=True) if own == group])
+            for group in range(max(groups) + 1)
         ]
-        slots = grouping.assigned(grouping.cosines(means, present))
-        return {r: slots[g] for r, g in zip(replies, groups, strict=True)}
+        places = grouping.assigned(grouping.cosines(means, present))
+        return [places[group] for group in groups]
 
 
 # ── replies ───────────────────────────────────────────────────────────────────────────────────
@@ -207,18 +194,37 @@ class _Reply:
         return _Reply(update, cluster, change)
 
 
-def _folded(adapter: Adapter, places: Mapping[_Reply, int]) -> dict[str, Tensor]:
-    """``B_c + sum_k q_k dB_k`` of every cluster that has replies, by name."""
+def _place(reply: _Reply, present: Sequence[grouping.Heads], used: Sequence[int]) -> int:
+    """The cluster of a reply: its own, or the one in use that its change points to."""
+    if reply.cluster is not None:
+        return reply.cluster
+    mean = _mean(present)
+    away = [[B - m for B, m in zip(present[c], mean, strict=True)] for c in used]
+    return used[int(grouping.cosines([reply.change], away)[0].argmax())]
+
+
+def _folded(
+    adapter: Adapter, replies: Sequence[_Reply], bases: Sequence[int], places: Sequence[int]
+) -> dict[str, Tensor]:
+    """``B_c = sum_k q_k (B_base(k) + dB_k)`` of every cluster that has replies, by name.
+
+    The base is the cluster itself, but for sites that a new grouping has moved.
+    """
     new: dict[str, Tensor] = {}
-    for cluster in sorted(set(places.values())):
-        mine = [r for r, c in places.items() if c == cluster]
-        q = weights([r.update for r in mine])
+    for cluster in sorted({*places}):
+        mine = [k for k, place in enumerate(places) if place == cluster]
+        q = weights([replies[k].update for k in mine])
         for i, module in enumerate(hydra.modules(adapter)):
+            heads = [adapter.head[head_name(module, bases[k])].double() for k in mine]
+            moved = [B + replies[k].change[i] for k, B in zip(mine, heads, strict=True)]
             name = head_name(module, cluster)
-            old = adapter.head[name]
-            mean = weighted_sum([r.change[i] for r in mine], q)
-            new[name] = (old.double() + mean).to(old.dtype)
+            new[name] = weighted_sum(moved, q).to(adapter.head[name].dtype)
     return new
+
+
+def _mean(heads: Sequence[grouping.Heads]) -> grouping.Heads:
+    """The plain mean, layer by layer."""
+    return [torch.stack(list(layer)).mean(0) for layer in zip(*heads, strict=True)]
 
 
 def _without_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -272,8 +278,9 @@ def _key(site: str) -> int:
 
 def _members(state: ServerState) -> dict[int, int]:
     table = state.slots.get(MEMBERS)
-    rows: list[list[int]] = [] if table is None else table.tolist()
-    return {key: cluster for key, cluster in rows}
+    if table is None:
+        return {}
+    return {int(key): int(cluster) for key, cluster in table}
 
 
 def _table(members: Mapping[int, int]) -> Tensor:

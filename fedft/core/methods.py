@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def drawn(spec: ModelSpec, lora: LoraSpec, initial: Adapter, seed: int) -> tuple
         initial: what the seed gives, for the head and the order of the names.
         seed: of the run.
     """
-    wrapped = _loaded(spec, lora, seed)
+    wrapped, _ = _loaded(spec, lora, seed)
     tensors = {name: clone(p).float() for name, p in trained(wrapped).items()}
     adapter = initial.replaced(tensors)
     if lora.init == "default":
@@ -224,13 +225,25 @@ def drawn(spec: ModelSpec, lora: LoraSpec, initial: Adapter, seed: int) -> tuple
     }
 
 
-def frozen_tensors(spec: ModelSpec, lora: LoraSpec, seed: int) -> dict[str, Tensor]:
-    """What peft needs in a saved adapter beside what was trained, such as VeRA's projections."""
-    return frozen(_loaded(spec, lora, seed))
+def frozen_tensors(
+    spec: ModelSpec, lora: LoraSpec, seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What peft needs in a saved adapter beside what was trained, and the adapted layers.
+
+    Loads the base once in a process: VeRA's projections are made when its layers are.
+    """
+    return _frozen_tensors(spec.model_dump_json(), lora.model_dump_json(), seed)
 
 
-def _loaded(spec: ModelSpec, lora: LoraSpec, seed: int) -> nn.Module:
+@lru_cache(maxsize=1)
+def _frozen_tensors(spec: str, lora: str, seed: int) -> tuple[dict[str, Tensor], list[str]]:
+    table = LoraSpec.model_validate_json(lora)
+    wrapped, targets = _loaded(ModelSpec.model_validate_json(spec), table, seed)
+    return frozen(wrapped), targets
+
+
+def _loaded(spec: ModelSpec, lora: LoraSpec, seed: int) -> tuple[nn.Module, list[str]]:
     from fedft.core import models
 
-    base = models.load_base(spec.model_copy(update={"load_in": None}), lora, classes=2)
-    return injected(base.model, lora, base.adapted, seed)
+    base = models.load_base(spec, lora, classes=2)
+    return injected(base.model, lora, base.adapted, seed), list(base.adapted)

@@ -4,16 +4,20 @@
 # safetensors is typed in part.
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
+from fedft.core import hydra, methods
 from fedft.core.algebra import pad
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import Files, disk, write_file
-from fedft.core.models import PEFT_TASK, effective
+from fedft.core.models import HEADS, PEFT_TASK, effective, scale_of
+from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
 
 CONFIG = "adapter_config.json"
@@ -61,7 +65,109 @@ def save_adapter(
         "modules_to_save": heads or None,
         "inference_mode": True,
     }
-    tensors = {n: t.contiguous() for n, t in plain.map_factors(folded).tensors().items()}
+    _write(folder, plain.map_factors(folded).tensors(), config)
+
+
+def save_whole(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    model: ModelSpec,
+    lora: LoraSpec,
+    base: str,
+    seed: int,
+) -> None:
+    """Write an adapter of another peft method, with peft's own configuration of it.
+
+    What the method needs and does not train, such as VeRA's projections, is written too.
+
+    Args:
+        folder: created if needed.
+        adapter: whose tensors are carried whole.
+        model: the `[model]` table.
+        lora: the `[lora]` table.
+        base: name or folder of the base model, for the reader.
+        seed: of the run.
+
+    Raises:
+        EnvironmentFailure: the disk refused.
+    """
+    frozen, targets = methods.frozen_tensors(model, lora, seed)
+    heads = sorted({n.removeprefix(PREFIX).split(".")[0] for n in adapter.head} & {*HEADS})
+    own = methods.config_of(lora, targets, seed).to_dict()
+    config = {
+        **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},
+        "task_type": PEFT_TASK[model.task],
+        "base_model_name_or_path": base,
+        "revision": model.revision,
+        "modules_to_save": heads or None,
+        "inference_mode": True,
+    }
+    _write(folder, {**adapter.head, **frozen}, config)
+
+
+MIXTURE = "mixture"
+"""File name, without its ending, of all heads and routers of a HydraLoRA adapter."""
+
+
+def save_mixture(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    model: ModelSpec,
+    lora: LoraSpec,
+    base: str,
+) -> None:
+    """Write a HydraLoRA adapter: what stock peft can load of it, and all of it.
+
+    ``folder`` itself is a LoRA adapter with the uniform mean of the heads, ``head-<i>`` one with
+    head i alone; ``mixture.safetensors`` and ``mixture.json`` hold every head and the routers, for
+    :func:`fedft.load_mixture`. No LoRA adapter can hold gates that depend on the input.
+
+    Args:
+        folder: created if needed.
+        adapter: of HydraLoRA.
+        model: the `[model]` table.
+        lora: the `[lora]` table.
+        base: name or folder of the base model, for the reader.
+
+    Raises:
+        EnvironmentFailure: the disk refused.
+    """
+    scale, count = scale_of(lora, adapter.rank), hydra.head_count(adapter)
+    about: dict[str, Any] = {"task": model.task, "base": base, "revision": model.revision}
+    save_adapter(folder, hydra.mixed(adapter, scale, [1 / count] * count), {}, **about)
+    for i in range(count):
+        alone = hydra.mixed(adapter, scale, [float(i == j) for j in range(count)])
+        save_adapter(folder / f"head-{i}", alone, {}, **about)
+    config = {**about, "heads": count, "rank": adapter.rank, "scale": scale}
+    tensors = {name: t.contiguous() for name, t in adapter.head.items()}
+    write_file(folder / f"{MIXTURE}.safetensors", save(tensors, {"format": "pt"}))
+    write_file(folder / f"{MIXTURE}.json", json.dumps(config, indent=2).encode() + b"\n")
+
+
+def load_mixture(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+    """Read what :func:`save_mixture` wrote: the adapter, and ``task, base, revision, heads, rank, scale``.
+
+    Raises:
+        MismatchError: it is no folder of a HydraLoRA adapter.
+    """
+    try:
+        config = json.loads((folder / f"{MIXTURE}.json").read_text(encoding="utf-8"))
+        adapter = Adapter({}, load_file(folder / f"{MIXTURE}.safetensors"))
+        scaled = float(config["scale"]) > 0 and hydra.head_count(adapter) == config["heads"] > 0
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise MismatchError(
+            f"{folder} holds no readable HydraLoRA mixture: {error}",
+            fix="Export it from a run with [lora] method = 'hydralora'.",
+        ) from error
+    if not scaled:
+        raise MismatchError(f"{folder}: mixture.json does not describe mixture.safetensors")
+    return adapter, config
+
+
+def _write(folder: Path, named: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
     with disk(f"create {folder}"):
         Files().mkdir(folder)
         Files().sync_folder(folder.parent)
