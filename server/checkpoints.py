@@ -26,8 +26,9 @@ from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
@@ -68,8 +69,8 @@ class Checkpoint:
 class _Blob:
     """A file named by its content."""
 
-    sha256: str
-    size: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, Field(ge=0)]
 
     @property
     def name(self) -> str:
@@ -86,11 +87,13 @@ class _Manifest:
         packs: blobs of site states, oldest first: a later one overrides an earlier one.
     """
 
-    round: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    round: Annotated[int, Field(ge=0)]
     state: _Blob
-    factors: Mapping[str, float]
+    factors: Mapping[str, FiniteFloat]
     head: Sequence[str]
-    delta: Mapping[str, float]
+    delta: Mapping[str, FiniteFloat]
     slots: Sequence[str]
     packs: Sequence[_Blob]
     extra: Mapping[str, Any]
@@ -109,11 +112,8 @@ class _Manifest:
         fields |= {"state": vars(self.state), "packs": [vars(pack) for pack in self.packs]}
         return _sealed(fields)
 
-    @classmethod
-    def parse(cls, body: Mapping[str, Any]) -> "_Manifest":
-        fields = {name: value for name, value in body.items() if name != "schema"}
-        fields |= {"state": _Blob(**body["state"]), "packs": [_Blob(**b) for b in body["packs"]]}
-        return cls(**fields)
+
+_manifest = TypeAdapter(_Manifest)
 
 
 class _Damaged(Exception):
@@ -437,9 +437,11 @@ def _read_manifest(path: Path) -> _Manifest:
             fix="Install the version of fedft that wrote it, or a newer one.",
         )
     try:
-        manifest = _Manifest.parse(body)
-    except (KeyError, TypeError) as error:
-        raise _Damaged(f"the manifest lacks what it should hold ({error!r})") from error
+        fields = {name: value for name, value in body.items() if name != "schema"}
+        manifest = _manifest.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _Damaged(f"the manifest is wrong at {first['loc']}: {first['msg']}") from error
     if schema != SCHEMA or manifest.name != path.name:
         raise _Damaged(f"the manifest is one of round {manifest.round}, format {schema}")
     return manifest
