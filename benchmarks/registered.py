@@ -1,11 +1,14 @@
-"""What a million registered clients cost over a hundred: start-up time, memory, and time a round.
+"""What registered clients cost, and what a round costs: rounds of 10 to 1,000 out of up to 1e6.
 
-Two processes do the same run, 10 clients a round on a tiny model in one process, and differ in the
-number of registered clients only. Interleaved repeats, medians.
+    python -m benchmarks.registered [--full] [--only 100] [--resume] [--repeats 3]
 
-    python -m benchmarks.registered
+A section is the number of clients a round. Fleets of a thousand and of a million take turns, each
+run in a process of its own. Sites hold 20 rows and do one step of two, so that it is the federation
+that is seen: start-up, seconds a round after the first, and peak memory of the process, which
+trains as well. What is asked of it: a round costs O(cohort), never O(registered).
 """
 
+import argparse
 import json
 import os
 import resource
@@ -14,82 +17,103 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import save
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-REPEATS = 3
-SIZES = (100, 1_000_000)
+from benchmarks.record import add_options, measure_sections
+from benchmarks.turns import spread
+from fedft.core.quiet import quiet
+from fedft.core.rundir import RunDir
+from fedft.core.types import ServerState
+from server.config import RunConfig, parse_config
+from server.run import Silent, simulate
+
 ROUNDS = 3
+FLEETS = (1_000, 1_000_000)
+QUICK = ["10"]
+FULL = ["10", "100", "1000"]
 
 
-def one_run(clients: int) -> dict[str, float]:
-    """In this process: a run of a few rounds; what it took."""
-    from server.config import parse_config
-    from server.run import simulate
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--repeats", type=int, default=3, help="processes a section")
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quiet()
+    if arguments.one:
+        print(json.dumps(one_run(table(*arguments.one))))
+        return
+    measure_sections(
+        "registered", arguments, QUICK, FULL, lambda key: section(key, arguments.repeats)
+    )
 
-    marks: dict[str, float] = {}
 
-    class Watch:
-        def started(self, *_: Any) -> None:
-            marks["started"] = time.perf_counter()
-
-        def completed(self, record: Any) -> None:
-            marks["rounds"] = marks.get("rounds", 0.0) + sum(record["seconds"].values())
-
-        def note(self, text: str) -> None:
-            pass
-
-    table = {
-        "data": {"partition": {"kind": "bootstrap", "rows-per-client": 20}},
-        "fleet": {"clients": clients},
-        "rounds": {"count": ROUNDS, "per-round": 10, "evaluate-every": ROUNDS},
-        "training": {"steps": 1, "batch-size": 2},
-        "engine": {"backend": "inline", "cohort": 1},
+def section(key: str, repeats: int) -> Mapping[str, Any]:
+    runs: dict[int, list[dict[str, float]]] = {fleet: [] for fleet in FLEETS}
+    for _ in range(repeats):
+        for fleet in FLEETS:
+            runs[fleet].append(_in_a_process(fleet, int(key)))
+    result = {
+        str(fleet): {name: spread([run[name] for run in own]) for name in own[0]}
+        for fleet, own in runs.items()
     }
+    for fleet, own in result.items():
+        figures = ", ".join(f"{name} {value['median']:.2f}" for name, value in own.items())
+        print(f"  {key} of {fleet}: {figures}", flush=True)
+    return result
+
+
+def table(fleet: int, each: int) -> dict[str, Any]:
+    """The configuration, as of a TOML file."""
+    return {
+        "data": {
+            "test-fraction": 0.005,
+            "partition": {"kind": "bootstrap", "rows-per-client": 20},
+        },
+        "fleet": {"clients": fleet},
+        "rounds": {"count": ROUNDS, "per-round": each, "evaluate-every": ROUNDS},
+        "training": {"steps": 1, "batch-size": 2},
+        "engine": {"backend": "inline"},
+    }
+
+
+def one_run(settings: Mapping[str, Any]) -> dict[str, float]:
+    """In this process: a run of a few rounds; what it took."""
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        simulate(parse_config(table), Path(folder) / "run", observer=Watch())
+        simulate(parse_config(settings), Path(folder) / "run", observer=watch)
     return {
-        "start_s": marks["started"] - begun,
-        "round_s": marks["rounds"] / ROUNDS,
+        "start_s": watch.marks[0] - begun,
+        # The first round loads the model.
+        "round_s": statistics.median(b - a for a, b in pairwise(watch.marks[1:])),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
-def in_a_process(clients: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.registered", str(clients)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
+class Watch(Silent):
+    """When the rounds began, and when each was committed."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+        self.marks.append(time.perf_counter())
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        self.marks.append(time.perf_counter())
+
+
+def _in_a_process(fleet: int, each: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.registered", "--one", str(fleet), str(each)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    runs: dict[int, list[dict[str, float]]] = {size: [] for size in SIZES}
-    for _ in range(REPEATS):
-        for size in SIZES:
-            runs[size].append(in_a_process(size))
-    medians = {
-        str(size): {k: statistics.median(r[k] for r in results) for k in results[0]}
-        for size, results in runs.items()
-    }
-    few, many = (medians[str(size)] for size in SIZES)
-    extra = {key: many[key] - few[key] for key in few}
-    save(
-        "registered",
-        {"medians": medians, "extra": extra, "runs": {str(k): v for k, v in runs.items()}},
-    )
-    print(
-        f"1,000,000 registered against 100: {extra['start_s']:+.2f} s at the start, "
-        f"{extra['peak_mib']:+.0f} MiB, {1000 * extra['round_s']:+.0f} ms a round"
-    )
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        from fedft.core.quiet import quiet
-
-        quiet()
-        print(json.dumps(one_run(int(sys.argv[1]))))
-    else:
-        main()
+    main()

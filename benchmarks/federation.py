@@ -1,0 +1,150 @@
+"""What a federation costs around the training: CPU seconds of rounds over those of the plain loop.
+
+    python -m benchmarks.federation [--full] [--resume] [--rounds 5]
+
+``fedft simulate`` on Ray at K = 1 in float32, one worker of one thread, 10 sites a round. After
+each round the plain loop of :mod:`clients.train` trains the same sites on the same batches, one
+after another in one process, so that both see the same machine. Counted are the CPU seconds of the
+worker and of the driver (rounds, aggregation, bias meters, checkpoints) within the round; Ray's own
+servers are told apart. A section is a batch size.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
+import torch
+
+from benchmarks.record import add_options, measure_sections
+from benchmarks.turns import spread
+from clients.train import PeftEngine
+from clients.workbench import Workbench, workbench
+from fedft.core.models import initial_adapter
+from fedft.core.quiet import quiet
+from fedft.core.rundir import RunDir
+from fedft.core.types import ServerState, TrainPlan
+from server.config import RunConfig, parse_config
+from server.run import Silent, simulate
+
+FULL = ("8", "1")
+QUICK = ("8",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="steady rounds")
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    measure_sections(
+        "federation",
+        arguments,
+        QUICK,
+        FULL,
+        lambda key: section(table(int(key), arguments.rounds)),
+    )
+
+
+def table(batch: int, rounds: int) -> dict[str, Any]:
+    """The configuration, as of a TOML file; one round more than counts."""
+    return {
+        "data": {"partition": {"kind": "bootstrap", "rows-per-client": 60}},
+        "fleet": {"clients": 100},
+        # The test set would be scored after the last round, which is not what is asked here.
+        "rounds": {"count": 2 + rounds, "per-round": 10, "evaluate-every": 2 + rounds},
+        "training": {"batch-size": batch},
+        "engine": {"workers": 1, "cohort": 1},
+    }
+
+
+def section(settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = parse_config(settings)
+    watch = Watch(config)
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(config, Path(folder) / "run", observer=watch)
+    # The first round loads the model, the last one evaluates.
+    rounds, loops = watch.rounds[1:-1], watch.loops[1:-1]
+    ratios = {
+        "worker": [own["worker"] / loop for own, loop in zip(rounds, loops, strict=True)],
+        "worker + driver": [
+            (own["worker"] + own["driver"]) / loop for own, loop in zip(rounds, loops, strict=True)
+        ],
+    }
+    result = {
+        "loop_cpu_s": spread(loops),
+        "round_cpu_s": {part: spread([own[part] for own in rounds]) for part in rounds[0]},
+        "over_loop": {name: spread(values) for name, values in ratios.items()},
+    }
+    for name, values in ratios.items():
+        print(f"  {name}: {statistics.median(values):.3f} times the plain loop", flush=True)
+    return result
+
+
+class Watch(Silent):
+    """Between two rounds: reads the clocks, and runs the plain loop over the last round's work.
+
+    Attributes:
+        rounds: CPU seconds of each round, by process: ``worker``, ``driver`` and ``ray``.
+        loops: CPU seconds of the plain loop over the same batches.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.rounds: list[dict[str, float]] = []
+        self.loops: list[float] = []
+        self._config = config
+        self._before: dict[str, float] = {}
+        self._engine: PeftEngine | None = None
+
+    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+        task = config.task(precision="fp32", manifest=str(run.partition))
+        self._bench: Workbench = workbench(task.model_dump_json())
+        self._engine = PeftEngine(self._bench.engine.base, config.lora)
+        self._before = cpu_seconds()
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        now = cpu_seconds()
+        self.rounds.append({part: now[part] - self._before[part] for part in now})
+        start = time.process_time()
+        self._train(record)
+        self.loops.append(time.process_time() - start)
+        self._before = cpu_seconds()
+
+    def _train(self, record: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        bench, config = self._bench, self._config
+        training = config.training.local()
+        start = initial_adapter(self._engine.base.shapes, config.lora, config.rank, config.seed)
+        positions = {bench.manifest.name_of(i): i for i in range(len(bench.manifest))}
+        for site in record["cohort"]:
+            own = bench.training_batches(positions[site], record["round"], training)
+            self._engine.train([TrainPlan(start=start, training=training, site=site)], [own])
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds so far of the workers, of this process, and of Ray's servers."""
+    spent = {"worker": 0.0, "driver": _spent(psutil.Process()), "ray": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            part = "worker" if process.cmdline()[0].startswith("ray::Server") else "ray"
+            spent[part] += _spent(process)
+        except (psutil.Error, IndexError):  # it has just ended
+            continue
+    return spent
+
+
+def _spent(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+if __name__ == "__main__":
+    main()
