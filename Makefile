@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install models demo test test-tiers test-slow check bench wheel clean
+.PHONY: install models demo test test-tiers test-slow check bench bench-full bench-gpu wheel clean
 
 install: $(STAMP)
 
@@ -48,8 +48,16 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Both can be interrupted and gone on with: make bench BENCH=--resume
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-full: install models
+	$(BIN)/python -m benchmarks --full $(BENCH)
+
+# Needs CUDA; where neither Ray nor Flower is installed: python -m benchmarks.gpu
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu --full $(BENCH)
 
 wheel: install
 	$(BIN)/python -m build --wheel
