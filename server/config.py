@@ -33,12 +33,15 @@ from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, re
 from strategies import (
     RULES,
     AnyStrategy,
+    CentralDP,
     FedAvgLoRA,
+    Strategy,
     check_init,
     check_method,
     check_ranks,
     rule_names,
 )
+from strategies.combinator import Combinator
 
 
 class FleetSpec(Table):
@@ -184,6 +187,7 @@ class RunConfig(Table):
                 f"[rounds] per-round = {rounds.per_round}{spares} is more than "
                 f"[fleet] clients = {fleet.clients}"
             )
+        self._check_asynchronous()
         if rounds.spares and not fleet.timed:
             raise ValueError(
                 "[rounds] spares need the simulated clock: give [fleet] speeds, devices or availability"
@@ -192,6 +196,7 @@ class RunConfig(Table):
             raise ValueError(
                 f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
             )
+        self._check_privacy()
         ranks = {*fleet.rank_choices} or {self.lora.rank}
         try:
             check_ranks(self.strategy, fleet.rank_choices)
@@ -219,6 +224,60 @@ class RunConfig(Table):
             raise ValueError(
                 f"[engine] cohort = {self.engine.cohort}: sites with method = {lora.method!r} are "
                 'trained one by one; set cohort = 1 or "auto"'
+            )
+
+    def _check_privacy(self) -> None:
+        """What the account of a private run relies on."""
+        rule, rounds, fleet = self.strategy, self.rounds, self.fleet
+        if self.training.dp is not None and self.engine.cohort not in (1, "auto"):
+            raise ValueError(
+                f"[engine] cohort = {self.engine.cohort}: DP-SGD trains sites one by one; set "
+                'cohort = 1 or "auto"'
+            )
+        below: Strategy = rule
+        while isinstance(below, Combinator):
+            below = below.inner
+            if isinstance(below, CentralDP):
+                raise ValueError(
+                    f"[strategy] central-dp must be the outermost rule, not the inner one of {rule.name}: "
+                    "what is changed before its noise is not accounted for"
+                )
+        if not isinstance(rule, CentralDP):
+            return
+        if rule.expected_sites not in (None, rounds.per_round):
+            raise ValueError(
+                f"[strategy] expected-sites = {rule.expected_sites}: central-dp samples [rounds] per-round "
+                f"= {rounds.per_round} sites on average; leave the key out"
+            )
+        if rule.delta >= 1 / fleet.clients:
+            raise ValueError(
+                f"[strategy] delta = {rule.delta:g} promises nothing: it must be below 1 / clients = "
+                f"{1 / fleet.clients:g}"
+            )
+        if fleet.timed:
+            raise ValueError(
+                "[fleet] speeds, bandwidths, devices and availability: central-dp samples every site "
+                "independently of what it can do; leave them out"
+            )
+
+    def _check_asynchronous(self) -> None:
+        """Refuse what an asynchronous rule has no use for, or cannot do without."""
+        rounds, buffer, name = self.rounds, self.strategy.buffer, self.strategy.name
+        if buffer is None:
+            return
+        if not self.fleet.timed:
+            raise ValueError(
+                f"[strategy] {name} is asynchronous and needs the simulated clock: "
+                "give [fleet] speeds or devices"
+            )
+        if buffer > self.fleet.clients:
+            raise ValueError(
+                f"[strategy] {name} waits for {buffer} replies of different sites, and "
+                f"[fleet] clients = {self.fleet.clients}"
+            )
+        if rounds.spares or rounds.quorum is not None:
+            raise ValueError(
+                f"[rounds] spares and quorum are of rounds, and [strategy] {name} has none"
             )
 
     @property
@@ -277,6 +336,12 @@ def check_real(config: RunConfig) -> None:
             "[fleet] speeds, bandwidths, devices and availability are for simulations; real sites "
             "take the time they take",
             fix="Remove the keys, or run it with: fedft simulate CONFIG",
+        )
+    if isinstance(config.strategy, CentralDP):
+        raise ConfigError(
+            "[strategy] central-dp samples a fixed roster of sites independently, and real sites come "
+            "and go: the account would not hold",
+            fix="Protect examples instead, with [training] dp, or run it with: fedft simulate CONFIG",
         )
     if config.fleet.attack is not None:
         raise ConfigError(

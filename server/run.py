@@ -35,11 +35,13 @@ from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.types import ServerState
+from server.asynchrony import server_updates
 from server.checkpoints import Checkpoints
 from server.clock import SimulatedClock
 from server.config import RunConfig, differences, parse_toml
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
+from server.privacy import open_account, promises, resolved_privacy
 from server.roster import SimulatedRoster
 from server.rounds import Completed, Courier, Federation, rounds
 from server.validation import Limits
@@ -250,7 +252,15 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
                 + "\n  ".join(fixed),
                 fix=f"Only {', '.join(_FORKABLE)} may change in a fork.",
             )
+        if promises(config) != promises(new):
+            raise ConfigError(
+                "a fork cannot begin or end the promise of privacy: what was trained before would not "
+                "be covered, or what comes after not be accounted for",
+                fix="Start a new run.",
+            )
         with RunDir.create(target) as run:
+            for line in old.releases():
+                run.append_release(line)
             for folder in (old.checkpoints, old.partition, old.adapters):
                 if folder.exists():
                     shutil.copytree(folder, run.path / folder.name)
@@ -280,7 +290,7 @@ def resolved(config: RunConfig) -> RunConfig:
     precision = concrete(engine.precision, gpu=engine.gpus_per_worker > 0)
     cohort = cohort_size(config) if engine.cohort == "auto" else engine.cohort
     engine = engine.model_copy(update={"precision": precision, "cohort": cohort})
-    return config.model_copy(update={"engine": engine})
+    return resolved_privacy(config.model_copy(update={"engine": engine}))
 
 
 def concrete(precision: Precision | Literal["auto"], *, gpu: bool = False) -> Precision:
@@ -300,6 +310,8 @@ def cohort_size(config: RunConfig) -> int:
     short texts come to, and never puts a round into fewer than two passes, so that two workers
     have work.
     """
+    if config.training.dp is not None:
+        return 1  # DP-SGD takes gradients example by example, in the plain loop
     if config.lora.method != "lora":
         return 1  # the cohort engine stacks plain factors
     row = max(1, config.data.max_length // 8)
@@ -340,6 +352,8 @@ def complete(
     config = setting.config
     checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
     state, progress = _restore(setting, run, grid, checkpoints, observer)
+    account = open_account(config, run, federation.roster, state.round)
+    federation = replace(federation, privacy=account)
     observer.started(run, config, state)
     for completed in _until_patience(federation, state, progress):
         state = completed.state
@@ -541,7 +555,8 @@ def _until_patience(
     patience = federation.settings.patience
     if patience is not None and progress.stale >= patience:
         return
-    for completed in rounds(federation, state):
+    synchronous = federation.strategy.buffer is None
+    for completed in (rounds if synchronous else server_updates)(federation, state):
         yield completed
         progress = progress.after(completed, federation.kind)
         if patience is not None and progress.stale >= patience:
