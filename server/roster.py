@@ -65,6 +65,15 @@ class SimulatedRoster:
         indices = drawn if eligible is None else eligible[drawn]
         return [self.site(int(i)) for i in np.sort(indices)]
 
+    def poisson(self, rate: float, generator: np.random.Generator) -> list[Site]:
+        """Every site with data independently with probability ``rate``; nobody at times."""
+        eligible = self._eligible
+        population = len(self.manifest) if eligible is None else len(eligible)
+        count = int(generator.binomial(population, rate))
+        drawn = generator.choice(population, size=count, replace=False, shuffle=False)
+        indices = drawn if eligible is None else eligible[drawn]
+        return [self.site(int(i)) for i in np.sort(indices)]
+
     def shuffled(self, generator: np.random.Generator) -> Iterator[Site]:
         """All sites with data in a random order, each drawn when it is asked for (Fisher-Yates)."""
         eligible = self._eligible

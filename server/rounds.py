@@ -55,6 +55,31 @@ class Courier(Protocol):
         ...
 
 
+class Account(Protocol):
+    """What the rounds ask of a privacy account; see :class:`~server.privacy.PrivacyAccount`."""
+
+    @property
+    def poisson(self) -> bool:
+        """Whether it draws the cohorts, of any size, and rounds are never retried."""
+        ...
+
+    def cohort(self) -> list[Site]:
+        """A Poisson sample of the sites, in the order of their names."""
+        ...
+
+    def spend(self, round_: int, cohort: Sequence[Site]) -> None:
+        """Enter an attempt at a round; when this returns, it is on disk."""
+        ...
+
+    def guarantee(self) -> dict[str, Any]:
+        """What has been spent so far."""
+        ...
+
+    def of_sites(self, names: Sequence[str]) -> dict[str, float]:
+        """What some sites have spent of their own, where sites do."""
+        ...
+
+
 @dataclass(frozen=True)
 class Federation:
     """What a run consists of, apart from its state.
@@ -76,6 +101,7 @@ class Federation:
         limits: bounds on replies.
         holdout: whether sites judge their own models on their own held-out examples.
         stop: says whether the run was asked to stop.
+        privacy: the account of a run that promises privacy.
     """
 
     strategy: Strategy
@@ -93,6 +119,7 @@ class Federation:
     evaluator: Courier | None = None
     clock: SimulatedClock | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
+    privacy: Account | None = None
 
     @property
     def patience_s(self) -> float | None:
@@ -219,6 +246,10 @@ def concluded(
         "bytes": {"up": ledger.up, "down": ledger.down},
         **measured,
     }
+    if federation.privacy is not None:
+        _add_spent(federation.privacy, ledger)
+        if _evaluation_due(federation.settings, after.round):
+            record["privacy"] = federation.privacy.guarantee()
     if federation.clock is not None:
         after = at_time(after, ledger.now)
         spent = {"seconds": ledger.now - elapsed(state), "elapsed": ledger.now}
@@ -244,12 +275,23 @@ def _next_starts(
     return {site.name: plan_for(federation, after, site) for site in cohort}
 
 
+def _add_spent(account: Account, ledger: Ledger) -> None:
+    """Each site's own ε so far, on its line."""
+    trained = [line for line in ledger.replies if line["kind"] == "train"]
+    spent = account.of_sites([line["site"] for line in trained])
+    for line in trained:
+        if line["site"] in spent:
+            line["epsilon"] = spent[line["site"]]
+
+
 def _gather(
     federation: Federation, state: ServerState, watch: Stopwatch, ledger: Ledger
 ) -> tuple[list[ClientUpdate], list[Site], int]:
     """Ask cohorts until one of them meets the quorum."""
     settings, round_ = federation.settings, state.round + 1
-    needed = settings.needed
+    private = federation.privacy
+    # A Poisson sample has any size, and asking a second one would release the first.
+    needed = 0 if private is not None and private.poisson else settings.needed
     updates: list[ClientUpdate] = []
     stays: list[Stay] = []
     for attempt in range(settings.retries + 1):
@@ -259,6 +301,8 @@ def _gather(
             asked = list(zip(cohort, plans, strict=True))
             if federation.clock is not None:
                 asked, stays = _in_time(federation.clock, settings, asked, stays, ledger)
+        if private is not None:
+            private.spend(round_, cohort)
         with watch.phase("train"):
             # Below quorum nothing would come of the training.
             updates = train(federation, asked, ledger) if len(asked) >= needed else []
@@ -278,6 +322,8 @@ def _gather(
 def _cohort(federation: Federation, round_: int, attempt: int, ledger: Ledger) -> list[Site]:
     """The sites to ask; the clock goes on to when enough of them can be reached."""
     settings = federation.settings
+    if federation.privacy is not None and federation.privacy.poisson:
+        return federation.privacy.cohort()
     if federation.clock is None:
         return federation.roster.sample(federation.seed, round_, attempt, settings.per_round)
     count = settings.per_round + settings.spares

@@ -4,6 +4,7 @@
     environment.json       versions, git state, argv, schema version, hashes of model and data
     rounds.jsonl           one line a round
     clients.jsonl          one line a reply
+    privacy.jsonl          one line an attempt at a round, where the run promises privacy
     adapters/round-0020/   PEFT adapters
     checkpoints/           ServerState, see server.checkpoints
     partition/             who holds which rows
@@ -140,7 +141,7 @@ class RunDir:
         if not writing:
             return run
         writer = cls(path, writing=True)
-        for file in (writer._rounds, writer._clients):
+        for file in (writer._rounds, writer._clients, writer._releases):
             _cut_torn_line(file)
         return writer
 
@@ -273,6 +274,25 @@ class RunDir:
             if changed:
                 write_file(file, kept)
 
+    def append_release(self, record: Mapping[str, object]) -> None:
+        """Adds a line to the privacy ledger and makes it durable.
+
+        To be called *before* anything it accounts for leaves the server or a site. No resume ever
+        drops a line again.
+        """
+        self._append(self._releases, record)
+        with disk(f"write {self._releases}"):
+            _sync(self._releases)
+            Files().sync_folder(self.path)
+
+    def releases(self) -> list[Record]:
+        """The lines of the privacy ledger.
+
+        Raises:
+            IntegrityError: a line is damaged that an intact one follows.
+        """
+        return [record for _, record in _lines(self._releases)]
+
     # The end.
 
     @property
@@ -313,6 +333,10 @@ class RunDir:
     @property
     def _clients(self) -> Path:
         return self.path / "clients.jsonl"
+
+    @property
+    def _releases(self) -> Path:
+        return self.path / "privacy.jsonl"
 
     @property
     def _summary(self) -> Path:

@@ -186,10 +186,28 @@ class DataSpec(Table):
     partition: PartitionSpec = PartitionSpec()
 
 
+class DPSpec(Table):
+    """`[training] dp`: example-level DP-SGD at every site. Needs fedft[privacy].
+
+    Sites train one at a time in the plain loop. Batches are Poisson samples and noise is the
+    operating system's, so that such a run cannot be repeated.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise in units of ``max_grad_norm``.
+        max_grad_norm: what each example's gradient is clipped to; ``clip-norm`` is not used.
+        delta: of the guarantee; well below 1 / examples of a site.
+    """
+
+    noise_multiplier: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+
 class TrainingSpec(Table):
     """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
 
-    TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping.
+    TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping. ``dp`` turns DP-SGD
+    on, see :class:`DPSpec`.
     """
 
     epochs: PositiveInt = 1
@@ -201,10 +219,17 @@ class TrainingSpec(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    dp: DPSpec | None = None
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
-        values: dict[str, Any] = {**self.model_dump(), "clip_norm": self.clip_norm or None}
+        values: dict[str, Any] = {
+            **self.model_dump(exclude={"dp"}),
+            "clip_norm": self.clip_norm or None,
+        }
+        if self.dp is not None:
+            values["dp_noise"] = self.dp.noise_multiplier
+            values["dp_clip"] = self.dp.max_grad_norm
         return LocalTraining(**values)
 
 

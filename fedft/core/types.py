@@ -238,6 +238,9 @@ class LocalTraining:
         tail_penalty: HetLoRA's lambda: adds lambda * sum_modules ||B[:, k:]||_F ||A[k:, :]||_F to
             the loss, k = floor(``tail_keep`` * r).
         tail_keep: HetLoRA's gamma, the share of the rank that is not penalised.
+        dp_noise: noise multiplier of DP-SGD; 0 trains without. Batches are then Poisson samples of
+            mean size ``batch_size``, and ``clip_norm`` is not used.
+        dp_clip: DP-SGD's bound on the gradient of one example.
     """
 
     epochs: int = 1
@@ -251,6 +254,8 @@ class LocalTraining:
     proximal_mu: float = 0.0
     tail_penalty: float = 0.0
     tail_keep: float = 1.0
+    dp_noise: float = 0.0
+    dp_clip: float = 1.0
 
     def overlaid(self, rule: "LocalTraining") -> "LocalTraining":
         """These settings, but with those of ``rule`` wherever it departs from the defaults.
