@@ -103,7 +103,7 @@ def mixed(adapter: Adapter, scale: float, weights: Sequence[float]) -> Adapter:
 def cosines(adapter: Adapter) -> Tensor:
     """Cosine between every two heads, each taken over all layers, in float64. [N, N]
 
-    A head that is still zero has a cosine of 0 with every other.
+    A head that is still zero has a cosine of 0 with every head, itself too.
     """
     count = head_count(adapter)
     gram = torch.zeros(count, count, dtype=torch.float64)
@@ -111,5 +111,4 @@ def cosines(adapter: Adapter) -> Tensor:
         rows = torch.stack([B.double().flatten() for B in heads_of(adapter, module)])
         gram += rows @ rows.T
     norms = gram.diagonal().sqrt()
-    cosine = gram / torch.outer(norms, norms).clamp_min(torch.finfo(torch.float64).tiny)
-    return cosine.fill_diagonal_(1.0)
+    return gram / torch.outer(norms, norms).clamp_min(torch.finfo(torch.float64).tiny)

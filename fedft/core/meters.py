@@ -35,12 +35,12 @@ Definitions of lag and drift are this project's own where the papers give none; 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
-from fedft.core import algebra
+from fedft.core import algebra, hydra
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -106,12 +106,25 @@ class Drift(TypedDict):
     between: float | None
 
 
+class Heads(TypedDict):
+    """HydraLoRA's heads after the round.
+
+    Attributes:
+        used: how many are not zero.
+        cosine: mean cosine between every two of these, each taken over all layers; None for one.
+    """
+
+    used: int
+    cosine: float | None
+
+
 class Meters(TypedDict):
     """One round's meters: plain numbers, ready for ``rounds.jsonl``."""
 
     bias: Bias
     lag: Lag
     drift: Drift
+    heads: NotRequired[Heads]
 
 
 def measure(
@@ -151,7 +164,10 @@ def measure(
         dead_start=_dead_start(usable),
         displacement=_displacement(usable, after.adapter, hidden),
     )
-    return Meters(bias=bias_, lag=lag, drift=_drift(usable))
+    measured = Meters(bias=bias_, lag=lag, drift=_drift(usable))
+    if hydra.head_count(after.adapter) > 1:
+        measured["heads"] = _separation(after.adapter)
+    return measured
 
 
 def bias(
@@ -488,3 +504,13 @@ def _drift(updates: Sequence[ClientUpdate]) -> Drift:
                 w_k * _square(t.double() - mean) for w_k, t in zip(w, tensors, strict=True)
             )
     return Drift(total=total, between=between if comparable else None)
+
+
+# ── HydraLoRA ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _separation(adapter: Adapter) -> Heads:
+    cosine = hydra.cosines(adapter)
+    used = [i for i in range(len(cosine)) if cosine[i, i] > 0]
+    pairs = [float(cosine[i, j]) for i in used for j in used if i < j]
+    return Heads(used=len(used), cosine=sum(pairs) / len(pairs) if pairs else None)
