@@ -84,12 +84,13 @@ def _environment(entry: Path) -> list[bytes]:
 
 
 @contextmanager
-def deployment(folder: Path, supernodes: int) -> Iterator[Deployment]:
+def deployment(folder: Path, supernodes: int, strangers: int = 0) -> Iterator[Deployment]:
     """Start a SuperLink and SuperNodes that are registered by their public keys.
 
     Args:
         folder: of certificates, keys, logs and state.
         supernodes: how many; each has its ``partition-id``.
+        strangers: SuperNodes more, whose keys nobody registered.
 
     Raises:
         TimeoutError: something does not come up.
@@ -104,9 +105,10 @@ def deployment(folder: Path, supernodes: int) -> Iterator[Deployment]:
         stack.callback(_end, running)
         _start(stack, running, "superlink", _superlink(folder, port))
         until(lambda: _answers(port), 120, "the SuperLink does not come up", running)
-        for index in range(supernodes):
+        for index in range(supernodes + strangers):
             key = _keypair(folder / f"node-{index}")
-            running.flwr("supernode", "register", f"{key}.pub", NAME, cwd=folder)
+            if index < supernodes:
+                running.flwr("supernode", "register", f"{key}.pub", NAME, cwd=folder)
             _start(
                 stack, running, f"node-{index}", _supernode(folder, port, key, index, supernodes)
             )
