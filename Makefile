@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install models demo test test-tiers test-slow check bench bench-full bench-gpu wheel clean
+.PHONY: install models demo test test-tiers test-deploy test-slow check bench bench-full bench-gpu wheel clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test: install
 # Whole runs on Ray, over gRPC and through Flower, and processes that are killed.
 test-tiers: install
 	$(BIN)/python -m pytest -m '(ray or grpc or crash) and not slow'
+
+# Flower's SuperLink with SuperNodes, the status page in Chromium, systemd's own checks, where these are.
+test-deploy: install
+	$(BIN)/python -m pytest -m deploy --timeout 900
 
 test-slow: install models
 	$(BIN)/python -m pytest -m slow --timeout 3600
