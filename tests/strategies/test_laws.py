@@ -11,9 +11,17 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 import strategies
-from fedft.core import codec, meters, seeds
+from fedft.core import codec, hydra, meters, seeds
 from fedft.core.errors import ConfigError
-from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, part_of
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    Factors,
+    ServerState,
+    Site,
+    factor_name,
+    part_of,
+)
 from strategies import (
     CentralDP,
     CoordinateMedian,
@@ -34,6 +42,7 @@ from strategies import (
     FlexLoRA,
     FLoRA,
     HetLoRA,
+    HydraLoRA,
     Krum,
     LoRAFAIR,
     MultiKrum,
@@ -94,6 +103,15 @@ def fedex(t: int, K: int) -> tuple[int, int]:
 def fed_sb(t: int, K: int) -> tuple[int, int]:
     core = len(SHAPES) * RANK**2
     return both(t, K) if t == 1 else (pi(RANK) + core + HEADS, core + HEADS)
+
+
+TRIPLE = 3  # HydraLoRA's heads
+
+
+def hydra_wire(down: int, up: int, *, A: bool = True, router: bool = False) -> Wire:
+    """So many heads down and up, beside A, the router and the task head."""
+    shared = A * RANK * IN + router * TRIPLE * IN + HEADS
+    return lambda t, K: (shared + down * RANK * OUT, shared + up * RANK * OUT)
 
 
 @dataclass(frozen=True)
@@ -196,6 +214,21 @@ TABLE = {
         layerwise=False,
     ),
     "multi-krum over flexlora": Row(MultiKrum(select=2, inner=FlexLoRA()), layerwise=False),
+    "hydralora": Row(
+        HydraLoRA(recluster_every=2), hydra_wire(TRIPLE, 1), own=False, layerwise=False
+    ),
+    "hydralora global": Row(
+        HydraLoRA(mode="global"), hydra_wire(TRIPLE, TRIPLE, router=True), layerwise=False
+    ),
+    "hydralora global, A frozen": Row(
+        HydraLoRA(mode="global", freeze_a=True),
+        hydra_wire(TRIPLE, TRIPLE, A=False, router=True),
+        layerwise=False,
+    ),
+    "hydralora private": Row(HydraLoRA(mode="private"), hydra_wire(0, 0), layerwise=False),
+    "fedadam over hydralora": Row(
+        FedAdam(inner=HydraLoRA()), hydra_wire(TRIPLE, 1), own=False, layerwise=False
+    ),
 }
 rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -215,6 +248,21 @@ def first_adapter(dtype: torch.dtype = torch.float64) -> Adapter:
         for module, (m, n) in SHAPES.items()
     }
     return Adapter(factors, {name: draw(*shape) for name, shape in HEAD.items()})
+
+
+def hydra_adapter(plain: Adapter) -> Adapter:
+    """HydraLoRA's adapter with the A and the task head of a plain one."""
+    shapes = hydra.shapes(SHAPES, RANK, TRIPLE)
+    drawn = hydra.initial(shapes, seed=0)
+    A = {factor_name(module, "A"): f.A for module, f in plain.factors.items()}
+    dtype = next(iter(A.values())).dtype
+    return Adapter({}, {name: A.get(name, t.to(dtype)) for name, t in drawn.items()} | plain.head)
+
+
+def initial(rule: Strategy, dtype: torch.dtype) -> ServerState:
+    """The state before the first round."""
+    plain = first_adapter(dtype)
+    return rule.init(plain if rule.takes("lora") else hydra_adapter(plain))
 
 
 def fleet(rule: Strategy, count: int = 4) -> list[Site]:
@@ -243,7 +291,7 @@ def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = No
 
 def warm(rule: Strategy, dtype: torch.dtype = torch.float64, rounds: int = 2) -> ServerState:
     """A state in the middle of a run."""
-    state = rule.init(first_adapter(dtype))
+    state = initial(rule, dtype)
     for _ in range(rounds):
         state = rule.aggregate(state, [reply(rule, state, site) for site in fleet(rule)])
     return state
@@ -446,7 +494,7 @@ def test_bytes_on_the_wire_are_the_formula(row: Row, count: int) -> None:
     """At one rank, over four rounds: long enough for every base change to reach its ceiling."""
     rule = row.rule
     sites = [Site(f"site-{k}", 3) for k in range(count)]
-    state = rule.init(first_adapter(torch.float32))
+    state = initial(rule, torch.float32)
     for t in range(1, 5):
         plan = rule.plan(state, sites[0])
         updates = [reply(rule, state, site) for site in sites]
@@ -469,8 +517,9 @@ def test_plans_are_consistent(row: Row) -> None:
         assert not plan.keep & plan.send
         if site.rank is not None:
             assert plan.start.rank == site.rank
-        other = row.rule.plan(state, replace(site, name="another"))
-        assert other.start is plan.start, "one object a rank, so that it is encoded once"
+        assert row.rule.plan(state, site).start is plan.start, "encoded once"
+        new, newer = (row.rule.plan(state, replace(site, name=name)) for name in ("new", "newer"))
+        assert newer.start is new.start, "one object a rank, so that it is encoded once"
 
 
 @pytest.mark.parametrize(
