@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
@@ -91,9 +91,9 @@ class _Manifest:
 
     round: Annotated[int, Field(ge=0)]
     state: _Blob
-    factors: Mapping[str, FiniteFloat]
+    factors: Mapping[str, float]
     head: Sequence[str]
-    delta: Mapping[str, FiniteFloat]
+    delta: Mapping[str, float]
     slots: Sequence[str]
     packs: Sequence[_Blob]
     extra: Mapping[str, Any]
