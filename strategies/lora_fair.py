@@ -101,6 +101,9 @@ class LoRAFAIR(Strategy):
         T = sum_of_products(layer, A)  # dW A^T, [d_out, r]
         G = A @ A.T  # [r, r]
         length = algebra.norm(layer.mean_update()) / layer.parts[0].scale
+        terms = sum(w * x.B.norm() * x.A.norm() for x, w in zip(layer.parts, layer.p, strict=True))
+        if length**2 <= _ROUNDING * float(terms) ** 2:
+            return B  # the sites cancel each other, and rounding gives no direction
         X = B.clone()
         for _ in range(self.steps):
             XG = X @ G
@@ -112,22 +115,34 @@ class LoRAFAIR(Strategy):
         return X
 
     def _descend_columns(self, layer: Layer, A: Tensor, B: Tensor) -> Tensor:
-        """In an orthonormal basis of the column space of dW, where X stays if it starts there."""
-        Q, dW = _coordinates(layer)  # [d_out, q], [q, d_in]
-        start = Q.T @ B  # [q, r]
-        length = dW.norm(dim=0)  # [d_in]
-        X = start.clone()
+        """Over C with X = S C, where S holds the sites' B side by side: X stays in their span.
+
+        Of S only G = S^T S is needed, of dW = S M only M: a gradient S (M ...) has the coordinates
+        M ..., so that S itself is multiplied once, in the end.
+        """
+        S, G, M, start = _coordinates(layer, B)  # [d_out, q], [q, q], [q, d_in], [q, r]
+        GM = M if G is S else G @ M
+        square = (M * GM).sum(dim=0)  # of the length of each column of dW, [d_in]
+        # What is left where the sites cancel each other is rounding, and gives no direction.
+        scale = (G.diagonal().sqrt() @ M.abs()).square()
+        length = torch.where(square > _ROUNDING * scale, square, 0.0).sqrt()
+        known = (length > 0).to(A.dtype)
+        C = start.clone()
         for _ in range(self.steps):
-            size = ((X.T @ X @ A) * A).sum(dim=0).clamp_min(0).sqrt()  # of each column of X A
+            size = ((C.T @ G @ C @ A) * A).sum(dim=0).clamp_min(0).sqrt()  # of each column of X A
             unit = (length * size).clamp_min(_TINY)
-            cosine = ((X.T @ dW) * A).sum(dim=0) / unit
-            pull = (dW @ (A / unit).T) - X @ ((A * (cosine / size.square().clamp_min(_TINY))) @ A.T)
-            X.add_(pull / A.shape[1] - 2 * self.ridge * (X - start), alpha=self.step_size)
-        return B + Q @ (X - start)
+            cosine = known * ((C.T @ GM) * A).sum(dim=0) / unit
+            pull = M @ (A * (known / unit)).T
+            pull -= C @ ((A * (cosine / size.square().clamp_min(_TINY))) @ A.T)
+            C.add_(pull / A.shape[1] - 2 * self.ridge * (C - start), alpha=self.step_size)
+        return B + S @ (C - start)
 
 
 _TINY = 1e-30
 """Keeps a zero update at a cosine of zero instead of NaN."""
+
+_ROUNDING = 1e-14
+"""Share of a squared length, of what its terms come to, that says nothing: some float64 epsilons."""
 
 
 def sum_of_products(layer: Layer, A: Tensor) -> Tensor:
@@ -158,11 +173,15 @@ def ridge_residual(layer: Layer, A: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(regular, E_At.T).T
 
 
-def _coordinates(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Q [d_out, q] and Q^T dW [q, d_in] with q = min(d_out, sum_k r_k), without scales."""
-    B = torch.cat([x.B for x in layer.parts], dim=1).double()
-    A = torch.cat([w * x.A.double() for x, w in zip(layer.parts, layer.p, strict=True)])
-    if B.shape[1] >= B.shape[0]:
-        return torch.eye(B.shape[0], dtype=B.dtype), B @ A
-    Q, R = torch.linalg.qr(B)
-    return Q, R @ A
+def _coordinates(layer: Layer, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S [d_out, q], G = S^T S, M [q, d_in] and C [q, r] with dW = S M and B = S C, without scales.
+
+    q = sum_k r_k, or d_out where that is less: then S is the identity, and G the same object.
+    """
+    S = torch.cat([x.B for x in layer.parts], dim=1).double()
+    M = torch.cat([w * x.A.double() for x, w in zip(layer.parts, layer.p, strict=True)])
+    if S.shape[1] >= S.shape[0]:
+        identity = torch.eye(S.shape[0], dtype=S.dtype)
+        return identity, identity, S @ M, B
+    each = torch.eye(B.shape[1], dtype=S.dtype)
+    return S, algebra.column_gram(S), M, torch.cat([w * each for w in layer.p])

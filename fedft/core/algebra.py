@@ -35,7 +35,7 @@ def inner(x: Factors, y: Factors) -> float:
 
 def norm(x: Factors) -> float:
     """Frobenius norm of the product."""
-    grams = _gram(x.B.double()) * _gram(x.folded_A().double().T)
+    grams = column_gram(x.B.double()) * column_gram(x.folded_A().double().T)
     return abs(x.scale) * max(float(grams.sum()), 0.0) ** 0.5
 
 
@@ -48,7 +48,7 @@ def gram(parts: Sequence[Factors]) -> Tensor:
     B = torch.cat([p.B.double() for p in parts], dim=1)  # [d_out, sum r]
     owners = torch.repeat_interleave(torch.tensor([p.rank for p in parts]))
     members = torch.nn.functional.one_hot(owners, len(parts)).double()  # [sum r, K]
-    return members.T @ (_gram(B) * _gram(A.T)) @ members
+    return members.T @ (column_gram(B) * column_gram(A.T)) @ members
 
 
 def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
@@ -147,10 +147,10 @@ def peel(x: Factors, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Factors 
         return _completed(_project(B, A, None), k), None
     N = _leading(B, A, k)
     U, S, Vt = _project(B, A, N)
-    reflectors, tau = torch.geqrf(N)
+    V, T = _reflectors(N)
     outside = torch.addmm(B, U, U.T @ B, alpha=-1)
-    rest_B = torch.ormqr(reflectors, tau, outside, left=False)[:, k:]
-    rest_A = torch.ormqr(reflectors, tau, A, transpose=True)[k:]
+    rest_B = torch.addmm(outside[:, k:], outside @ (V @ T), V[k:].T, alpha=-1)
+    rest_A = torch.addmm(A[k:], V[k:] @ T.T, V.T @ A, alpha=-1)
     dtype = x.A.dtype
     rest = Factors(rest_A.to(dtype).contiguous(), rest_B.to(dtype).contiguous(), 1.0)
     return (U, S, Vt), rest
@@ -255,20 +255,34 @@ def _leading(B: Tensor, A: Tensor, k: int) -> Tensor:
     eigenvalues of L^T (B^T B) L, [r, r]. Squaring costs accuracy only in *which* directions are
     taken, and only among those below 1e-8 of the largest: the caller projects on what is taken.
     """
-    L = _root(_gram(A.T))
-    W = torch.linalg.eigh(L.T @ _gram(B) @ L).eigenvectors  # ascending
+    L = _root(column_gram(A.T))
+    W = torch.linalg.eigh(L.T @ column_gram(B) @ L).eigenvectors  # ascending
     return (L @ W[:, -k:]).contiguous()
 
 
-def _gram(X: Tensor) -> Tensor:
+def _reflectors(N: Tensor) -> tuple[Tensor, Tensor]:
+    """V [r, k] and T [k, k] with Q = I - V T V^T the product of N's Householder reflectors.
+
+    The compact WY form (Schreiber and Van Loan, 1989): Q is applied by thin matrix products, many
+    times faster than one reflector after another. T^-1 + T^-T = V^T V gives T.
+    """
+    packed, tau = torch.geqrf(N)
+    unit = torch.eye(*N.shape, dtype=N.dtype)
+    V = (packed.tril(-1) + unit) * (tau != 0)  # tau = 0 reflects nothing
+    inverse = (V.T @ V).triu(1) + torch.diag(1 / torch.where(tau == 0, 1.0, tau))
+    identity = torch.eye(len(tau), dtype=N.dtype)
+    return V, torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+
+def column_gram(X: Tensor) -> Tensor:
     """``X^T X``, multiplying out little more than one triangle of it."""
     half = X.shape[1] // 2
     if half < 128:
         return X.T @ X
     left, right = X[:, :half], X[:, half:]
     off = left.T @ right
-    top = torch.cat([_gram(left), off], dim=1)
-    return torch.cat([top, torch.cat([off.T, _gram(right)], dim=1)])
+    top = torch.cat([column_gram(left), off], dim=1)
+    return torch.cat([top, torch.cat([off.T, column_gram(right)], dim=1)])
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -283,6 +283,15 @@ class TestLoRAFAIR:
             assert dB[module].norm() > 1e-4
 
     @pytest.mark.parametrize("dim", ["whole", "column"])
+    def test_sites_that_cancel_each_other_give_no_direction(self, dim):
+        """dW is zero up to rounding; its cosine with anything is noise."""
+        one, other = cohort(adapter(), 2)
+        opposite = {n: -t if ".lora_B." in n else t for n, t in one.tensors.items()}
+        updates = [one, replace(other, examples=one.examples, tensors=opposite)]
+        for dB in corrections(updates, objective="cosine", cosine_dim=dim, steps=50).values():
+            assert dB.norm() < 1e-6
+
+    @pytest.mark.parametrize("dim", ["whole", "column"])
     def test_the_descent_does_not_lose(self, dim):
         """T3.3 for the cosine: the objective at dB is no larger than at zero."""
         updates = cohort(adapter())
