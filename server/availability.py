@@ -27,8 +27,9 @@ from server.fleet import csv_rows, match_sites
 Window = tuple[float, float]
 """Start and end in seconds."""
 
-_MICROSECOND = 1e-6
-"""Resolution of the clock: what is left of a period is rounded to it."""
+_DIGITS = 6
+"""Of a second: windows, and what is left of a period, are rounded to them. A window is then open at
+the very time at which it is said to open, whatever floating point makes of a period's multiples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class Availability:
         if self.period_s is None:
             return at, 0.0
         turns, phase = divmod(at, self.period_s)
-        phase = round(phase / _MICROSECOND) * _MICROSECOND
+        phase = round(phase, _DIGITS)
         if phase >= self.period_s:  # a rounding below the next period
             turns, phase = turns + 1, 0.0
         return phase, turns * self.period_s
@@ -144,7 +145,7 @@ def read_availability(path: Path, period_s: float | None = None, seed: int = 0) 
 
 def _window(row: Mapping[str, str], where: str, period_s: float | None) -> Window:
     try:
-        start, end = float(row["start_s"]), float(row["end_s"])
+        start, end = (round(float(row[column]), _DIGITS) for column in ("start_s", "end_s"))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}", fix="Times are numbers of seconds.") from None
     if not (0 <= start < end and isfinite(end)):

@@ -93,3 +93,26 @@ def tiny_table(tiny_model: Path, tiny_data: Path) -> Callable[..., dict[str, Any
         return base
 
     return table
+
+
+class StopAfter:
+    """Watches a run, and stops it in the round after so many."""
+
+    def __init__(self, rounds: int) -> None:
+        self._left = rounds
+
+    def started(self, *_: Any) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def completed(self, record: Any) -> None:
+        self._left -= 1
+
+    def __call__(self) -> bool:
+        return self._left <= 0
+
+
+@pytest.fixture
+def stop_after() -> Callable[[int], StopAfter]:
+    """``simulate(..., observer=stop, stop=stop)`` with ``stop = stop_after(rounds)``."""
+    return StopAfter

@@ -40,33 +40,19 @@ RULES = {
 }
 
 
-class StopAfter:
-    """Interrupts a run while the given round is under way."""
-
-    def __init__(self, rounds: int) -> None:
-        self.left = rounds
-
-    def started(self, *_: Any) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def completed(self, record: Any) -> None:
-        self.left -= 1
-
-    def __call__(self) -> bool:
-        return self.left <= 0
-
-
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
-    rule: dict[str, Any], tiny_table: Table, tmp_path: Path
+    rule: dict[str, Any],
+    tiny_table: Table,
+    tmp_path: Path,
+    stop_after: Callable[[int], Any],
 ) -> None:
     """Law 5: what sites are at lies in the state."""
     table = tiny_table(fleet=SPEEDS, rounds={"count": 7, "per-round": 4}, strategy=rule)
     whole = run_of(table, tmp_path / "whole")
     assert max(line["staleness"]["max"] for line in whole.rounds) >= 2
     for rounds in (1, 4):
-        stop = StopAfter(rounds)
+        stop = stop_after(rounds)
         with pytest.raises(Interrupted):
             run_of(table, tmp_path / str(rounds), observer=stop, stop=stop)
         resumed = Run(resume(tmp_path / str(rounds)).path)
