@@ -121,3 +121,9 @@ class HydraEngine(LoopEngine):
             parameter.requires_grad_(plan is not None and plan.trains(name))
             parameter.grad = None
         self._load_head(adapter, plan)
+
+
+def mixture(base: Base, lora: LoraSpec, adapter: Adapter) -> nn.Module:
+    """The base's own model with an adapter's heads and routers in it, for inference."""
+    HydraEngine(base, lora)._load(adapter, None)
+    return base.model

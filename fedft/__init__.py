@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedft.api import Comparison, ExportedAdapter, Run, compare, resume, simulate
     from fedft.core.errors import FedftError
     from fedft.core.types import Adapter, Factors
+    from fedft.mixture import load_mixture
 
 _HOME = {
     "Adapter": "fedft.core.types",
@@ -23,6 +24,7 @@ _HOME = {
     "FedftError": "fedft.core.errors",
     "Run": "fedft.api",
     "compare": "fedft.api",
+    "load_mixture": "fedft.mixture",
     "resume": "fedft.api",
     "simulate": "fedft.api",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "FedftError",
     "Run",
     "compare",
+    "load_mixture",
     "resume",
     "simulate",
 ]

@@ -1,0 +1,44 @@
+"""HydraLoRA's full mixture as a model: all heads, weighed by their routers for every token."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_mixture(
+    folder: str | Path, *, base: str | None = None, device: str = "cpu"
+) -> "PreTrainedModel":
+    """The pretrained model with an exported HydraLoRA adapter in it.
+
+    Args:
+        folder: of the export, with ``mixture.json`` and ``mixture.safetensors``.
+        base: the base model, where it does not lie where it lay at the server: as
+            ``[model] source``.
+        device: torch device.
+
+    Returns:
+        In evaluation mode, in float32, with no parameter that requires a gradient. It gives the
+        run's own logits, with the routers of the export: those of the server.
+
+    Raises:
+        MismatchError: the folder holds no mixture, or the base model is not there.
+    """
+    from clients.hydra import mixture
+    from fedft.core import hydra, models, peft_io
+    from fedft.core.spec import LoraSpec, ModelSpec
+    from fedft.core.types import part_of
+
+    adapter, about = peft_io.load_mixture(Path(folder))
+    spec = ModelSpec(source=base or about["base"], task=about["task"])
+    lora = LoraSpec(
+        method="hydralora",
+        heads=about["heads"],
+        rank=about["rank"],
+        alpha=about["scale"] * about["rank"],
+        target_modules=tuple(hydra.modules(adapter)),
+    )
+    classes = max((t.shape[0] for n, t in adapter.head.items() if part_of(n) == "head"), default=0)
+    loaded = models.load_base(spec, lora, classes, device=device)
+    return cast("PreTrainedModel", mixture(loaded, lora, adapter))
