@@ -6,17 +6,24 @@ from typing import Any
 import pytest
 
 from fedft.core.errors import ConfigError
+from server.compare import read_arms
 from server.config import configured, differences, load_config, parse_config, parse_toml
 from server.serve import for_sites
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("examples/**/*.toml")), ids=lambda p: p.parent.name
-)
+SHIPPED = sorted(ROOT.glob("examples/**/*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    load_config(path)
+    """Also with each of the arms that an arms file lays over the configuration beside it."""
+    if path.name != "arms.toml":
+        load_config(path)
+        return
+    for arm in read_arms(path):
+        configured(path.with_name("config.toml"), arm.settings)
 
 
 def test_what_is_written_reads_as_the_same_object() -> None:
