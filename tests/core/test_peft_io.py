@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -93,6 +94,46 @@ def test_a_pickle_is_refused_and_never_read(
     with pytest.raises(SecurityRefusal, match="pickle"):
         load_adapter(tmp_path)
     assert not Path("sentinel-ran").exists()
+
+
+def header(table: object, body: bytes = bytes(16)) -> bytes:
+    """A safetensors file with any header."""
+    text = json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def tensor(first: int, last: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": [(last - first) // 4], "data_offsets": [first, last]}
+
+
+NAME = "base_model.model.q.lora_A.weight"
+HOSTILE_FILES = {
+    "truncated": header({NAME: tensor(0, 16)})[:-4],
+    "trailing": header({NAME: tensor(0, 16)}, bytes(20)),
+    "overlapping": header({NAME: tensor(0, 16), NAME.replace("_A", "_B"): tensor(8, 16)}),
+    "beyond the end": header({NAME: tensor(0, 4 * 2**40)}),
+    "an enormous header": (2**60).to_bytes(8, "little") + b"{}",
+    "an object": header({NAME: tensor(0, 16, "OBJECT")}),
+    "nested": header(json.loads("[" * 900 + "]" * 900)),
+}
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE_FILES, None])
+def test_a_file_that_is_not_what_it_says_is_refused(
+    tiny_model: Path, tmp_path: Path, kind: str | None
+) -> None:
+    """Row 41; a good file, the positive control, is read."""
+    save_adapter(
+        tmp_path, random_adapter(tiny_model), {}, task="classification", base="x", revision=None
+    )
+    if kind is None:
+        load_adapter(tmp_path)
+        return
+    (tmp_path / "adapter_model.safetensors").write_bytes(HOSTILE_FILES[kind])
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(MismatchError):
+        load_adapter(tmp_path)
+    assert psutil.Process().memory_info().rss - before < 10 * 2**20
 
 
 def test_no_adapter_and_other_kinds_are_told(tiny_model: Path, tmp_path: Path) -> None:

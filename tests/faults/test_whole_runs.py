@@ -132,7 +132,7 @@ def stock(tiny_model: Path) -> Iterator[Callable[[Path], torch.nn.Module]]:
     yield load_stock
 
 
-CLOCKED = dict.fromkeys(("fedasync", "fedbuff"), {"clients": 10, "speeds": [100.0]})
+CLOCKED = {name: {"clients": 10, "speeds": [100.0]} for name in ("fedasync", "fedbuff")}
 """Fleets of the rules that need to know who is how fast."""
 
 

@@ -110,6 +110,16 @@ def test_impossible_example_counts(examples: Any) -> None:
     rejected(content, "examples")
 
 
+@pytest.mark.parametrize("examples", ["60", True])
+def test_example_counts_that_only_look_like_numbers(examples: Any) -> None:
+    """Flower's own record refuses to hold them; one that came by another way is refused here."""
+    with pytest.raises(TypeError):
+        MetricRecord({"num-examples": examples})
+    content = reply()
+    dict.__setitem__(content.metric_records["metrics"]._data, "num-examples", examples)
+    rejected(content, "examples")
+
+
 def test_metrics_that_are_no_numbers() -> None:
     rejected(reply(loss=float("inf")), "metrics")
     rejected(reply(loss=[1.0, 2.0]), "metrics")
