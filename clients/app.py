@@ -52,7 +52,7 @@ class SiteApp(ClientApp):
                 index = _index(bench, contexts[position])
                 content = codec.reply_content(
                     sent_by(bench.task, index, plan, plan.reply(result.adapter)),
-                    _examples(bench, contexts[position], own),
+                    _examples(bench, contexts[position], plan, own),
                     {**result.metrics, "seconds": seconds},
                     bench.task.wire,
                 )
@@ -128,9 +128,11 @@ def _index(bench: Workbench, context: Context) -> int:
     return index
 
 
-def _examples(bench: Workbench, context: Context, own: Sequence[Batch]) -> int:
+def _examples(bench: Workbench, context: Context, plan: TrainPlan, own: Sequence[Batch]) -> int:
     """Distinct examples trained on: what the site holds, or fewer where its steps ran out."""
     rows, _ = bench.rows(_index(bench, context))
+    if plan.training.dp_noise:
+        return len(rows)  # as enrolled; the sizes of Poisson samples are secret
     return min(len(rows), sum(len(batch) for batch in own))
 
 

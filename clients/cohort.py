@@ -107,8 +107,13 @@ class CohortEngine:
         proximal terms, and the number and size of batches may differ.
 
         Raises:
-            ConfigError: a plan trains nothing.
+            ConfigError: a plan trains nothing, or asks for DP-SGD.
         """
+        if any(plan.training.dp_noise for plan in plans):
+            raise ConfigError(
+                "DP-SGD takes gradients example by example, and a cohort's are taken site by site",
+                fix="Set [engine] cohort = 1.",
+            )
         results: dict[int, Trained] = {}
         for members in _groups(plans):
             shared = plans[members[0]]

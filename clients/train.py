@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from clients.dp_sgd import private_steps
 from clients.engine import Trained
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
@@ -89,15 +90,19 @@ class LoopEngine(ABC):
         trained = [p for _, p in self._named() if p.requires_grad]
         anchor = [p.detach().clone() for p in trained] if plan.training.proximal_mu else []
         optimizer = make_optimizer(trained, plan.training)
+
+        def penalties() -> Iterator[Tensor]:
+            return self._penalties(plan.training, trained, anchor)
+
+        if plan.training.dp_noise:
+            return private_steps(
+                self._model, optimizer, plan.training, batches, self._own_losses, penalties
+            )
         loss_sum, examples = 0.0, 0
         first: dict[str, float] = {}
         for batch in batches:
             loss = mean_loss(self._logits(batch), batch.labels.to(self.base.device))
-            total = loss
-            for parameter, start in zip(trained, anchor, strict=False):
-                total = total + plan.training.proximal_mu / 2 * (parameter - start).square().sum()
-            if plan.training.tail_penalty:
-                total = total + plan.training.tail_penalty * self._tail(plan.training.tail_keep)
+            total = sum(penalties(), loss)
             optimizer.zero_grad()
             total.backward()
             first = first or self._gradient_norms()
@@ -107,6 +112,21 @@ class LoopEngine(ABC):
             loss_sum += float(loss.detach()) * len(batch)
             examples += len(batch)
         return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}
+
+    def _penalties(
+        self, training: LocalTraining, trained: Sequence[Tensor], anchor: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """The terms of the loss that depend on the weights alone."""
+        for parameter, start in zip(trained, anchor, strict=False):
+            yield training.proximal_mu / 2 * (parameter - start).square().sum()
+        if training.tail_penalty:
+            yield training.tail_penalty * self._tail(training.tail_keep)
+
+    def _own_losses(self, batch: Batch) -> Tensor:
+        """The sum of each example's own mean loss, which no other example of the batch changes."""
+        logits, labels = self._logits(batch), batch.labels.to(self.base.device)
+        rows = zip(logits.split(1), labels.split(1), strict=True)
+        return torch.stack([mean_loss(row, label) for row, label in rows]).sum()
 
     def evaluate(
         self,

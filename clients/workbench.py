@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from clients.engine import Engine
-from fedft.core import models, partition, seeds
-from fedft.core.batches import batches, eval_batches
+from fedft.core import entropy, models, partition, seeds
+from fedft.core.batches import batch_count, batches, eval_batches, poisson_batches
 from fedft.core.data import Data, prepare
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Rows
@@ -58,9 +58,14 @@ class Workbench:
         )
 
     def training_batches(self, index: int, round_: int, training: LocalTraining) -> Sequence[Batch]:
-        """The batches of one site in one round, in training order; a function of the seed."""
+        """The batches of one site in one round, in training order; a function of the seed.
+
+        With DP-SGD they are not: see :mod:`clients.dp_sgd`.
+        """
         rows, _ = self.rows(index)
         name = self.manifest.name_of(index)
+        if training.dp_noise:
+            return self._poisson_batches(rows, training)
         return list(
             batches(
                 self.data.train,
@@ -72,6 +77,15 @@ class Workbench:
                 pool=f"training rows of {name}",
             )
         )
+
+    def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
+        """As many as usual, each a Poisson sample by the operating system's randomness."""
+        steps = batch_count(
+            len(rows), training.batch_size, epochs=training.epochs, steps=training.steps
+        )
+        generator = entropy.generator()
+        rate = training.batch_size / max(1, len(rows))
+        return list(poisson_batches(self.data.train, rows, rate, steps, generator))
 
     def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
         """One of ``count`` slices of the central test set."""

@@ -234,6 +234,15 @@ class RunConfig(Table):
                 f"[engine] cohort = {self.engine.cohort}: DP-SGD trains sites one by one; set "
                 'cohort = 1 or "auto"'
             )
+        if rule.buffer is not None and self.training.dp is not None:
+            raise ValueError(
+                f"[training] dp: {rule.name} is asynchronous, and its jobs are not entered in the account; "
+                "choose a rule of rounds"
+            )
+        if self.lora.method != "lora" and self.training.dp is not None:
+            raise ValueError(
+                f"[training] dp needs [lora] method = 'lora', not {self.lora.method!r}"
+            )
         below: Strategy = rule
         while isinstance(below, Combinator):
             below = below.inner

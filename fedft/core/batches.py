@@ -70,6 +70,26 @@ def batch_rows(
     yield from islice(order, steps)
 
 
+def poisson_batches(
+    examples: Examples, rows: Rows, rate: float, steps: int, generator: np.random.Generator
+) -> Iterator[Batch]:
+    """Batches that every row is in independently with probability ``rate``; some may be empty.
+
+    Args:
+        examples: what to draw from.
+        rows: the site's rows of it.
+        rate: all rows are in every batch from 1 on.
+        steps: number of batches.
+        generator: of who is in which.
+    """
+    for _ in range(steps):
+        chosen = np.flatnonzero(generator.random(len(rows)) < rate)
+        if len(chosen):
+            yield examples.collate(rows[chosen])
+        else:
+            yield Batch({}, torch.zeros(0, dtype=torch.int64))
+
+
 def batch_count(rows: int, batch_size: int, *, epochs: int = 1, steps: int | None = None) -> int:
     """How many batches :func:`batches` gives."""
     if steps is None or not rows:
