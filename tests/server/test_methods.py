@@ -1,0 +1,236 @@
+"""Adapters that are not plain LoRA, from the configuration to the exported file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import fedft
+from fedft.core import models
+from fedft.core.errors import ConfigError, Interrupted
+from fedft.core.rundir import RunDir
+from server.checkpoints import Checkpoints
+from server.config import parse_config
+from server.forecast import forecast
+from server.run import first_state, resume, simulate
+from strategies.hydralora import cluster_of
+
+Table = Callable[..., dict[str, Any]]
+IDS = torch.arange(2, 14).reshape(2, 6)
+
+
+def hydra_lora(**more: Any) -> dict[str, Any]:
+    return {"method": "hydralora", "heads": 2, **more}
+
+
+def short(count: int = 2) -> dict[str, Any]:
+    return {"count": count, "per-round": 3, "evaluate-every": count}
+
+
+def stock_logits(base: str, folder: Path) -> torch.Tensor:
+    """What plain transformers and peft make of an exported adapter."""
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    with torch.inference_mode():
+        return PeftModel.from_pretrained(plain, str(folder)).eval()(input_ids=IDS).logits
+
+
+def own_logits(run: RunDir) -> torch.Tensor:
+    """What the run's own engine makes of its last state."""
+    from clients.workbench import workbench
+    from server.run import parse_toml, prepare_run
+
+    config = parse_toml(run.config, "run")
+    with RunDir.open(run.path, writing=True) as open_run:
+        task = prepare_run(config, open_run).task
+    engine = workbench(task.model_dump_json()).engine
+    checkpoint = Checkpoints(run.checkpoints, keep=2).load()
+    assert checkpoint is not None
+    engine.evaluate(checkpoint.state.adapter, checkpoint.state.delta, [])
+    model: Any = engine._model  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rslora": {"method": "rslora"},
+    "dora": {"method": "dora"},
+    "pissa": {"method": "pissa"},
+    "olora": {"method": "olora"},
+    "vera": {"method": "vera"},
+    "ia3": {"method": "ia3"},
+    "loha": {"method": "loha"},
+    "lokr": {"method": "lokr", "options": {"decompose_factor": 4}},
+    "one hydra head": {"method": "hydralora", "heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_of_every_method_loads_in_stock_peft(
+    name: str, tiny_table: Table, tmp_path: Path
+) -> None:
+    """Law 8, after rounds in which the adapter really moved."""
+    rule = {"name": "hydralora"} if "hydra" in name else {"name": "fedavg-lora"}
+    config = parse_config(tiny_table(lora=METHODS[name], rounds=short(), strategy=rule))
+    run = simulate(config, tmp_path / "run")
+    base = config.model.source
+    exported = stock_logits(base, run.adapter(2))
+    assert torch.allclose(exported, own_logits(run), atol=1e-5)
+    with torch.inference_mode():
+        untrained = AutoModelForSequenceClassification.from_pretrained(base)(input_ids=IDS).logits
+    assert not torch.allclose(exported, untrained, atol=1e-3)
+    assert run.rounds()[-1]["bytes"]["up"] > 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_in_the_base_weights_changes_no_logit(init: str, tiny_table: Table) -> None:
+    """What is taken out of the frozen weight is what A and B put in, and they are not zero."""
+    config = parse_config(tiny_table(lora={"init": init}))
+    state = first_state(config, models.schema(config.model, config.lora, 3))
+    for module, f in state.adapter.factors.items():
+        assert f.product().norm() > 0.1
+        assert torch.allclose(f.product(), -state.delta[module].product(), atol=1e-6)
+        assert state.delta[module].scale == 1.0
+
+
+def test_pissa_starts_at_the_leading_singular_vectors(tiny_table: Table) -> None:
+    config = parse_config(tiny_table(lora={"init": "pissa"}))
+    state = first_state(config, models.schema(config.model, config.lora, 3))
+    base = models.load_base(config.model, config.lora, 3)
+    for module, f in state.adapter.factors.items():
+        weight = base.adapted[module].weight
+        assert isinstance(weight, torch.Tensor)
+        U, S, Vt = torch.linalg.svd(weight)
+        best = U[:, :4] @ torch.diag(S[:4]) @ Vt[:4]
+        assert torch.allclose(f.product(), best, atol=1e-5)
+
+
+def test_dora_starts_from_the_norms_of_the_weights(tiny_table: Table) -> None:
+    config = parse_config(tiny_table(lora={"method": "dora"}))
+    state = first_state(config, models.schema(config.model, config.lora, 3))
+    base = models.load_base(config.model, config.lora, 3)
+    for module, linear in base.adapted.items():
+        magnitude = state.adapter.head[f"base_model.model.{module}.lora_magnitude_vector"]
+        assert isinstance(linear.weight, torch.Tensor)
+        assert torch.allclose(magnitude, linear.weight.norm(dim=1), rtol=1e-5)
+
+
+# ── HydraLoRA ─────────────────────────────────────────────────────────────────────────────────
+
+
+def hydra_table(tiny_table: Table, mode: str, **rounds: Any) -> dict[str, Any]:
+    return tiny_table(
+        lora=hydra_lora(),
+        data={"holdout": 0.3},
+        strategy={"name": "hydralora", "mode": mode, "recluster-every": 2},
+        rounds={"count": 4, "per-round": 5, "evaluate-every": 2, **rounds},
+    )
+
+
+@pytest.mark.parametrize("mode", ["clustered", "global", "private"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    mode: str, tiny_table: Table, tmp_path: Path
+) -> None:
+    """Private heads, local routers and who belongs where survive the pause."""
+    config = parse_config(hydra_table(tiny_table, mode))
+    whole = simulate(config, tmp_path / "whole")
+    seen = 0
+
+    class Watch:
+        def started(self, *_: Any) -> None: ...
+
+        def completed(self, _: Any) -> None:
+            nonlocal seen
+            seen += 1
+
+        def note(self, _: str) -> None: ...
+
+    with pytest.raises(Interrupted):
+        simulate(config, tmp_path / "cut", observer=Watch(), stop=lambda: seen >= 2)
+    cut = resume(tmp_path / "cut")
+    keys = ("adapter_sha256", "history_sha256", "bytes", "final")
+    assert [cut.summary()[k] for k in keys] == [whole.summary()[k] for k in keys]
+    sites = [Checkpoints(run.checkpoints, keep=2) for run in (whole, cut)]
+    kept = [{s: dict(c.sites[s]) for s in c.sites} if c.load() else {} for c in sites]
+    parts = {"clustered": {"router"}, "global": set(), "private": {"B", "router"}}[mode]
+    assert {n.split(".lora_")[1].split(".")[0] for s in kept[0].values() for n in s} == parts
+    assert kept[0].keys() == kept[1].keys()
+    for site, tensors in kept[0].items():
+        assert all(torch.equal(t, kept[1][site][n]) for n, t in tensors.items())
+
+
+def test_members_are_in_the_checkpoint(tiny_table: Table, tmp_path: Path) -> None:
+    run = simulate(parse_config(hydra_table(tiny_table, "clustered")), tmp_path / "run")
+    checkpoint = Checkpoints(run.checkpoints, keep=2).load()
+    assert checkpoint is not None
+    asked = {site for line in run.rounds() for site in line["cohort"]}
+    assert all(cluster_of(checkpoint.state, site) in (0, 1) for site in asked)
+    assert cluster_of(checkpoint.state, "nobody") is None
+    heads = [line["heads"] for line in run.rounds()]
+    assert all(1 <= h["used"] <= 2 for h in heads)
+
+
+def test_the_mixture_comes_back_and_its_heads_load_in_stock_peft(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    table = hydra_table(tiny_table, "global", count=2)
+    run = simulate(parse_config(table), tmp_path / "run")
+    folder = run.adapter(2)
+    model = fedft.load_mixture(folder)
+    with torch.inference_mode():
+        logits = model(input_ids=IDS).logits
+    assert torch.equal(logits, own_logits(run))
+    base = table["model"]["source"]
+    merged = stock_logits(base, folder)
+    heads = [stock_logits(base, folder / f"head-{i}") for i in range(2)]
+    assert not torch.allclose(heads[0], heads[1], atol=1e-4)
+    assert not torch.allclose(merged, heads[0], atol=1e-4)
+
+
+def test_the_forecast_counts_the_router(tiny_table: Table) -> None:
+    """a + N b + g, and the head, for two modules in each of two blocks of width 32."""
+    cost = forecast(parse_config(hydra_table(tiny_table, "global")))
+    modules, r, n, N, head = 4, 4, 32, 2, 3 * 32 + 3
+    assert cost["parameters"]["trainable"] == modules * (r * n + N * r * n + N * n) + head
+    clustered = forecast(parse_config(hydra_table(tiny_table, "clustered")))
+    assert clustered["clients"][0]["bytes"]["up"] == 4 * (modules * 2 * r * n + head)
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"method": "hydralora", "heads": 0}}, "heads = 0"),
+        ({"lora": {"method": "hydralora"}}, "needs the number of its heads"),
+        ({"lora": {"heads": 2}}, "belongs to method = 'hydralora'"),
+        ({"lora": hydra_lora()}, "hydralora"),
+        ({"strategy": {"name": "hydralora"}}, "fedavg-lora"),
+        ({"lora": {"method": "adalora"}}, "cannot be averaged: every site prunes"),
+        ({"lora": {"method": "prompt-tuning"}}, "cannot be averaged: it trains tokens"),
+        ({"lora": {"method": "lorra"}}, "peft has no such method"),
+        ({"lora": {"method": "dora"}, "strategy": {"name": "flexlora"}}, "fedavg-lora"),
+        ({"lora": {"method": "ia3", "dropout": 0.1}}, "ia3 has none in peft"),
+        ({"lora": {"method": "ia3", "options": {"alhpa": 1}}}, "ia3 has no 'alhpa'"),
+        ({"lora": {"options": {"alpha": 1}}}, "another peft method"),
+        ({"lora": {"method": "dora", "init": "pissa"}}, "belongs to method = 'lora'"),
+        ({"lora": {"init": "pissa"}, "strategy": {"name": "ffa-lora"}}, "does not send both"),
+        ({"lora": {"init": "pissa"}, "fleet": {"ranks": [2, 2]}}, "one rank from"),
+        ({"lora": {"method": "vera"}, "engine": {"cohort": 2}}, "one by one"),
+    ],
+)
+def test_what_cannot_be_run(changes: dict[str, Any], message: str, tiny_table: Table) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tiny_table(**changes))
+    assert message in f"{caught.value.what} {caught.value.fix}"
+
+
+def test_short_names_are_plain_lora(tiny_table: Table) -> None:
+    rslora = parse_config(tiny_table(lora={"method": "rslora"})).lora
+    assert (rslora.method, rslora.rslora) == ("lora", True)
+    pissa = parse_config(tiny_table(lora={"method": "pissa"})).lora
+    assert (pissa.method, pissa.init) == ("lora", "pissa")
