@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clients.engine import Engine
-from fedft.core import entropy, models, partition, seeds
+from fedft.core import entropy, memory, models, partition, seeds
 from fedft.core.batches import batch_count, batches, eval_batches, poisson_batches
 from fedft.core.data import Data, prepare
 from fedft.core.errors import MismatchError
@@ -120,8 +120,15 @@ def workbench(task_json: str) -> Workbench:
     classes = task.classes or None
     data = prepare(task.data, task.model.task, encoder, seed=task.seed, classes=classes)
     manifest = _manifest(task, data)
+    if task.lean:
+        memory.return_what_is_freed()
     base = models.load_base(
-        task.model, task.lora, len(data.classes), precision=task.precision, device=task.device
+        task.model,
+        task.lora,
+        len(data.classes),
+        precision=task.precision,
+        device=task.device,
+        lean=task.lean,
     )
     return Workbench(task, data, manifest, _engine(task, base))
 
@@ -135,7 +142,7 @@ def _engine(task: TaskSpec, base: models.Base) -> Engine:
         from clients.whole import WholeEngine
 
         return WholeEngine(base, task.lora, task.seed)
-    if task.cohort == 1:
+    if task.cohort == 1 and not task.lean:
         from clients.train import PeftEngine
 
         return PeftEngine(base, task.lora)

@@ -30,6 +30,7 @@ from fedft.core.spec import (
 )
 from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
+from server.pruning import PruningSpec, unprunable
 from strategies import (
     RULES,
     AnyStrategy,
@@ -55,6 +56,8 @@ class FleetSpec(Table):
         clients: registered sites of a simulation.
         ranks: LoRA ranks of the sites; empty gives every site `[lora] rank`.
         memory_budgets_mib: memory that sites grant to training, in MiB.
+        model_shares: in place of that, what a share of the transformer blocks takes, dealt out by
+            seed; at least one block.
         speeds: examples that sites train on in a second.
         up_mbps, down_mbps: bandwidth of the sites, in megabits a second.
         devices: a CSV of devices, or its rows, in place of all of the above; see
@@ -68,6 +71,7 @@ class FleetSpec(Table):
     clients: PositiveInt = 100
     ranks: WholeNumbers = ()
     memory_budgets_mib: Numbers = ()
+    model_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     speeds: Numbers = ()
     up_mbps: Numbers = ()
     down_mbps: Numbers = ()
@@ -83,6 +87,8 @@ class FleetSpec(Table):
         both = [name.replace("_", "-") for name in lists if self.devices and getattr(self, name)]
         if both:
             raise ValueError(f"devices say it all: {', '.join(both)} cannot stand beside them")
+        if self.model_shares and (self.devices or self.memory_budgets_mib):
+            raise ValueError("model-shares are budgets too: give either these or MiB")
         if self.period_s is not None and self.availability is None:
             raise ValueError("period-s is of the file of availability, and there is none")
         return self
@@ -175,6 +181,7 @@ class RunConfig(Table):
     rounds: RoundsSpec = RoundsSpec()
     training: TrainingSpec = TrainingSpec()
     strategy: AnyStrategy = FedAvgLoRA()
+    pruning: PruningSpec = PruningSpec()
     engine: EngineSpec = EngineSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -204,6 +211,8 @@ class RunConfig(Table):
             raise ValueError(f"[fleet] ranks: {error.what}; {error.fix}") from error
         if len(ranks) > 1 and self.lora.rslora:
             raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
+        if (why := unprunable(self.lora)) and self.pruning.selection != "none":
+            raise ValueError(f"[pruning] selection = {self.pruning.selection!r}: {why}")
         if self.model.trust_remote_code and self.model.revision is None:
             raise ValueError("[model] trust-remote-code needs a pinned revision")
         self._check_method()

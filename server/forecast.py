@@ -6,10 +6,11 @@ Shapes come from the model's configuration; no weight is loaded and no worker is
 from dataclasses import replace
 from typing import Any
 
-from fedft.core import codec, memory, models
+from fedft.core import codec, models
 from fedft.core.types import Part, Site
 from server.config import RunConfig
-from server.run import concrete, resolved
+from server.pruning import site_footprint
+from server.run import resolved
 
 _CLASSES_FROM_DATA = "classification", "image-classification"
 
@@ -62,14 +63,7 @@ def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) 
     wire = config.engine.wire
     received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
-    peak = memory.peak(
-        models.geometry(config.model, folder),
-        base_parameters=shapes.parameters,
-        trainable=trainable,
-        batch=config.training.batch_size,
-        tokens=config.data.max_length,
-        precision=concrete(config.engine.precision),
-    )
+    peak = site_footprint(config, shapes, models.geometry(config.model, folder), rank).of()
     return {
         "rank": rank,
         "trainable": trainable,

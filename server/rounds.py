@@ -14,15 +14,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
+from torch import Tensor
 
 from fedft.core import codec, meters
 from fedft.core.errors import Interrupted, QuorumFailure, UpdateRejected
 from fedft.core.metrics import Tally
-from fedft.core.types import ClientUpdate, EvalPlan, LocalTraining, ServerState, Site, TrainPlan
+from fedft.core.types import (
+    ClientUpdate,
+    EvalPlan,
+    LocalTraining,
+    ServerState,
+    Site,
+    TrainPlan,
+    in_blocks,
+)
 from server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from server.config import RoundsSpec
+from server.pruning import Pruning, narrowed
 from server.roster import Roster
-from server.validation import REPLY_REFUSED, Limits, validate
+from server.validation import REPLY_REFUSED, Limits, comparison, validate
 from strategies import Strategy
 
 EVALUATION_SHARDS = 8
@@ -99,6 +109,7 @@ class Federation:
         cohort: how many sites are trained in one pass.
         wire: number format of tensors on the wire.
         limits: bounds on replies.
+        pruning: which blocks sites hold that cannot hold them all; None where all can.
         holdout: whether sites judge their own models on their own held-out examples.
         stop: says whether the run was asked to stop.
         privacy: the account of a run that promises privacy.
@@ -118,6 +129,7 @@ class Federation:
     holdout: bool = False
     evaluator: Courier | None = None
     clock: SimulatedClock | None = None
+    pruning: Pruning | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
     privacy: Account | None = None
 
@@ -210,6 +222,7 @@ def rounds(federation: Federation, state: ServerState) -> Iterator[Completed]:
 def one_round(federation: Federation, state: ServerState) -> Completed:
     """One round, from sampling to evaluation."""
     watch, ledger = Stopwatch(), Ledger(now=elapsed(state))
+    state = compared(federation, state, watch, ledger)
     updates, cohort, attempts = _gather(federation, state, watch, ledger)
     return concluded(federation, state, updates, cohort, watch, ledger, {"attempts": attempts})
 
@@ -237,6 +250,8 @@ def concluded(
             personal=federation.strategy.personal,
             following=_next_starts(federation, after, cohort),
         )
+    if federation.pruning is not None:
+        facts = {**facts, "pruning": federation.pruning.facts(state, cohort)}
     record: dict[str, Any] = {
         "round": after.round,
         "cohort": [site.name for site in cohort],
@@ -260,6 +275,11 @@ def concluded(
                 record["spectrum"] = meters.spectrum(updates, federation.strategy.personal)
         with watch.phase("evaluate"):
             record["eval"] = evaluate(federation, after)
+            if (pruning := federation.pruning) is not None:
+                submodels = {k: pruning.typical(after, k) for k in pruning.sizes}
+                record["submodels"] = {
+                    str(k): evaluate(federation, after, layers) for k, layers in submodels.items()
+                }
             if federation.holdout:
                 record["sites"] = _evaluate_sites(federation, after, cohort, ledger)
     record["seconds"] = watch.seconds
@@ -358,9 +378,42 @@ def _in_time(
     return [pair for pair in asked if pair[0].name not in closing.lost], [*before, *stays]
 
 
+def compared(
+    federation: Federation, state: ServerState, watch: Stopwatch, ledger: Ledger
+) -> ServerState:
+    """``state`` with how alike the model's blocks are, where that is due; the cohort is asked."""
+    pruning = federation.pruning
+    if pruning is None or not pruning.due(state):
+        return state
+    round_ = state.round + 1
+    with watch.phase("compare"):
+        cohort = federation.roster.sample(federation.seed, round_, 0, federation.settings.per_round)
+        encoder = codec.Encoder(federation.task, federation.wire)
+        asked = EvalPlan(state.adapter, state.delta, probe=pruning.spec.importance, round=round_)
+        contents = [encoder.evaluate(replace(asked, site=site.name)) for site in cohort]
+        ledger.down += sum(map(codec.content_bytes, contents))
+        nodes = [federation.roster.node_of(site) for site in cohort]
+        messages = _messages(MessageType.EVALUATE, round_, contents, nodes)
+        ids = federation.grid.push_jobs([[message] for message in messages])
+        found: dict[str, tuple[Tensor, Tensor, int]] = {}
+        for reply in _replies(federation, federation.grid, ids, federation.patience_s):
+            answer = None if reply.has_error() else comparison(reply.content, pruning.blocks)
+            if answer is not None:
+                ledger.up += codec.content_bytes(reply.content)
+                found[reply.metadata.reply_to_message_id] = answer
+    if not found:
+        raise QuorumFailure(
+            f"round {round_}: no site of {len(cohort)} could compare the model's blocks",
+            fix='Choose them without: [pruning] selection = "stride".',
+        )
+    return pruning.learned(state, [found[id_] for id_ in ids if id_ in found])
+
+
 def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPlan:
     """The rule's plan for a site, with the facts of the round."""
     plan = federation.strategy.plan(state, site)
+    if federation.pruning is not None:
+        plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)
     return replace(
         plan, training=training, round=state.round + 1, site=site.name, seed=federation.seed
@@ -461,10 +514,20 @@ def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
     return groups
 
 
-def evaluate(federation: Federation, state: ServerState) -> dict[str, float]:
-    """Score the global model on the central test set; any node can hold a slice of it."""
+def evaluate(
+    federation: Federation, state: ServerState, layers: tuple[int, ...] | None = None
+) -> dict[str, float]:
+    """Score the global model on the central test set; any node can hold a slice of it.
+
+    Args:
+        federation: of which sites.
+        state: whose adapter.
+        layers: the blocks of a submodel to score in its place; None is all of them.
+    """
     encoder = codec.Encoder(federation.task, federation.wire)
-    whole = EvalPlan(state.adapter, state.delta, round=state.round)
+    adapter = state.adapter if layers is None else state.adapter.narrowed(layers)
+    delta = {m: f for m, f in state.delta.items() if layers is None or in_blocks(m, layers)}
+    whole = EvalPlan(adapter, delta, layers=layers, round=state.round)
     shards = range(EVALUATION_SHARDS)
     plans = [replace(whole, shard=(shard, EVALUATION_SHARDS)) for shard in shards]
     nodes = [1 + shard % federation.settings.per_round for shard in shards]

@@ -42,6 +42,7 @@ from server.config import RunConfig, differences, parse_toml
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
 from server.privacy import open_account, promises, resolved_privacy
+from server.pruning import pruning_of
 from server.roster import SimulatedRoster
 from server.rounds import Completed, Courier, Federation, rounds
 from server.validation import Limits
@@ -512,7 +513,10 @@ def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
     """Everything the rounds need, unpacked from the configuration."""
     config = setting.config
-    roster = SimulatedRoster(setting.manifest, config.data.holdout, config.devices)
+    geometry = models.geometry(config.model, setting.folder)
+    pruning, budgets = pruning_of(config, setting.shapes, geometry)
+    devices = replace(config.devices, memory_mib=budgets)
+    roster = SimulatedRoster(setting.manifest, config.data.holdout, devices)
     return Federation(
         strategy=config.strategy,
         roster=roster,
@@ -527,6 +531,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         limits=Limits(update_norm=config.engine.max_update_norm),
         holdout=config.data.holdout > 0,
         clock=simulated_clock(config, roster),
+        pruning=pruning,
         stop=stop,
     )
 

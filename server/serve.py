@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from fedft.core import codec, memory, models
+from fedft.core import codec, models
 from fedft.core.errors import ConfigError, FedftError
-from fedft.core.link.framing import Expected, Shape, data_schema
-from fedft.core.link.shapes import of_adapter
+from fedft.core.link.framing import Expected, data_schema
+from fedft.core.link.shapes import of_adapter, of_comparison
 from fedft.core.rundir import RunDir
 from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
@@ -35,6 +35,7 @@ from server.identity import (
     load_address,
     save_address,
 )
+from server.pruning import site_footprint
 from server.run import (
     CLIENT_APP,
     Observer,
@@ -297,26 +298,11 @@ def objection(setting: Setting, site: Site) -> str | None:
 
 
 def _needed_mib(setting: Setting, rank: int) -> float:
-    config, shapes = setting.config, setting.shapes
-    tensors = of_adapter(shapes, rank, {"A", "B", "head"})
-    return (
-        memory.peak(
-            models.geometry(config.model, setting.folder),
-            base_parameters=shapes.parameters,
-            trainable=sum(_elements(shape) for shape in tensors.values()),
-            batch=config.training.batch_size,
-            tokens=config.data.max_length,
-            precision=setting.task.precision,
-        )["total"]
-        / 2**20
-    )
-
-
-def _elements(shape: Shape) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+    """With as few blocks as the run's pruning allows: all of them where it prunes nothing."""
+    config = setting.config
+    geometry = models.geometry(config.model, setting.folder)
+    found = site_footprint(config, setting.shapes, geometry, rank)
+    return found.mib(1 if config.pruning.selection != "none" else None)
 
 
 def _expectations(setting: Setting) -> Callable[[Message], Expected]:
@@ -325,6 +311,8 @@ def _expectations(setting: Setting) -> Callable[[Message], Expected]:
 
     def expected(message: Message) -> Expected:
         fields = codec.message_fields(message.content)
+        if fields.get("probe") is not None:
+            return {"arrays": of_comparison(setting.shapes)}
         if "send" not in fields:
             return {}
         key = (int(fields["rank"]), tuple(fields["send"]))

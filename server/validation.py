@@ -69,6 +69,23 @@ def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -
     )
 
 
+def comparison(content: RecordDict, blocks: int) -> tuple[Tensor, Tensor, int] | None:
+    """What a site says of the model's blocks: similarities, importances, rows; None if unusable."""
+    arrays = content.array_records.get("arrays", ArrayRecord())
+    metrics: Any = content.metric_records.get("metrics", {})
+    sizes = {"similarity": blocks * (blocks - 1) // 2, "importance": blocks}
+    rows = metrics.get("num-examples")
+    if set(arrays) != set(sizes) or not isinstance(rows, int) or rows < 1:
+        return None
+    try:
+        _check_schema(arrays, {n: torch.empty(size) for n, size in sizes.items()}, "a site")
+        similarity, importance = (_decode(name, arrays[name], "a site") for name in sizes)
+    except UpdateRejected:
+        return None
+    alike = bool(((similarity >= 0) & (similarity <= 1)).all())
+    return (similarity, importance, rows) if alike and bool(importance.isfinite().all()) else None
+
+
 def _record(content: RecordDict) -> ArrayRecord:
     if set(content.array_records) != {"arrays"}:
         raise UpdateRejected("schema", "a reply has exactly one array record, 'arrays'")

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from fedft.core import hydra, seeds
 from fedft.core.algebra import stack, uniform_rows
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
-from fedft.core.memory import Geometry
+from fedft.core.memory import Geometry, Load
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
@@ -342,20 +343,49 @@ def _initial_head(shapes: Schema, seed: int) -> dict[str, Tensor]:
 
 
 def geometry(spec: ModelSpec, folder: Path) -> Geometry:
-    """The sizes that decide about activations, from the model's configuration."""
-    import transformers
-
-    config: Any = transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=spec.trust_remote_code
-    )
-    hidden = int(config.hidden_size)
+    """The sizes that decide about memory, from the model's configuration; no weight is loaded."""
+    with torch.device("meta"):
+        model: Any = _empty(spec, folder, classes=2)
+    config = model.config
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    named = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in HEADS}
+    inner = sum(p.numel() for n, p in named.items() if block_of(n) is not None)
+    blocks = int(config.num_hidden_layers)
     return Geometry(
-        blocks=int(config.num_hidden_layers),
+        blocks=blocks,
         hidden=hidden,
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        heads=int(config.num_attention_heads),
+        heads=heads,
+        key_value=heads * int(getattr(config, "head_dim", None) or hidden // heads),
+        gated=any(n.endswith(("gate_proj.weight", "weights_in.weight")) for n in named),
+        block_parameters=inner // blocks,
+        other_parameters=sum(p.numel() for p in named.values()) - inner,
         vocabulary=int(config.vocab_size) if spec.task == "causal-lm" else 0,
+        patches=(config.image_size // config.patch_size) ** 2 + 1
+        if spec.task == "image-classification"
+        else 0,
     )
+
+
+def load_of(
+    shapes: Schema, blocks: int, rank: int, *, batch: int, tokens: int, scored: int
+) -> Load:
+    """A step of training in which every adapted layer and the head learn.
+
+    Args:
+        shapes: of the model.
+        blocks: over which the adapted layers are spread.
+        rank: of the adapter.
+        batch: rows a step.
+        tokens: of the longest row.
+        scored: tokens of a row whose prediction has a loss.
+    """
+    inner = outer = 0
+    for module, (d_out, d_in) in shapes.modules.items():
+        own = rank * (d_out + d_in)
+        inner, outer = (inner, outer + own) if block_of(module) is None else (inner + own, outer)
+    outer += sum(math.prod(shape) for shape in (*shapes.head.values(), *shapes.tensors.values()))
+    return Load(batch, tokens, scored, outer, -(-inner // blocks))
 
 
 # ------------------------------------------------------------------------------ the frozen base

@@ -266,6 +266,8 @@ class TaskSpec(Table):
         site: name of the one site that all training rows here belong to, in the order of the file;
             None where they are divided among many.
         classes: names of the run's classes, where sites read data of their own.
+        lean: this machine grants limited memory: of the base it loads only the blocks that a plan
+            names.
         attack: which sites of a simulation lie, and how; None of none.
     """
 
@@ -283,4 +285,5 @@ class TaskSpec(Table):
     fingerprint: str = ""
     site: str | None = None
     classes: tuple[str, ...] = ()
+    lean: bool = False
     attack: AttackSpec | None = None

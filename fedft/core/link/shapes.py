@@ -30,6 +30,12 @@ def of_adapter(schema: "Schema", rank: int, parts: Collection[Part]) -> dict[str
     return shapes
 
 
+def of_comparison(schema: "Schema") -> dict[str, Shape]:
+    """What a site says of the model's blocks: their similarities and their importance."""
+    L = schema.blocks
+    return {"similarity": (L * (L - 1) // 2,), "importance": (L,)}
+
+
 def of_work(schema: "Schema", rank: int, header: pb.Content) -> Expected:
     """What a server may send a site: an adapter of a rank, and a change of the base weights.
 

