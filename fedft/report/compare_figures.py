@@ -10,11 +10,14 @@ from fedft.report import charts
 from fedft.report.charts import INK, RULE, Line, Style
 from fedft.report.figures import (
     Figure,
+    band_note,
     cumulative,
     floored,
     heat,
+    in_two_sizes,
     layer_bias,
     legend,
+    level,
     phases,
     score_axis,
     site_scores,
@@ -23,6 +26,7 @@ from fedft.report.figures import (
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Group, Metric, baseline_name, baseline_of
 from fedft.report.records import Record, clean, mapping
+from fedft.report.timing import score_by_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +38,7 @@ def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
     spread = [(g.label, list(g.runs.values())) for g in groups]
     candidates = (
         score_bands(groups, metric, look),
+        score_by_time(groups, metric, look),
         bias_bands(groups, look),
         score_by_bytes(groups, metric, look),
         bias_by_gain(groups, metric, look),
@@ -53,14 +58,14 @@ def score_bands(
     if not lines:
         return None
     alt = f"{metric.title} per round. At the end: {_endings(lines, metric)}."
-    title, caption = f"{metric.title} per round", _band_note(groups)
+    title, caption = f"{metric.title} per round", band_note(groups)
 
     def draw(ax: "Axes") -> None:
         charts.plot(ax, lines)
         score_axis(ax, metric)
         charts.name_ends(ax, lines)
 
-    return _in_two_sizes("score-bands", title, caption, alt, draw)
+    return in_two_sizes("score-bands", title, caption, alt, draw)
 
 
 def bias_bands(groups: Sequence[Group], look: Mapping[str, Style]) -> Figure | None:
@@ -123,7 +128,7 @@ def score_by_bytes(
         charts.name_ends(ax, lines, tied=False)
 
     title = f"{metric.title} against traffic"
-    return _in_two_sizes("score-bytes", title, "Mean over the seeds.", f"{alt}.", draw)
+    return in_two_sizes("score-bytes", title, "Mean over the seeds.", f"{alt}.", draw)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def bias_by_gain(
         ]
         charts.name_points(ax, spots, [clean(p.label, 36) for p in points], bars)
         notes = [f"Difference in {metric.title.lower()} at the last evaluation, paired by seed."]
-        notes += [f"Bars: {_level(groups)} interval."] * any(p.half for p in points)
+        notes += [f"Bars: {level(groups)} interval."] * any(p.half for p in points)
         notes += ["Grey: exact, side by side."] * (exact > 1)
         drawing = charts.svg(figure, "bias-gain", alt)
         return Figure("bias-gain", "Bias against gain", " ".join(notes), drawing)
@@ -313,39 +318,13 @@ def _log_bands(
         charts.whole_rounds(ax)
         charts.name_ends(ax, lines)
 
-    note = f"{caption} Geometric mean. {_band_note(groups)}"
-    return _in_two_sizes(name, title, note, f"{alt}.", draw)
-
-
-def _in_two_sizes(
-    name: str, title: str, caption: str, alt: str, draw: Callable[["Axes"], None]
-) -> Figure:
-    """Drawn for a column or a phone, and again for the whole width: shrunk text cannot be read."""
-    with charts.canvas(4.7, 3.4) as (figure, ax):
-        draw(ax)
-        narrow = charts.svg(figure, name, alt)
-    with charts.canvas(9.4, 3.8) as (figure, ax):
-        draw(ax)
-        wide = charts.svg(figure, f"{name}-wide", alt)
-    return Figure(name, title, caption, narrow, wide)
+    note = f"{caption} Geometric mean. {band_note(groups)}"
+    return in_two_sizes(name, title, note, f"{alt}.", draw)
 
 
 def _bounded_exp(value: float) -> float:
     """Back from the logarithm; a band over few seeds can be wider than any number."""
     return exp(min(max(value, log(EXACT)), 300.0))
-
-
-def _level(groups: Sequence[Group]) -> str:
-    return f"{100 * groups[0].confidence:.3g} %"
-
-
-def _band_note(groups: Sequence[Group]) -> str:
-    most = max(len(group.runs) for group in groups)
-    return (
-        f"Bands: {_level(groups)} interval over {most} seeds."
-        if most > 1
-        else "One seed: no bands."
-    )
 
 
 def _endings(lines: Sequence[Line], metric: Metric) -> str:

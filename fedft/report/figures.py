@@ -1,6 +1,6 @@
 """What figures of one run and of several have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean, median, quantiles
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedft.report import charts
 from fedft.report.charts import INK, MUTED, PALETTE, Line, Style
 from fedft.report.formats import EXACT, bias_text, score
-from fedft.report.groups import Metric
+from fedft.report.groups import Group, Metric
 from fedft.report.records import Record, clean, mapping, number, round_number
 
 if TYPE_CHECKING:
@@ -39,6 +39,32 @@ class Figure:
     caption: str
     svg: str
     wide: str | None = None
+
+
+def in_two_sizes(
+    name: str, title: str, caption: str, alt: str, draw: Callable[["Axes"], None]
+) -> Figure:
+    """Drawn for a column or a phone, and again for the whole width: shrunk text cannot be read."""
+    with charts.canvas(4.7, 3.4) as (figure, ax):
+        draw(ax)
+        narrow = charts.svg(figure, name, alt)
+    with charts.canvas(9.4, 3.8) as (figure, ax):
+        draw(ax)
+        wide = charts.svg(figure, f"{name}-wide", alt)
+    return Figure(name, title, caption, narrow, wide)
+
+
+def level(groups: Sequence[Group]) -> str:
+    """The level of all intervals, in words."""
+    return f"{100 * groups[0].confidence:.3g} %"
+
+
+def band_note(groups: Sequence[Group]) -> str:
+    """What the bands of a figure are."""
+    most = max(len(group.runs) for group in groups)
+    return (
+        f"Bands: {level(groups)} interval over {most} seeds." if most > 1 else "One seed: no bands."
+    )
 
 
 def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -> Figure | None:

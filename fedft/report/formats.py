@@ -5,6 +5,7 @@ from fedft.report.statistics import Interval
 EXACT = 1e-6
 """A relative bias up to here is the rounding of float32 factors."""
 
+_TIMES = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -31,6 +32,11 @@ def seconds_text(value: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def time_unit(largest: float) -> tuple[float, str]:
+    """The unit in which ``largest`` seconds read best on an axis: (seconds, name)."""
+    return next(((size, name) for size, name in _TIMES if largest >= 5 * size), (1.0, "s"))
 
 
 def significant(value: float) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedft.report.formats import bias_text, bytes_text, seconds_text, spread
+from fedft.report.formats import bias_text, bytes_text, score, seconds_text, spread
 from fedft.report.groups import (
     Group,
     Metric,
@@ -16,6 +16,7 @@ from fedft.report.groups import (
 )
 from fedft.report.records import Record, load
 from fedft.report.statistics import CONFIDENCE, Interval
+from fedft.report.timing import common_target, curve, time_to
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Row:
         bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
         traffic: bytes up and down, a run.
         seconds: wall-clock, a run.
+        simulated: seconds on the fleet's clock, a run; None where there was none.
+        device_seconds: the same summed over the devices: what the run cost them.
+        time_to_target: seconds on that clock until the table's target was reached.
     """
 
     label: str
@@ -46,6 +50,9 @@ class Row:
     bias: Interval | None
     traffic: Interval | None
     seconds: Interval | None
+    simulated: Interval | None
+    device_seconds: Interval | None
+    time_to_target: Interval | None
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,14 @@ class Table:
         rows: the baseline's first.
         baseline: what differences are taken to.
         confidence: level of the intervals.
+        target: the best level of the metric that every run reached; None without a fleet's clock.
     """
 
     metric: Metric
     rows: tuple[Row, ...]
     baseline: str
     confidence: float = CONFIDENCE
+    target: float | None = None
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -93,7 +102,8 @@ class Table:
 
     def to_json(self) -> list[dict[str, object]]:
         """Plain numbers, for scripts."""
-        return [{"metric": self.metric.title, **asdict(row)} for row in self.rows]
+        shared = {"metric": self.metric.title, "target": self.target}
+        return [{**shared, **asdict(row)} for row in self.rows]
 
     def note(self) -> str:
         """What the numbers mean."""
@@ -105,6 +115,10 @@ class Table:
         if self._any(lambda row: row.gain):
             unit = "percentage points" if self.metric.percent else "the metric's own unit"
             text += f" Differences to {self.baseline} are paired by seed, in {unit}."
+        if self.target is not None:
+            text += (
+                f" {score(self.target, self.metric.percent)} is the best that every run reached."
+            )
         return text
 
     def _columns(self) -> list[tuple[str, Callable[[Row], str]]]:
@@ -124,9 +138,17 @@ class Table:
             columns += [("Δ sites' own", lambda r: spread(r.sites_gain, m.percent, signed=True))]
         if self._any(lambda r: r.bias):
             columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]
+        if self.target is not None:
+            title = f"Time to {score(self.target, m.percent)}"
+            columns += [(title, lambda r: _seconds(r.time_to_target))]
+        if self._any(lambda r: r.simulated):
+            columns += [
+                ("Simulated time", lambda r: _seconds(r.simulated)),
+                ("Device time", lambda r: _seconds(r.device_seconds)),
+            ]
         columns += [
             ("Traffic a run", lambda r: bytes_text(r.traffic.mean if r.traffic else None)),
-            ("Time a run", lambda r: seconds_text(r.seconds.mean if r.seconds else None)),
+            ("Time a run", lambda r: _seconds(r.seconds)),
         ]
         return columns
 
@@ -154,11 +176,12 @@ def tabulate(records: Sequence[Record], confidence: float | None = None) -> Tabl
     """The summary table of runs that have been read."""
     metric = metric_of(records)
     groups = group(records, confidence)
-    rows = tuple(_row(g, baseline_of(g, groups), metric) for g in groups)
-    return Table(metric, rows, baseline_name(groups), groups[0].confidence)
+    target = common_target(records, metric)
+    rows = tuple(_row(g, baseline_of(g, groups), metric, target) for g in groups)
+    return Table(metric, rows, baseline_name(groups), groups[0].confidence, target)
 
 
-def _row(one: Group, baseline: Group | None, metric: Metric) -> Row:
+def _row(one: Group, baseline: Group | None, metric: Metric, target: float | None) -> Row:
     score, sites = one.values(*metric.keys), one.values(*metric.of_sites)
     runs = list(one.runs.values())
     return Row(
@@ -173,7 +196,24 @@ def _row(one: Group, baseline: Group | None, metric: Metric) -> Row:
         bias=one.interval(one.means("bias", "relative").values()),
         traffic=one.interval(b for b in map(traffic, runs) if b is not None),
         seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),
+        simulated=one.interval(one.values("clock", "elapsed").values()),
+        device_seconds=one.interval(
+            run.total("clock", "device_seconds") for run in runs if run.series("clock", "elapsed")
+        ),
+        time_to_target=one.interval(_times_to(runs, metric, target)),
     )
+
+
+def _times_to(runs: Sequence[Record], metric: Metric, target: float | None) -> list[float]:
+    """Of the runs that reached the target."""
+    if target is None:
+        return []
+    found = (time_to(curve(run, metric), target, higher=metric.higher) for run in runs)
+    return [seconds for seconds in found if seconds is not None]
+
+
+def _seconds(value: Interval | None) -> str:
+    return seconds_text(value.mean if value else None)
 
 
 def _markdown(text: str) -> str:
