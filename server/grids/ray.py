@@ -45,6 +45,11 @@ _CHOICE = 16
 _REMEMBERED = 10_000
 """Jobs whose last worker is remembered."""
 
+_KERNELS = "64"
+"""Compiled kernels that oneDNN keeps in a worker. It makes one for every shape, and packed cohorts
+have a new shape each step; few of the 1024 that it would keep are used again. A step needs about
+ten. After three rounds of MiniLM 180 MB less, in the same CPU time."""
+
 _HEALTH_S = 1.0
 """How often to make sure that Ray is still there."""
 
@@ -53,7 +58,7 @@ _STUCK_S = 30.0
 
 _FETCH_S = 5.0
 
-_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "FLWR_", "CUBLAS_")
+_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "FLWR_", "CUBLAS_", "ONEDNN_")
 """Environment variables that a worker must see as the driver does, by prefix."""
 
 
@@ -405,7 +410,8 @@ def _worker_environment(threads: int) -> dict[str, str]:
     passed_on = {
         k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and k != "HF_TOKEN"
     }
-    return {**passed_on, "OMP_NUM_THREADS": str(threads)}
+    bounded = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KERNELS}
+    return {**bounded, **passed_on, "OMP_NUM_THREADS": str(threads)}
 
 
 def _is_large(record: Record) -> bool:
