@@ -220,6 +220,8 @@ def _round_line(record: Mapping[str, Any]) -> str:
     parts = [f"loss {loss:.3f}" if loss is not None else "loss –"]
     if scores := record.get("eval"):
         parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
+    for unit, spent in record.get("privacy", {}).items():
+        parts.append(f"ε {spent['epsilon']:.2f} a {unit}")
     return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fedft.core import codec, models
 from fedft.core.types import Part, Site
 from server.config import RunConfig
+from server.privacy import forecast_privacy, promises
 from server.pruning import site_footprint
 from server.run import resolved
 
@@ -21,7 +22,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     Returns:
         JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
         first round (the base delta of some rules grows later), ``clients`` a list with one entry
-        a rank: its share of bytes and its peak memory in MiB.
+        a rank: its share of bytes and its peak memory in MiB; ``privacy`` where the run promises
+        any, see :func:`server.privacy.forecast_privacy`.
 
     Raises:
         FedftError: the run could not be started either.
@@ -53,7 +55,20 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         "clients": clients,
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
+        **_privacy(config),
     }
+
+
+def _privacy(config: RunConfig) -> dict[str, Any]:
+    """What the run will spend, where it promises privacy; data are read for the sites' sizes alone."""
+    if not promises(config):
+        return {}
+    examples = 0
+    if config.training.dp is not None:
+        from fedft.core.data import load
+
+        examples = len(load(config.data, config.model.task, seed=config.seed).train)
+    return {"privacy": forecast_privacy(config, examples)}
 
 
 def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) -> dict[str, Any]:
@@ -102,4 +117,17 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         lines.append(
             f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']} ({detail})"
         )
+    lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
+
+
+def _privacy_line(unit: str, spent: dict[str, Any]) -> str:
+    whom = {
+        "site": "one site more or less",
+        "example": "one example more or less, at a site of mean size that is in every round",
+    }
+    return (
+        f"privacy by {unit:<10} ε = {spent['epsilon']:.3f} at δ = {spent['delta']:g} "
+        f"(noise multiplier {spent['noise_multiplier']:.4g}, Poisson sampling at rate "
+        f"{spent['sampling_rate']:.4g}; {whom[unit]})"
+    )
