@@ -148,11 +148,11 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         if json:
             print_json([{**asdict(client), "state": client.state} for client in registered])
             return
-        table = Table("client", "state", "examples", "rank", "MiB", "since", "certificate", "why")
+        table = Table("client", "state", "examples", "rank", "MiB", "since", "expires", "why")
         for c in registered:
-            since, until = c.revoked or c.dismissed or c.joined or c.invited, c.expires[:10]
+            since = (c.revoked or c.dismissed or c.joined or c.invited)[:16].replace("T", " ")
             numbers = (c.examples, c.rank or "", c.memory_mib or "")
-            cells = (c.name, c.state, *numbers, since, until and f"until {until}", c.why)
+            cells = (c.name, c.state, *numbers, since, c.expires[:10], c.why)
             table.add_row(*(safe(cell) for cell in cells))
         Console(highlight=False).print(table)
 
