@@ -159,6 +159,7 @@ def _cards(record: Record, metric: Metric) -> str:
     asked = sum(len(c) for line in record.rounds if isinstance(c := line.get("cohort"), list))
     sites = record.final(*metric.of_sites)
     up, down = (_stated(record, way) for way in ("up", "down"))
+    elapsed, busy = record.final("clock", "elapsed"), record.total("clock", "device_seconds")
     cards = [
         (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}" if values else ""),
         ("Best round", score(values[best], metric.percent) if best is not None else "—", f"round {best}" if best is not None else ""),
@@ -166,6 +167,7 @@ def _cards(record: Record, metric: Metric) -> str:
         ("Relative bias", bias_text(record.mean("bias", "relative")), "mean over rounds"),
         ("Traffic", bytes_text(traffic(record)), f"{bytes_text(up)} up, {bytes_text(down)} down"),
         ("Time", seconds_text(record.seconds()), f"{len(record.rounds)} rounds"),
+        ("Simulated time", seconds_text(elapsed), f"{seconds_text(busy)} of all devices") if elapsed is not None else None,
         ("Unusable replies", str(failed), f"of {asked} asked"),
     ]  # fmt: skip
     return "<dl class='cards'>{}</dl>".format(
