@@ -129,6 +129,7 @@ def workbench(task_json: str) -> Workbench:
         precision=task.precision,
         device=task.device,
         lean=task.lean,
+        shared=task.site is None,
     )
     return Workbench(task, data, manifest, _engine(task, base))
 

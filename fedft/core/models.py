@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -104,8 +105,7 @@ def _converted(gguf: Path, version: str) -> Path:
     transformers refuses to save a model that came out of a GGUF file, so the dequantised weights
     are copied into a fresh model of the same configuration.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedft" / "models"
-    folder = cache / f"{gguf.stem}-{version}"
+    folder = _cache() / f"{gguf.stem}-{version}"
     if (folder / "complete").exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,6 +122,11 @@ def _converted(gguf: Path, version: str) -> Path:
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
     (folder / "complete").touch()
     return folder
+
+
+def _cache() -> Path:
+    """Models in a form that loads faster or smaller than the one they came in."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedft" / "models"
 
 
 def _from_hub(spec: ModelSpec) -> Path:
@@ -573,6 +578,7 @@ def load_base(
     precision: Precision = "fp32",
     device: str = "cpu",
     lean: bool = False,
+    shared: bool = False,
 ) -> Base:
     """Load the frozen base. Its head, if any, is a placeholder: an adapter brings the real one.
 
@@ -585,6 +591,9 @@ def load_base(
         device: torch device.
         lean: load no block yet: :meth:`Base.holding` loads those that it is asked for from the
             safetensors file, and no other block is ever in memory.
+        shared: other processes on this machine load the same: make the weights pages of one file.
+            They are anyway where the file has them in the dtype that is wanted; for others a
+            bfloat16 copy is written once, into the user's cache.
 
     Attention is eager in bf16 on a CPU, where SDPA's backward pass is many times slower at short
     lengths, and SDPA elsewhere.
@@ -608,10 +617,54 @@ def load_base(
         load = partial(_of_blocks, spec, folder, classes, options, device)
         return Base(_skeleton(spec, folder, classes, load(())), lora, spec.task, load=load)
     auto: Any = getattr(transformers, _AUTO[spec.task])
-    model = auto.from_pretrained(
-        folder, trust_remote_code=spec.trust_remote_code, **options, **_labels(spec, classes)
+    load = partial(
+        auto.from_pretrained,
+        trust_remote_code=spec.trust_remote_code,
+        **options,
+        **_labels(spec, classes),
     )
-    return Base(_ready(model, device), lora, spec.task)
+    if shared and precision == "bf16" and device == "cpu" and not spec.trust_remote_code:
+        folder = _in_bfloat16(folder, load)
+    return Base(_ready(load(folder), device), lora, spec.task)
+
+
+_WORTH_SHARING = 32 << 20
+"""Bytes of a weights file below which each process has its own copy."""
+
+
+def _in_bfloat16(folder: Path, load: Callable[[Path], Any]) -> Path:
+    """A folder with the same weights as ``load`` converts them to; ``folder`` where none is needed.
+
+    Args:
+        folder: of the model.
+        load: loads a folder in bfloat16.
+    """
+    files = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    if sum(stat.st_size for _, stat in files) < _WORTH_SHARING or _is_bfloat16(files[0][0]):
+        return folder
+    known = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    converted = _cache() / f"{folder.name}-bf16-{key}"
+    if converted.exists():
+        return converted
+    try:
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=converted.parent, ignore_cleanup_errors=True
+        ) as own:  # none to clean up once it has its name
+            load(folder).save_pretrained(own)
+            Path(own).rename(converted)
+    except OSError:  # no room, no right to write, or another worker was first
+        return converted if converted.exists() else folder
+    return converted
+
+
+def _is_bfloat16(weights: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return "BF16" in kinds
 
 
 def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,31 @@ def test_the_effective_adapter_is_delta_and_adapter_in_one(tiny_model: Path) -> 
     whole = models.effective(adapter, delta).factors[path]
     expected = adapter.factors[path].product() + delta[path].product()
     assert torch.allclose(whole.product(), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
+def test_processes_of_one_machine_share_bfloat16_weights(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(models, "_WORTH_SHARING", 0)
+    load = partial(models.load_base, spec_of(tiny_model), LORA, 3, precision="bf16")
+    own = load().model.state_dict()
+    for _ in range(2):
+        shared = load(shared=True).model
+        for name, tensor in shared.state_dict().items():
+            assert name.startswith("classifier.") or torch.equal(tensor, own[name])
+        assert _in_files(shared) == {n for n in own if not n.startswith("classifier.")}
+    (folder,) = (tmp_path / "fedft" / "models").iterdir()
+    shutil.rmtree(folder)
+    folder.parent.rmdir()
+    folder.parent.write_text("not a folder")
+    assert not _in_files(load(shared=True).model)
+
+
+def _in_files(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are pages of a safetensors file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ends = (line.split()[0].split("-") for line in lines if line.endswith(".safetensors"))
+    spans = [range(int(first, 16), int(last, 16)) for first, last in ends]
+    return {n for n, p in model.named_parameters() if any(p.data_ptr() in s for s in spans)}
