@@ -229,11 +229,22 @@ class RunConfig(Table):
         if ranks and (lora.method, lora.init) != ("lora", "default"):
             what = f"init = {lora.init!r}" if lora.method == "lora" else f"method = {lora.method!r}"
             raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
-        if lora.method != "lora" and self.engine.cohort not in (1, "auto"):
+        if self.one_by_one and self.engine.cohort not in (1, "auto"):
+            what = "load-in" if lora.method == "lora" else f"method = {lora.method!r}"
             raise ValueError(
-                f"[engine] cohort = {self.engine.cohort}: sites with method = {lora.method!r} are "
+                f"[engine] cohort = {self.engine.cohort}: sites with {what} are "
                 'trained one by one; set cohort = 1 or "auto"'
             )
+        if self.model.load_in is not None and lora.init != "default":
+            raise ValueError(
+                f"[lora] init = {lora.init!r} changes the base weights, and [model] load-in holds "
+                "them in few bits"
+            )
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether only the plain PEFT loop can train these sites, not the cohort engine."""
+        return self.lora.method != "lora" or self.model.load_in is not None
 
     def _check_privacy(self) -> None:
         """What the account of a private run relies on."""

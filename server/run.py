@@ -313,8 +313,8 @@ def cohort_size(config: RunConfig) -> int:
     """
     if config.training.dp is not None:
         return 1  # DP-SGD takes gradients example by example, in the plain loop
-    if config.lora.method != "lora":
-        return 1  # the cohort engine stacks plain factors
+    if config.one_by_one:
+        return 1
     row = max(1, config.data.max_length // 8)
     fits = COHORT_TOKENS // (row * config.training.batch_size)
     return max(1, min(fits, -(-config.rounds.per_round // 2)))
@@ -365,8 +365,14 @@ def complete(
 
 
 def open_grid(config: RunConfig) -> SimulationGrid:
-    """The workers of a simulation; they come up in the background."""
+    """The workers of a simulation; they come up in the background.
+
+    Raises:
+        EnvironmentFailure: the base is to be held in few bits, which these workers cannot.
+    """
     engine = config.engine
+    if config.model.load_in is not None:
+        models.check_quantized(config.model.load_in, "cuda" if engine.gpus_per_worker else "cpu")
     if engine.backend == "inline":
         torch.set_num_threads(engine.threads)
         return InlineGrid(CLIENT_APP, config.fleet.clients)
@@ -478,8 +484,8 @@ def _restore(
         run.truncate_to(0)
         grid.load_states({})
         config = setting.config
-        if config.lora.method != "lora":
-            observer.note(f"sites with method = {config.lora.method!r} are trained one by one")
+        if config.one_by_one:
+            observer.note("sites are trained one by one: the cohort engine takes plain LoRA only")
         return first_state(config, setting.shapes), Progress()
     for note in checkpoint.notes:
         observer.note(note)

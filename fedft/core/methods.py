@@ -245,5 +245,5 @@ def _frozen_tensors(spec: str, lora: str, seed: int) -> tuple[dict[str, Tensor],
 def _loaded(spec: ModelSpec, lora: LoraSpec, seed: int) -> tuple[nn.Module, list[str]]:
     from fedft.core import models
 
-    base = models.load_base(spec, lora, classes=2)
+    base = models.load_base(spec.model_copy(update={"load_in": None}), lora, classes=2)
     return injected(base.model, lora, base.adapted, seed), list(base.adapted)

@@ -9,6 +9,7 @@ is read from the configuration alone, with no weight in memory: that is all a se
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import math
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from fedft.core import hydra, seeds
 from fedft.core.algebra import stack, uniform_rows
-from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
+from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry, Load
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
@@ -265,10 +266,12 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, also where the weight is stored transposed."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features  # a quantised weight is packed
     weight = linear.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
-    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+    return columns, rows
 
 
 def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
@@ -446,9 +449,17 @@ class Base:
         """Make the weights ``W_0 + delta``; an empty delta restores ``W_0`` exactly.
 
         The untouched weights of shifted layers are kept, so that no rounding accumulates.
+
+        Raises:
+            MismatchError: the weights are quantised.
         """
         if delta is self._shifted_by or (not delta and not self._shifted_by):
             return
+        if getattr(self.model, "is_quantized", False):
+            raise MismatchError(
+                "this rule changes the base weights, and [model] load-in holds them in few bits",
+                fix="Leave load-in out, or choose a rule such as fedavg-lora.",
+            )
         with torch.no_grad():
             for path, pristine in self._pristine.items():
                 self._weight(path).copy_(pristine)
@@ -599,9 +610,13 @@ def load_base(
     lengths, and SDPA elsewhere.
 
     Raises:
+        EnvironmentFailure: the spec asks for 4 or 8 bits, and this process cannot hold them.
         MismatchError: ``lean``, and the blocks of this model cannot be told apart.
     """
     import transformers
+
+    if spec.load_in is not None:
+        check_quantized(spec.load_in, device)
 
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -617,6 +632,8 @@ def load_base(
         load = partial(_of_blocks, spec, folder, classes, options, device)
         return Base(_skeleton(spec, folder, classes, load(())), lora, spec.task, load=load)
     auto: Any = getattr(transformers, _AUTO[spec.task])
+    if spec.load_in is not None:
+        options |= _quantization(spec.load_in, options["dtype"], device)
     load = partial(
         auto.from_pretrained,
         trust_remote_code=spec.trust_remote_code,
@@ -667,6 +684,38 @@ def _is_bfloat16(weights: Path) -> bool:
     return "BF16" in kinds
 
 
+def check_quantized(bits: str, device: str) -> None:
+    """Refuse a base of 4 or 8 bits where it cannot be held.
+
+    Raises:
+        EnvironmentFailure: no CUDA device, or bitsandbytes is not installed.
+    """
+    wanted = f"[model] load-in = {bits!r}"
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise EnvironmentFailure(
+            f"{wanted} needs a CUDA device, and the workers here run on the CPU",
+            fix="Set [engine] gpus-per-worker on a machine with one, or leave load-in out.",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentFailure(
+            f"{wanted} needs bitsandbytes, which is not installed",
+            fix="pip install 'fedft[quantized]'",
+        )
+
+
+def _quantization(bits: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*HEADS, "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
     return {} if spec.task == "causal-lm" else {"num_labels": classes}
 
@@ -674,7 +723,8 @@ def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
 def _ready(model: nn.Module, device: str) -> nn.Module:
     """Frozen, in evaluation mode, on its device."""
     model.requires_grad_(False).eval()
-    model.to(device)
+    if not getattr(model, "is_quantized", False):  # which was put there as it was loaded
+        model.to(device)
     for name in HEADS:
         if isinstance(head := getattr(model, name, None), nn.Module):
             head.float().register_forward_pre_hook(_widen)

