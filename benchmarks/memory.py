@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.record import Results
 from fedft.core import memory, models
+from fedft.core.quiet import quiet
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Batch, LocalTraining, TrainPlan
 
@@ -104,6 +105,7 @@ def train(case: Case, rows: int, tokens: int, share: float) -> int:
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """All sizes of one model, in this process."""
+    quiet()
     torch.set_num_threads(1)
     memory.return_what_is_freed()
     spec = ModelSpec(source=case.source, task=case.task)

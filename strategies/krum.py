@@ -84,11 +84,24 @@ class Krum(Central):
 
 
 def squared_distances(updates: Sequence[ClientUpdate]) -> Tensor:
-    """``d(i, j)^2`` between the sites' updates in product space. [K, K], float64"""
+    """``d(i, j)^2`` between the sites' updates in product space. [K, K], float64
+
+    Two layer-pruned sites are compared on the layers that both hold, and their distance is scaled
+    up to all layers; where they share none it is the largest known.
+    """
     adapters = [u.adapter for u in updates]
-    total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for module in adapters[0].factors:
-        total += _from_gram(algebra.gram([a.factors[module] for a in adapters]))
+    K = len(updates)
+    total = torch.zeros(K, K, dtype=torch.float64)
+    shared = torch.zeros(K, K, dtype=torch.float64)
+    modules = dict.fromkeys(module for a in adapters for module in a.factors)
+    for module in modules:
+        holders = torch.tensor([k for k, a in enumerate(adapters) if module in a.factors])
+        pairs = holders[:, None], holders[None, :]
+        total[pairs] += _from_gram(
+            algebra.gram([adapters[int(k)].factors[module] for k in holders])
+        )
+        shared[pairs] += 1
+    total = torch.where(shared > 0, total * (len(modules) / shared.clamp_min(1)), total.max())
     for name in adapters[0].head:
         rows = torch.stack([a.head[name].double().flatten() for a in adapters])
         total += _from_gram(rows @ rows.T)
