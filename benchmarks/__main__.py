@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 SECTIONED = ("cohort", "engines", "federation", "registered")
-FULL = (*SECTIONED, "aggregation")
+FULL = (*SECTIONED, "aggregation", "overhead")
 
 
 def main() -> None:
