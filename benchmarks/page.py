@@ -167,21 +167,23 @@ def _federation_rows(found: Sections) -> str:
 
 
 def _draw_registered(found: Sections) -> tuple[str, str]:
-    fleets = list(next(iter(found.values())))
+    fleets = list(next(iter(found.values()))["fleets"])
     keys = sorted((key for key in found), key=int)
     each = [int(key) for key in keys]
     with charts.canvas(6.0, 3.2) as (figure, ax):
         right = ax.twinx()
         for fleet, filled_ in zip(fleets, (True, False), strict=False):
             for axes, name, color in ((ax, "round_s", PALETTE[0]), (right, "peak_mib", PALETTE[1])):
-                values = [found[key][fleet][name]["median"] for key in keys]
+                values = [found[key]["fleets"][fleet][name]["median"] for key in keys]
                 face = color if filled_ else "white"
                 look: dict[str, Any] = {"marker": "o", "markerfacecolor": face, "color": color}
                 axes.plot(each, values, linestyle="-" if filled_ else "--", **look)
-        ax.set_ylim(bottom=0)
-        right.set_ylim(bottom=0)
+        for axes in (ax, right):
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        right.grid(visible=False)
         ax.set_xscale("log")
         ax.set_xticks(each, [f"{n:,}" for n in each])
+        ax.minorticks_off()
         ax.set_xlabel("Clients a round; filled: 1,000 registered, hollow: 1,000,000")
         ax.set_ylabel("Seconds a round", color=PALETTE[0])
         right.set_ylabel("Peak memory of the process, MiB", color=PALETTE[1])
@@ -196,7 +198,7 @@ def _registered_rows(found: Sections) -> str:
             *(_spread(own[name]) for name in ("start_s", "round_s", "peak_mib")),
         ]
         for key in sorted(found, key=int)
-        for fleet, own in found[key].items()
+        for fleet, own in found[key]["fleets"].items()
     ]
     return _markdown(["clients a round", "start-up s", "s a round", "peak MiB"], rows)
 
@@ -214,6 +216,8 @@ def _bars(
             drawn = [
                 (i, bars[label, batch]) for i, label in enumerate(labels) if (label, batch) in bars
             ]
+            if not drawn:
+                continue
             rows = [i + offset for i, _ in drawn]
             middle = [own["median"] for _, own in drawn]
             ax.barh(rows, middle, height=0.36, color=color, label=f"batch {batch}")

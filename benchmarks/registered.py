@@ -65,7 +65,7 @@ def section(key: str, repeats: int) -> Mapping[str, Any]:
     for fleet, own in result.items():
         figures = ", ".join(f"{name} {value['median']:.2f}" for name, value in own.items())
         print(f"  {key} of {fleet}: {figures}", flush=True)
-    return result
+    return {"fleets": result}
 
 
 def table(fleet: int, each: int) -> dict[str, Any]:

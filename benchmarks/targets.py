@@ -111,7 +111,7 @@ def _federation(found: Sections) -> Iterator[Target]:
 
 
 def _registered(found: Sections) -> Iterator[Target]:
-    ten = found.get("10", {})
+    ten = found.get("10", {}).get("fleets", {})
     for name, bound, unit in (("start_s", 2.0, " s"), ("peak_mib", 150.0, " MiB")):
         few, many = (
             ten.get(fleet, {}).get(name, {}).get("median") for fleet in ("1000", "1000000")
