@@ -304,6 +304,11 @@ class RunConfig(Table):
                 f"[strategy] {name} waits for {buffer} replies of different sites, and "
                 f"[fleet] clients = {self.fleet.clients}"
             )
+        if self.pruning.selection != "none":
+            raise ValueError(
+                f"[pruning] selection = {self.pruning.selection!r} compares layers round by round, and "
+                f"[strategy] {name} has no rounds"
+            )
         if rounds.spares or rounds.quorum is not None:
             raise ValueError(
                 f"[rounds] spares and quorum are of rounds, and [strategy] {name} has none"
