@@ -12,7 +12,10 @@ from transformers import AutoModelForSequenceClassification
 import fedft
 from fedft.core import models
 from fedft.core.errors import ConfigError, EnvironmentFailure, Interrupted
+from fedft.core.link import link_pb2 as pb
+from fedft.core.link.shapes import ALL, of_adapter, of_work
 from fedft.core.rundir import RunDir
+from fedft.core.types import part_of
 from server.checkpoints import Checkpoints
 from server.config import parse_config
 from server.forecast import forecast
@@ -229,6 +232,22 @@ def test_what_cannot_be_run(changes: dict[str, Any], message: str, tiny_table: T
     with pytest.raises(ConfigError) as caught:
         parse_config(tiny_table(**changes))
     assert message in f"{caught.value.what} {caught.value.fix}"
+
+
+@pytest.mark.parametrize(
+    "lora", [hydra_lora(), {"method": "dora"}, {"method": "ia3"}], ids=["hydralora", "dora", "ia3"]
+)
+def test_both_ends_of_a_stream_know_what_may_come(lora: dict[str, Any], tiny_table: Table) -> None:
+    """The names and shapes of the whole adapter, at whatever rank it says it has."""
+    rule = {"name": "hydralora" if "heads" in lora else "fedavg-lora"}
+    config = parse_config(tiny_table(lora=lora, strategy=rule))
+    schema = models.schema(config.model, config.lora, 3)
+    adapter = models.initial_adapter(schema, config.lora, config.rank, 0)
+    everything = {n: tuple(t.shape) for n, t in adapter.tensors().items()}
+    assert of_adapter(schema, adapter.rank, ALL) == everything
+    assert of_work(schema, adapter.rank, pb.Content()) == {"arrays": everything, "delta": {}}
+    sent = {n: shape for n, shape in everything.items() if part_of(n) in ("A", "head")}
+    assert of_adapter(schema, adapter.rank, ("A", "head")) == sent
 
 
 def test_short_names_are_plain_lora(tiny_table: Table) -> None:
