@@ -119,7 +119,7 @@ def test_the_engine_trains_the_replies_of_an_update_together(
         ({"strategy": {"name": "fedbuff", "size": 9}}, "waits for 9 replies of different sites"),
         ({"rounds": {"spares": 1}}, "spares and quorum are of rounds"),
         ({"rounds": {"quorum": 2}}, "spares and quorum are of rounds"),
-        ({"pruning": {"selection": "uniform"}}, "compares layers round by round"),
+        ({"pruning": {"selection": "stride"}}, "compares layers round by round"),
     ],
 )
 def test_what_an_asynchronous_run_cannot_be(
