@@ -21,6 +21,7 @@ from fedft.core.rundir import RunDir
 from server import privacy
 from server.checkpoints import Checkpoints
 from server.config import check_real, parse_config
+from server.forecast import as_text, forecast
 from server.run import fork, resolved, resume, simulate
 from strategies import CentralDP
 
@@ -342,3 +343,19 @@ def test_the_ledger_is_plain_json(private: Table, tmp_path: Path) -> None:
     simulate(parse_config(private(rounds={"count": 1})), tmp_path / "run")
     (line,) = (tmp_path / "run" / "privacy.jsonl").read_text().splitlines()
     assert json.loads(line) == {"round": 1, "site": [0.8, 0.25]}
+
+
+def test_the_forecast_says_what_an_undisturbed_run_will_spend(
+    private: Table, tiny_table: Table, tmp_path: Path
+) -> None:
+    table = private({"target-epsilon": 5.0})
+    cost = forecast(parse_config(table))
+    run = Run(simulate(parse_config(table), tmp_path / "run").path)
+    assert cost["privacy"]["site"]["epsilon"] == run.rounds[-1]["privacy"]["site"]["epsilon"]
+    assert "privacy by site" in as_text(parse_config(table), cost)
+    assert "privacy" not in forecast(parse_config(tiny_table()))
+    examples = {"steps": 3, "dp": {"noise-multiplier": 2.0}}
+    (spent,) = forecast(parse_config(tiny_table(training=examples)))["privacy"].values()
+    # 204 training rows over 8 sites are 25 a site; batches of 4, 3 steps in each of 4 rounds.
+    assert spent["sampling_rate"] == 4 / 25
+    assert spent["epsilon"] == privacy.example_epsilon([(2.0, 4 / 25, 12)], DELTA)
