@@ -40,17 +40,20 @@ class RunConsole:
 
     Args:
         json_output: keep standard output for one JSON object.
+        real: the clients are real ones; neither their number nor an engine is the server's.
     """
 
-    def __init__(self, *, json_output: bool = False) -> None:
+    def __init__(self, *, json_output: bool = False, real: bool = False) -> None:
         self._json = json_output
+        self._real = real
         self._err = Console(stderr=True, highlight=False)
         self._out = Console(highlight=False)
         self._bar: Progress | None = None
         self._begun = time.monotonic()
 
     def __enter__(self) -> "RunConsole":
-        self.note("loading the model and the data, starting workers …")
+        workers = "" if self._real else ", starting workers"
+        self.note(f"loading the model and the data{workers} …")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,10 +63,13 @@ class RunConsole:
 
     def started(self, run: "RunDir", config: "RunConfig", state: "ServerState") -> None:
         """Rounds begin."""
+        engine, per_round = config.engine, config.rounds.per_round
+        clients, kind = f"{config.fleet.clients} clients, {per_round} a round", engine.backend
+        if self._real:
+            clients, kind = f"{per_round} clients a round", "over gRPC"
         self.note(
-            f"{config.strategy.name}: {config.fleet.clients} clients, {config.rounds.per_round} a "
-            f"round, {config.rounds.count} rounds; {config.engine.backend}, "
-            f"{config.engine.precision}, cohorts of {config.engine.cohort} → {safe(run.path)}"
+            f"{config.strategy.name}: {clients}, {config.rounds.count} rounds; {kind}, "
+            f"{engine.precision}, cohorts of {engine.cohort} → {safe(run.path)}"
         )
         if state.round:
             self.note(f"going on after round {state.round}")

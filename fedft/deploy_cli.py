@@ -68,7 +68,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         server = own_server("serve")
         address = own_server("identity").Address(host, port, public, insecure)
         hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
-        with graceful() as stop, RunConsole(json_output=json) as console:
+        with graceful() as stop, RunConsole(json_output=json, real=True) as console:
             run = server.serve(
                 parsed, run_dir, address, hosting=hosting, observer=console, stop=stop
             )
