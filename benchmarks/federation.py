@@ -105,7 +105,7 @@ class Watch(Silent):
         self._engine: PeftEngine | None = None
 
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        task = config.task(precision="fp32", manifest=str(run.partition))
+        task = config.task(precision="fp32")
         self._bench: Workbench = workbench(task.model_dump_json())
         self._engine = PeftEngine(self._bench.engine.base, config.lora)
         self._before = cpu_seconds()

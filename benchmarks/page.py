@@ -6,6 +6,7 @@ Rewrites what stands between the page's markers, and the figures beside it. No n
 typed by hand.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def page(folder: Path) -> tuple[dict[str, str], str]:
             parts += [f"## {title}\n", f"![{alt}](figures/{name}.svg)\n", table(found)]
     if federation := sections("federation", folder):
         parts += ["## The federation around the training\n", _federation_rows(federation)]
+    if (folder / "aggregation.json").exists():
+        parts += ["## Aggregation\n", _aggregation_rows(folder / "aggregation.json")]
     return figures, "\n".join(parts)
 
 
@@ -201,6 +204,33 @@ def _registered_rows(found: Sections) -> str:
         for fleet, own in found[key]["fleets"].items()
     ]
     return _markdown(["clients a round", "start-up s", "s a round", "peak MiB"], rows)
+
+
+def _aggregation_rows(path: Path) -> str:
+    """Of the largest number of clients; a rule without a product has no dense twin."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    most = max(row["clients"] for row in found["rows"])
+    rows = [
+        [
+            row["rule"],
+            f"{row['seconds']:.3f}",
+            f"{row['peak_mib']:.0f}",
+            *(
+                (f"{row['dense_seconds']:.2f}", f"{row['dense_peak_mib']:.0f}")
+                if "faster" in row
+                else ("–", "–")
+            ),
+            f"{row['faster']:.1f}×" if "faster" in row else "–",
+        ]
+        for row in found["rows"]
+        if row["clients"] == most
+    ]
+    setting = found["setting"]
+    about = (
+        f"One layer of {setting['d']} × {setting['d']} at rank {setting['rank']}, {most} clients"
+    )
+    head = ["rule", "seconds", "peak MiB", "dense seconds", "dense peak MiB", "faster"]
+    return f"{about}, float32, one thread.\n\n{_markdown(head, rows)}"
 
 
 # -------------------------------------------------------------------------------- drawing
