@@ -74,7 +74,7 @@ def _privacy(config: RunConfig) -> dict[str, Any]:
 def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) -> dict[str, Any]:
     mixed = len({*config.fleet.rank_choices}) > 1
     plan = config.strategy.plan(state, Site("example", 1, rank if mixed else None))
-    trained: frozenset[Part] = plan.train
+    trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     wire = config.engine.wire
     received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())

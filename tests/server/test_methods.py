@@ -199,6 +199,7 @@ def test_the_forecast_counts_the_router(tiny_table: Table) -> None:
     modules, r, n, N, head = 4, 4, 32, 2, 3 * 32 + 3
     assert cost["parameters"]["trainable"] == modules * (r * n + N * r * n + N * n) + head
     clustered = forecast(parse_config(hydra_table(tiny_table, "clustered")))
+    assert clustered["parameters"] == cost["parameters"]
     assert clustered["clients"][0]["bytes"]["up"] == 4 * (modules * 2 * r * n + head)
 
 
