@@ -222,6 +222,18 @@ def test_the_kills_are_noticed_where_nothing_is_committed(
         killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
 
 
+@pytest.mark.crash
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_random_kills_lose_no_job_that_is_under_way(tiny_table: Table, tmp_path: Path) -> None:
+    """Asynchronous aggregation: sites are at work on old versions when the process dies."""
+    table = tiny_table(
+        fleet={"speeds": [1.0, 2.0, 10.0]},
+        rounds={"count": 8, "evaluate-every": 4},
+        strategy={"name": "fedbuff", "size": 2},
+    )
+    killed_runs(table, tmp_path, kills=8)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_hundred_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
