@@ -123,6 +123,22 @@ def gone(pids: list[int], seconds: float) -> bool:
 # --- serving ---
 
 
+def test_a_worker_gets_the_sites_that_it_knows(grid: RayGrid) -> None:
+    """What it keeps of them saves it work. Nobody stays idle for it."""
+    grid.ready()
+
+    def served(nodes: list[int]) -> dict[int, int]:
+        replies = receive(grid, grid.push_messages(request(n, sleep=0.3) for n in nodes))
+        return {r.metadata.src_node_id: about(r)["pid"] for r in replies}
+
+    first = served([1, 2])
+    assert len(set(first.values())) == 2
+    assert served([2, 1]) == served([1, 2]) == first
+    third = served([3])[3]
+    known = [n for n, pid in first.items() if pid == third]
+    assert len(set(served([3, *known]).values())) == 2
+
+
 def test_workers_stay_and_load_the_app_once(grid: RayGrid) -> None:
     replies = grid.send_and_receive([request(n, sleep=0.01) for n in range(1, 21)])
     assert [r.metadata.src_node_id for r in replies] == list(range(1, 21))
