@@ -22,6 +22,7 @@ from server import privacy
 from server.checkpoints import Checkpoints
 from server.config import check_real, parse_config
 from server.forecast import as_text, forecast
+from server.grids.inline import Fault, Faults, InlineGrid
 from server.run import fork, resolved, resume, simulate
 from strategies import CentralDP
 
@@ -359,3 +360,17 @@ def test_the_forecast_says_what_an_undisturbed_run_will_spend(
     # 204 training rows over 8 sites are 25 a site; batches of 4, 3 steps in each of 4 rounds.
     assert spent["sampling_rate"] == 4 / 25
     assert spent["epsilon"] == privacy.example_epsilon([(2.0, 4 / 25, 12)], DELTA)
+
+
+def test_sites_that_drop_out_are_accounted_for(private: Table, tmp_path: Path) -> None:
+    """Row 67: no retry and no quorum; the sum lacks them, the denominator and the account do not."""
+    config = parse_config(private(rounds={"per-round": 8}))
+    lost = Faults((Fault("drop", round=2, message_type="train"),))
+    with InlineGrid("clients.app:app", config.fleet.clients, faults=lost) as grid:
+        run = Run(simulate(config, tmp_path / "run", grid=grid).path)
+    second = run.rounds[1]
+    assert len(second["cohort"]) == 8, "rate 1"
+    assert second["failures"] == {"timeout": second["cohort"]}
+    assert [line["round"] for line in ledger(run.directory)] == [1, 2, 3]
+    assert [line["attempts"] for line in run.rounds] == [1, 1, 1]
+    assert run.rounds[-1]["privacy"]["site"]["epsilon"] == spent(run.directory, q=1.0)
