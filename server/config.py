@@ -211,8 +211,7 @@ class RunConfig(Table):
             raise ValueError(f"[fleet] ranks: {error.what}; {error.fix}") from error
         if len(ranks) > 1 and self.lora.rslora:
             raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
-        if (why := unprunable(self.lora)) and self.pruning.selection != "none":
-            raise ValueError(f"[pruning] selection = {self.pruning.selection!r}: {why}")
+        self._check_pruning()
         if self.model.trust_remote_code and self.model.revision is None:
             raise ValueError("[model] trust-remote-code needs a pinned revision")
         self._check_method()
@@ -287,6 +286,24 @@ class RunConfig(Table):
             raise ValueError(
                 "[fleet] speeds, bandwidths, devices and availability: central-dp samples every site "
                 "independently of what it can do; leave them out"
+            )
+
+    def _check_pruning(self) -> None:
+        """What leaving blocks out can be combined with."""
+        selection = self.pruning.selection
+        if selection == "none":
+            return
+        if why := unprunable(self.lora):
+            raise ValueError(f"[pruning] selection = {selection!r}: {why}")
+        if isinstance(self.strategy, CentralDP):
+            raise ValueError(
+                f"[pruning] selection = {selection!r}: central-dp puts noise on every layer, and "
+                "divides by sites that hold none of it"
+            )
+        if self.training.dp is not None and selection in ("cka", "importance"):
+            raise ValueError(
+                f"[pruning] selection = {selection!r}: what sites say of the blocks is not in the "
+                "account of [training] dp; choose random, stride, first or last"
             )
 
     def _check_asynchronous(self) -> None:

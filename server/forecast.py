@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from fedft.core import codec, models
-from fedft.core.types import Part, Site
+from fedft.core.memory import MIB, Footprint
+from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
 from server.privacy import forecast_privacy, promises
-from server.pruning import site_footprint
+from server.pruning import narrowed, pruning_of, site_footprint
 from server.run import resolved
 
 _CLASSES_FROM_DATA = "classification", "image-classification"
@@ -22,11 +23,12 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     Returns:
         JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
         first round (the base delta of some rules grows later), ``clients`` a list with one entry
-        a rank: its share of bytes and its peak memory in MiB; ``privacy`` where the run promises
+        a rank, and a number of blocks that sites hold: its share of bytes and its peak memory in
+        MiB above what a process takes without a model; ``privacy`` where the run promises
         any, see :func:`server.privacy.forecast_privacy`.
 
     Raises:
-        FedftError: the run could not be started either.
+        FedftError: the run could not be started either, for example for want of memory.
     """
     config = resolved(config)
     folder = models.resolve(config.model)
@@ -37,7 +39,14 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
         state = replace(state, delta=initial.factors)
     ranks = sorted({*config.fleet.rank_choices}) or [config.rank]
-    clients = [_client(config, shapes, folder, state, rank) for rank in ranks]
+    geometry = models.geometry(config.model, folder)
+    pruning, _ = pruning_of(config, shapes, geometry)
+    held = [*(pruning.sizes if pruning is not None else ()), geometry.blocks]
+    clients = [
+        _client(config, site_footprint(config, shapes, geometry, rank), state, rank, blocks)
+        for rank in ranks
+        for blocks in held
+    ]
     mean = {
         way: sum(c["bytes"][way] for c in clients) / len(clients) * config.rounds.per_round
         for way in ("up", "down")
@@ -71,23 +80,27 @@ def _privacy(config: RunConfig) -> dict[str, Any]:
     return {"privacy": forecast_privacy(config, examples)}
 
 
-def _client(config: RunConfig, shapes: Any, folder: Any, state: Any, rank: int) -> dict[str, Any]:
+def _client(
+    config: RunConfig, needs: Footprint, state: ServerState, rank: int, blocks: int
+) -> dict[str, Any]:
     mixed = len({*config.fleet.rank_choices}) > 1
     plan = config.strategy.plan(state, Site("example", 1, rank if mixed else None))
+    if blocks < needs.blocks:
+        plan = narrowed(plan, tuple(range(blocks)))
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     wire = config.engine.wire
     received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
-    peak = site_footprint(config, shapes, models.geometry(config.model, folder), rank).of()
     return {
         "rank": rank,
+        "blocks": [blocks, needs.blocks],
         "trainable": trainable,
         "bytes": {
             "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
             "down": codec.payload_bytes(received)
             + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
         },
-        "memory_mib": {name: value / 2**20 for name, value in peak.items()},
+        "memory_mib": {name: value / MIB for name, value in needs.of(blocks).items()},
     }
 
 
@@ -114,8 +127,10 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         detail = ", ".join(
             f"{name} {value:.1f}" for name, value in parts.items() if name != "total"
         )
+        held, blocks = client["blocks"]
+        part = f" with {held} of {blocks} blocks" if held < blocks else ""
         lines.append(
-            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']} ({detail})"
+            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']}{part} ({detail})"
         )
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])

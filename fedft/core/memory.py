@@ -157,11 +157,11 @@ def framework_bytes() -> int:
 
 
 _M_MMAP_THRESHOLD = -3
-_RETURNED_FROM = 2**20
+_RETURNED_FROM = 2**17
 
 
 def return_what_is_freed() -> None:
-    """Make the C library give every freed tensor of a MiB or more back to the system at once.
+    """Make the C library give every freed tensor of 128 KiB or more back to the system at once.
 
     glibc raises that bound as tensors are freed, and what it keeps after that is scattered: a third
     of the peak in the runs of benchmarks/memory.py. Elsewhere than under glibc nothing is done.

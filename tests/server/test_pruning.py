@@ -16,6 +16,7 @@ from fedft.core.memory import MIB, Footprint
 from fedft.core.similarity import linear_cka, upper
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from server.config import parse_config
+from server.forecast import as_text, forecast
 from server.pruning import Pruning, PruningSpec, contiguous_groups, narrowed, spectral_groups
 from server.run import fork, resume, simulate
 
@@ -161,6 +162,27 @@ def test_a_budget_is_solved_for_blocks() -> None:
     assert [own.affordable(b) for b in (11.9, 12.0, 15.9, 18.0, 99.0, None)] == [0, 1, 2, 4, 4, 4]
 
 
+def test_the_plan_says_what_each_kind_of_site_takes(
+    tiny_table: Callable[..., dict[str, Any]],
+) -> None:
+    changes: dict[str, Any] = {
+        "fleet": {"model-shares": [0.5, 1.0]},
+        "pruning": {"selection": "cka"},
+    }
+    config = parse_config(tiny_table(**changes))
+    cost = forecast(config)
+    part, whole = cost["clients"]
+    assert (part["blocks"], whole["blocks"]) == ([1, 2], [2, 2])
+    head = 3 * 32 + 3
+    assert part["trainable"] - head == (whole["trainable"] - head) / 2
+    assert part["bytes"]["up"] == 4 * part["trainable"]
+    assert part["memory_mib"]["total"] < whole["memory_mib"]["total"]
+    assert "with 1 of 2 blocks" in as_text(config, cost)
+    poor = parse_config(tiny_table(fleet={"memory-budgets-mib": [0.01]}))
+    with pytest.raises(ConfigError, match="the whole model takes"):
+        forecast(poor)
+
+
 # ── whole runs ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -265,6 +287,10 @@ def test_a_budget_that_is_too_small_is_refused_with_both_figures(
         ({"fleet": {"model-shares": [0.5], "memory-budgets-mib": [9]}}, "either these or MiB"),
         ({"fleet": {"model-shares": [1.5]}}, "less than or equal to 1"),
         ({"pruning": {"selection": "ckaa"}}, "selection"),
+        (
+            {"pruning": {"selection": "cka"}, "strategy": {"name": "central-dp"}},
+            "noise on every layer",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(
