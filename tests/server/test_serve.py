@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.superlink import free_port
 from clients.join import Site, join
 from clients.session import Timing as ClientTiming
 from fedft.api import Run
@@ -431,6 +433,15 @@ def fedft(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, **options)
 
 
+def metrics(port: int) -> str:
+    """What Prometheus would read; empty while nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+            return reply.read().decode()
+    except OSError:
+        return ""
+
+
 def here(*arguments: str | Path) -> str:
     """A command in this process, which has its imports behind it; what it printed."""
     from typer.testing import CliRunner
@@ -451,9 +462,11 @@ def test_the_commands_as_a_user_types_them(
     table = tiny_table(fleet={"clients": 2}, rounds={"count": 2, "per-round": 2, "quorum": 2})
     config, run_dir = tmp_path / "config.toml", tmp_path / "run"
     config.write_text(tomli_w.dumps(table))
-    running = [fedft("serve", config, "--run-dir", run_dir, "--json")]
+    port = free_port()
+    running = [fedft("serve", config, "--run-dir", run_dir, "--json", "--status-port", str(port))]
     try:
         until(lambda: (run_dir / "identity" / "address.json").exists())
+        until(lambda: "fedft_clients_connected 0.0" in metrics(port))
         for name in ("ann", "bob"):
             kit = tmp_path / f"{name}.kit"
             assert "fedft join" in here("invite", name, "--run-dir", run_dir, "-o", kit)
