@@ -25,7 +25,6 @@ import torch
 
 from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
-from clients.train import PeftEngine
 from clients.workbench import Workbench, workbench
 from fedft.core.models import initial_adapter
 from fedft.core.quiet import quiet
@@ -102,12 +101,11 @@ class Watch(Silent):
         self.loops: list[float] = []
         self._config = config
         self._before: dict[str, float] = {}
-        self._engine: PeftEngine | None = None
+        self._bench: Workbench | None = None
 
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        task = config.task(precision="fp32")
-        self._bench: Workbench = workbench(task.model_dump_json())
-        self._engine = PeftEngine(self._bench.engine.base, config.lora)
+        # Of one site a pass: its engine is the plain loop.
+        self._bench = workbench(config.task(precision="fp32", cohort=1).model_dump_json())
         self._before = cpu_seconds()
 
     def completed(self, record: Mapping[str, Any]) -> None:
@@ -119,14 +117,14 @@ class Watch(Silent):
         self._before = cpu_seconds()
 
     def _train(self, record: Mapping[str, Any]) -> None:
-        assert self._engine is not None
+        assert self._bench is not None
         bench, config = self._bench, self._config
         training = config.training.local()
-        start = initial_adapter(self._engine.base.shapes, config.lora, config.rank, config.seed)
+        start = initial_adapter(bench.engine.base.shapes, config.lora, config.rank, config.seed)
         positions = {bench.manifest.name_of(i): i for i in range(len(bench.manifest))}
         for site in record["cohort"]:
             own = bench.training_batches(positions[site], record["round"], training)
-            self._engine.train([TrainPlan(start=start, training=training, site=site)], [own])
+            bench.engine.train([TrainPlan(start=start, training=training, site=site)], [own])
 
 
 def cpu_seconds() -> dict[str, float]:
