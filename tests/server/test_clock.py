@@ -101,6 +101,16 @@ def test_classes_of_devices_are_dealt_by_share() -> None:
     assert names.count("phone") == pytest.approx(750, abs=50)
 
 
+def test_ranks_are_drawn_as_whole_numbers_up_to_the_global_one() -> None:
+    ranks = {"kind": "uniform", "low": 4, "high": 6}
+    config = parse_config({"fleet": {"ranks": ranks}, "strategy": {"name": "flexlora"}})
+    drawn = {config.devices.device(f"site-{k}").rank for k in range(50)}
+    assert drawn == set(config.fleet.rank_choices) == {4, 5, 6}
+    assert config.rank == 6
+    with pytest.raises(ConfigError, match="fedavg-lora cannot take sites of different ranks"):
+        parse_config({"fleet": {"ranks": ranks}})
+
+
 def test_a_file_of_devices_becomes_part_of_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "devices.csv"
     path.write_text(
