@@ -47,7 +47,9 @@ def struck(
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        found = json.loads(done.stdout)
+        print(f"{found['calls']} system calls, {found['ended']} ended the process")
+        return found
 
     return run
 
@@ -60,7 +62,7 @@ def test_a_run_that_is_killed_at_any_system_call_ends_with_the_same_bytes(
     assert found["calls"] == found["ended"] > 40
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_fails_at_any_system_call_pauses_the_run(
     struck: Callable[..., dict[str, Any]], code: int
 ) -> None:
