@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -477,7 +477,7 @@ def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         csr = x509.load_pem_x509_csr(csr_pem)
         key = csr.public_key()
         sound = csr.is_signature_valid
-    except (ValueError, InvalidSignature) as error:
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise SecurityRefusal("the certificate request is damaged") from error
     if not sound or not isinstance(key, ec.EllipticCurvePublicKey):
         raise SecurityRefusal("the certificate request is not signed by its own P-256 key")

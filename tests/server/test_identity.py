@@ -155,7 +155,12 @@ class TestKit:
             Kit.read(kit)
 
     @pytest.mark.parametrize(
-        "text", [b"", b"{}", b"[1]", b"\xff\xfe", b"[" * 10_000, b"x" * 70_000]
+        "text",
+        [
+            *(b"", b"{}", b"[1]", b"\xff\xfe", b"[" * 10_000, b"x" * 70_000),
+            b'{"format": "fedft-kit/1", "name": "ann", "server": "127.0.0.1:1", "ca": "\\ud800",'
+            b' "certificate": "", "key": "", "expires": ""}',
+        ],
     )
     def test_what_is_no_kit_is_said_to_be_none(self, tmp_path: Path, text: bytes) -> None:
         write_private(tmp_path / "kit", text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -113,7 +114,7 @@ def load_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:
     """
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise SecurityRefusal(f"the private key in {where} is damaged") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SecurityRefusal(f"the private key in {where} is not of the kind that fedft makes")
@@ -128,7 +129,7 @@ def load_certificate(pem: bytes, where: str) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise SecurityRefusal(f"the certificate in {where} is damaged") from error
 
 
@@ -253,6 +254,7 @@ class Kit:
             if table.pop("format") != KIT_FORMAT:
                 raise ValueError("another format")
             fields = {str(k): str(v) for k, v in cast(dict[str, object], table).items()}
+            "".join(fields.values()).encode()  # refuses half a character, which JSON can spell
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(
