@@ -31,7 +31,16 @@ from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint, Geometry, footprint
 from fedft.core.similarity import from_upper
 from fedft.core.spec import LoraSpec, Table
-from fedft.core.types import Adapter, Delta, Importance, ServerState, Site, TrainPlan, in_blocks
+from fedft.core.types import (
+    Adapter,
+    Delta,
+    EvalPlan,
+    Importance,
+    ServerState,
+    Site,
+    TrainPlan,
+    in_blocks,
+)
 from server.fleet import Distribution
 
 _SIMILARITY, _IMPORTANCE, _SINCE = (f"pruning/{n}" for n in ("similarity", "importance", "round"))
@@ -393,3 +402,11 @@ def narrowed(plan: TrainPlan, layers: tuple[int, ...] | None) -> TrainPlan:
         known[layers] = (plan.start.narrowed(layers), plan.delta, delta)
     start, _, delta = known[layers]
     return replace(plan, start=start, delta=delta, layers=layers)
+
+
+def submodel(plan: EvalPlan, layers: tuple[int, ...] | None) -> EvalPlan:
+    """The same evaluation on the model of these blocks alone; None leaves it as it is."""
+    if layers is None:
+        return plan
+    delta = {m: f for m, f in plan.delta.items() if in_blocks(m, layers)}
+    return replace(plan, adapter=plan.adapter.narrowed(layers), delta=delta, layers=layers)

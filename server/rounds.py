@@ -26,11 +26,10 @@ from fedft.core.types import (
     ServerState,
     Site,
     TrainPlan,
-    in_blocks,
 )
 from server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from server.config import RoundsSpec
-from server.pruning import Pruning, narrowed
+from server.pruning import Pruning, narrowed, submodel
 from server.roster import Roster
 from server.validation import REPLY_REFUSED, Limits, comparison, validate
 from strategies import Strategy
@@ -525,9 +524,7 @@ def evaluate(
         layers: the blocks of a submodel to score in its place; None is all of them.
     """
     encoder = codec.Encoder(federation.task, federation.wire)
-    adapter = state.adapter if layers is None else state.adapter.narrowed(layers)
-    delta = {m: f for m, f in state.delta.items() if layers is None or in_blocks(m, layers)}
-    whole = EvalPlan(adapter, delta, layers=layers, round=state.round)
+    whole = submodel(EvalPlan(state.adapter, state.delta, round=state.round), layers)
     shards = range(EVALUATION_SHARDS)
     plans = [replace(whole, shard=(shard, EVALUATION_SHARDS)) for shard in shards]
     nodes = [1 + shard % federation.settings.per_round for shard in shards]
@@ -546,7 +543,7 @@ def evaluate(
 def _evaluate_sites(
     federation: Federation, state: ServerState, cohort: Sequence[Site], ledger: Ledger
 ) -> dict[str, float]:
-    """Each site of the round judges its own model on its own held-out examples."""
+    """Each site of the round judges its own model, or its part of it, on its held-out examples."""
     encoder = codec.Encoder(federation.task, federation.wire)
     own = EvalPlan(
         state.adapter,
@@ -555,7 +552,12 @@ def _evaluate_sites(
         keep=federation.strategy.personal,
         round=state.round,
     )
-    contents = [encoder.evaluate(replace(own, site=site.name)) for site in cohort]
+    pruning = federation.pruning
+    parts = [None if pruning is None else pruning.layers(state, site) for site in cohort]
+    contents = [
+        encoder.evaluate(replace(submodel(own, layers), site=site.name))
+        for site, layers in zip(cohort, parts, strict=True)
+    ]
     nodes = [federation.roster.node_of(site) for site in cohort]
     messages = _messages(MessageType.EVALUATE, state.round, contents, nodes)
     scores: list[Mapping[str, float]] = []

@@ -10,15 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message, MessageType
 
+from clients.workbench import workbench
+from fedft.core import codec
 from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint
+from fedft.core.models import initial_adapter
+from fedft.core.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from server.config import parse_config
 from server.forecast import as_text, forecast
+from server.grids.inline import InlineGrid
 from server.pruning import Pruning, PruningSpec, contiguous_groups, narrowed, spectral_groups
-from server.run import fork, resume, simulate
+from server.run import CLIENT_APP, fork, prepare_run, resolved, resume, simulate
 
 L = 6
 
@@ -231,6 +237,45 @@ def test_a_run_of_pruned_sites(
         assert "measured" not in records[0]["pruning"]
     else:
         assert [r["pruning"]["measured"]["round"] for r in records] == [1, 1, 3, 3]
+
+
+def test_sites_judge_the_part_that_they_hold(tiny_table: Table, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "fleet": {"model-shares": [0.5]},
+        "pruning": {"selection": "first"},
+        "data": {"holdout": 0.3},
+        "strategy": {"name": "fedsa-lora"},
+    }
+    run = simulate(parse_config(tiny_table(**changes)), tmp_path / "run")
+    assert lines(run.path)[-1]["sites"]["n"] == 4
+
+
+def test_a_site_that_holds_a_part_has_no_other_block_in_memory(
+    tiny_table: Table, tmp_path: Path
+) -> None:
+    """The task of a site with a memory budget, through the client app: the same bytes come back."""
+    answers: list[dict[str, torch.Tensor]] = []
+    for lean in (False, True):
+        config = resolved(parse_config(tiny_table(engine={"cohort": 2})))
+        with RunDir.create(tmp_path / f"lean-{lean}", hint="x") as run:
+            setting = prepare_run(config, run)
+            task = setting.task.model_copy(update={"lean": lean}).model_dump_json()
+            initial = initial_adapter(setting.shapes, config.lora, 4, 0)
+            name = setting.manifest.name_of(0)
+            plan = narrowed(TrainPlan(initial, round=1, site=name), (1,))
+            with InlineGrid(CLIENT_APP, config.fleet.clients) as grid:
+                message = Message(
+                    codec.Encoder(task).train(plan), 1, MessageType.TRAIN, group_id="1"
+                )
+                ids = grid.push_jobs([[message]])
+                grid.wait(ids)
+                (reply,) = grid.pull_messages(ids)
+        answers.append(codec.tensors_from(reply.content.array_records["arrays"]))
+        base = workbench(task).engine.base
+        assert base.lean == lean
+        assert [next(b.parameters()).is_meta for b in base.blocks] == [lean, False]
+    assert answers[0].keys() == answers[1].keys() == plan.sent().keys()
+    assert all(torch.equal(answers[0][n], answers[1][n]) for n in answers[0])
 
 
 def test_all_blocks_for_all_is_the_run_without_pruning_bit_for_bit(
