@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Deployment:
     environment: Mapping[str, str]
     logs: Path
 
-    def flwr(self, *arguments: str, cwd: Path, timeout: float = 600.0) -> str:
+    def flwr(self, *arguments: str, cwd: Path, timeout: float = 1200.0) -> str:
         """What a ``flwr`` command printed.
 
         Raises:
@@ -187,8 +187,12 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def _end(running: Deployment) -> None:
     """End what the processes that were started have started, and left behind."""
-    for pid in running.processes():
-        os.kill(pid, signal.SIGKILL)
+    closes = time.monotonic() + 10.0
+    while (left := running.processes()) and time.monotonic() < closes:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def free_port() -> int:
