@@ -98,10 +98,10 @@ class Prefix:
         of its rows, since the others would be computed for nothing, and where the pools together
         exceed the budget.
         """
-        firsts = [own[0].origin for own in batches if own]
-        origins = [origin for origin in firsts if origin is not None]
-        if not self._depth or not origins or len(origins) < len(firsts):
+        if not self._depth or any(batch.origin is None for own in batches for batch in own):
             return None
+        firsts = (own[0].origin for own in batches if own)
+        origins = [origin for origin in firsts if origin is not None]
         drawn = [sum(map(len, own)) for own in batches if own]
         if any(count < len(o.lengths) for count, o in zip(drawn, origins, strict=True)):
             return None
