@@ -121,17 +121,17 @@ class LoRAFAIR(Strategy):
         M ..., so that S itself is multiplied once, in the end.
         """
         S, G, M, start = _coordinates(layer, B)  # [d_out, q], [q, q], [q, d_in], [q, r]
-        GM = M if G is S else G @ M
-        square = (M * GM).sum(dim=0)  # of the length of each column of dW, [d_in]
+        square = algebra.column_squares(G, M)  # of the length of each column of dW, [d_in]
         # What is left where the sites cancel each other is rounding, and gives no direction.
         scale = (G.diagonal().sqrt() @ M.abs()).square()
         length = torch.where(square > _ROUNDING * scale, square, 0.0).sqrt()
         known = (length > 0).to(A.dtype)
         C = start.clone()
         for _ in range(self.steps):
-            size = ((C.T @ G @ C @ A) * A).sum(dim=0).clamp_min(0).sqrt()  # of each column of X A
+            across = C.T @ G  # [r, q]
+            size = ((across @ C @ A) * A).sum(dim=0).clamp_min(0).sqrt()  # of each column of X A
             unit = (length * size).clamp_min(_TINY)
-            cosine = known * ((C.T @ GM) * A).sum(dim=0) / unit
+            cosine = known * ((across @ M) * A).sum(dim=0) / unit
             pull = M @ (A * (known / unit)).T
             pull -= C @ ((A * (cosine / size.square().clamp_min(_TINY))) @ A.T)
             C.add_(pull / A.shape[1] - 2 * self.ridge * (C - start), alpha=self.step_size)
@@ -176,7 +176,7 @@ def ridge_residual(layer: Layer, A: Tensor, ridge: float) -> Tensor:
 def _coordinates(layer: Layer, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S [d_out, q], G = S^T S, M [q, d_in] and C [q, r] with dW = S M and B = S C, without scales.
 
-    q = sum_k r_k, or d_out where that is less: then S is the identity, and G the same object.
+    q = sum_k r_k, or d_out where that is less: then S is the identity.
     """
     S = torch.cat([x.B for x in layer.parts], dim=1).double()
     M = torch.cat([w * x.A.double() for x, w in zip(layer.parts, layer.p, strict=True)])

@@ -285,6 +285,19 @@ def column_gram(X: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([off.T, column_gram(right)], dim=1)])
 
 
+def column_squares(G: Tensor, M: Tensor) -> Tensor:
+    """Squared lengths of the columns of X M from G = X^T X, [n], using one triangle of G.
+
+    x^T G x = x_1^T G_11 x_1 + x_2^T G_22 x_2 + 2 x_1^T G_12 x_2 for either half of x.
+    """
+    half = len(G) // 2
+    if half < 128:
+        return (M * (G @ M)).sum(dim=0)
+    off = (M[:half] * (G[:half, half:] @ M[half:])).sum(dim=0)
+    upper, lower = column_squares(G[:half, :half], M[:half]), G[half:, half:]
+    return upper + column_squares(lower, M[half:]) + 2 * off
+
+
 def _root(gram: Tensor) -> Tensor:
     """L with L L^T = gram: Cholesky, or by eigenvalues where gram is singular (equal sites)."""
     L, info = torch.linalg.cholesky_ex(gram)

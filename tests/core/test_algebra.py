@@ -196,3 +196,11 @@ class TestBasis:
         assert torch.allclose(rows @ rows.T, torch.eye(5, dtype=torch.float64), atol=1e-12)
         assert algebra.orthonormal_rows(A, 9).shape == (6, 6)
         assert algebra.orthonormal_rows(A, 1) is A
+
+
+@pytest.mark.parametrize("width", [5, 300])  # 300 is split
+def test_column_squares_are_those_of_the_product(width):
+    X = torch.randn(40, width, dtype=torch.float64)
+    M = torch.randn(width, 7, dtype=torch.float64)
+    found = algebra.column_squares(algebra.column_gram(X), M)
+    torch.testing.assert_close(found, (X @ M).square().sum(dim=0))
