@@ -29,6 +29,7 @@ from fedft.core.rundir import RunDir
 from fedft.report.formats import spread
 from fedft.report.statistics import Interval, interval, paired
 from server.config import RunConfig, load_config
+from server.run import concrete
 
 CONFIG = Path(__file__).resolve().parent / "config.toml"
 BASELINE = "fedavg-lora"
@@ -152,7 +153,8 @@ class Tester:
         self.data = test_data(config)
         styles = np.array(self.data.owners)
         self.rows = {str(style): np.flatnonzero(styles == style) for style in np.unique(styles)}
-        base = load_base(config.model, config.lora, len(self.data.classes))
+        precision = concrete(config.engine.precision)
+        base = load_base(config.model, config.lora, len(self.data.classes), precision=precision)
         self.engine = CohortEngine(base, config.lora)
 
     def test(self, run: Run) -> Scores:
@@ -171,8 +173,7 @@ class Tester:
             batches = eval_batches(self.data.train, rows, 64)
             correct[style] = self.engine.evaluate(adapter, {}, batches).correct
         recorded = run.metrics["final"]["accuracy"]
-        # The base may have been bfloat16 there, and sums go in another order here: a few images of
-        # a thousand may turn, no more.
+        # Sums go in another order here: a few images of a thousand may turn, no more.
         if abs(sum(correct.values()) / len(self.data.train) - recorded) > 0.005:
             raise IntegrityError(
                 f"{run.directory}: {correct} correct by style, but the run recorded {recorded:.4f}",
