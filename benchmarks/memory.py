@@ -95,7 +95,7 @@ def train(case: Case, rows: int, tokens: int, share: float) -> int:
     spec = ModelSpec(source=case.source, task=case.task)
     engine = CohortEngine(models.load_base(spec, lora, CLASSES, lean=True), lora)
     blocks = len(engine.base.blocks)
-    held = max(1, round(share * blocks))
+    held = max(1, int(share * blocks))  # as [fleet] model-shares
     layers = tuple(i * blocks // held for i in range(held))
     start = models.initial_adapter(engine.base.shapes, lora, RANK, 0).narrowed(layers)
     plan = TrainPlan(start, layers=layers, training=LocalTraining(lr=1e-3))
@@ -107,7 +107,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     """All sizes of one model, in this process."""
     quiet()
     torch.set_num_threads(1)
-    memory.return_what_is_freed()
+    memory.return_what_is_freed()  # from the first load on
     spec = ModelSpec(source=case.source, task=case.task)
     lora = LoraSpec(rank=RANK, target_modules=case.targets)
     geometry = models.geometry(spec, models.resolve(spec))
@@ -117,6 +117,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     for rows in case.batches:
         for share in DEPTHS:
             gc.collect()
+            memory.return_what_is_freed()
             before = memory.resident_bytes()
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             held = train(case, rows, case.tokens, share)

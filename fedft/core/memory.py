@@ -168,3 +168,4 @@ def return_what_is_freed() -> None:
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
+        library.malloc_trim(0)  # and what it holds already
