@@ -1,6 +1,6 @@
 """How much memory local training takes, from shapes alone.
 
-Counted in bytes above what the process needs before it has any model (:func:`framework_bytes`):
+Counted in bytes above what the process needs before it has any model:
 
     base         weights of the parts that are held; lookup tables in full
     adapter      float32 weights, gradients, AdamW's two moments, and the start: 20 a parameter
@@ -19,7 +19,6 @@ import ctypes
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from fedft.core.spec import Precision
@@ -148,12 +147,6 @@ def resident_bytes(what: str = "VmRSS") -> int:
         if name == what:
             return 1024 * int(value.split()[0])
     raise KeyError(what)
-
-
-@cache
-def framework_bytes() -> int:
-    """What this process takes without a model, measured once: call it before the first is loaded."""
-    return resident_bytes()
 
 
 _M_MMAP_THRESHOLD = -3
