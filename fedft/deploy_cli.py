@@ -139,10 +139,11 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
 
         from fedft.api import own_server
         from fedft.console import print_json, safe
+        from fedft.core.rundir import RunDir
 
-        identity = own_server("identity")
+        identity, run = own_server("identity"), RunDir.open(run_dir)
         registered = sorted(
-            identity.Registry(identity.folder_of(run_dir)).clients().values(),
+            identity.Registry(identity.folder_of(run.path)).clients().values(),
             key=lambda client: client.name,
         )
         if json:
