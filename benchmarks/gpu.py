@@ -28,7 +28,7 @@ from clients.engine import Engine
 from fedft.core import memory
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.memory import Geometry
-from fedft.core.models import Base
+from fedft.core.models import Base, load_of
 from fedft.core.quiet import quiet
 from fedft.core.spec import LoraSpec, Precision
 
@@ -172,25 +172,34 @@ def _peak_mib(contender: Contender, device: torch.device) -> int | None:
 def _modelled(shape: Shape, contender: Contender, length: int, batch: int) -> float:
     """Bytes of one base and as many sites as are in one pass."""
     base = contender.engine.base
-    sizes = Geometry(shape.blocks, shape.hidden, shape.intermediate, shape.heads, shape.vocabulary)
-    sites, rows = (
-        (1, contender.sites * batch)
-        if contender.kind == "one adapter"
-        else (
-            contender.sites,
-            batch,
-        )
-    )
-    trainable = sum(LORA.rank * (a + b) for a, b in base.shapes.modules.values())
-    one = memory.peak(
-        sizes,
-        base_parameters=base.shapes.parameters,
-        trainable=trainable,
+    joined = contender.kind == "one adapter"
+    sites, rows = (1, contender.sites * batch) if joined else (contender.sites, batch)
+    load = load_of(
+        base.shapes,
+        shape.blocks,
+        LORA.rank,
         batch=rows,
         tokens=length,
-        precision=contender.precision,
+        scored=length - length // 2,
     )
+    one = memory.footprint(geometry(shape, base), load, contender.precision).of()
     return one["base"] + sites * (one["total"] - one["base"])
+
+
+def geometry(shape: Shape, base: Base) -> Geometry:
+    """The sizes that decide about memory."""
+    outside = shape.vocabulary * shape.hidden + shape.hidden  # tied embeddings, the last norm
+    return Geometry(
+        blocks=shape.blocks,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        heads=shape.heads,
+        key_value=shape.hidden,  # attention sees keys and values once for each query head
+        gated=True,
+        block_parameters=(base.shapes.parameters - outside) // shape.blocks,
+        other_parameters=outside,
+        vocabulary=shape.vocabulary,
+    )
 
 
 def _name(device: torch.device) -> str:
