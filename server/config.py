@@ -28,6 +28,7 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
+from fedft.core.types import Part
 from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
 from server.pruning import PruningSpec, unprunable
@@ -225,6 +226,10 @@ class RunConfig(Table):
             check_init(self.strategy, lora.init)
         except ConfigError as error:
             raise ValueError(f"[lora] {error.what}; {error.fix}") from error
+        if self.frozen and lora.method != "lora":
+            raise ValueError(
+                f"[lora] head = 'frozen' belongs to method = 'lora', not to {lora.method!r}"
+            )
         if ranks and (lora.method, lora.init) != ("lora", "default"):
             what = f"init = {lora.init!r}" if lora.method == "lora" else f"method = {lora.method!r}"
             raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
@@ -335,6 +340,11 @@ class RunConfig(Table):
     def rank(self) -> int:
         """The rank of the global adapter: the largest in the fleet."""
         return max(self.fleet.rank_choices, default=self.lora.rank)
+
+    @property
+    def frozen(self) -> frozenset[Part]:
+        """The parts of the adapter that nobody trains."""
+        return frozenset({"head"} if self.lora.head == "frozen" else set[Part]())
 
     @property
     def devices(self) -> Fleet:

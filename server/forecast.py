@@ -84,7 +84,8 @@ def _client(
     config: RunConfig, needs: Footprint, state: ServerState, rank: int, blocks: int
 ) -> dict[str, Any]:
     mixed = len({*config.fleet.rank_choices}) > 1
-    plan = config.strategy.plan(state, Site("example", 1, rank if mixed else None))
+    site = Site("example", 1, rank if mixed else None)
+    plan = config.strategy.plan(state, site).without(config.frozen)
     if blocks < needs.blocks:
         plan = narrowed(plan, tuple(range(blocks)))
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time

@@ -23,6 +23,7 @@ from fedft.core.types import (
     ClientUpdate,
     EvalPlan,
     LocalTraining,
+    Part,
     ServerState,
     Site,
     TrainPlan,
@@ -109,6 +110,7 @@ class Federation:
         wire: number format of tensors on the wire.
         limits: bounds on replies.
         pruning: which blocks sites hold that cannot hold them all; None where all can.
+        frozen: parts that no rule may train: they stay as the seed made them.
         holdout: whether sites judge their own models on their own held-out examples.
         stop: says whether the run was asked to stop.
         privacy: the account of a run that promises privacy.
@@ -129,6 +131,7 @@ class Federation:
     evaluator: Courier | None = None
     clock: SimulatedClock | None = None
     pruning: Pruning | None = None
+    frozen: frozenset[Part] = frozenset()
     stop: Callable[[], bool] = field(default=lambda: False)
     privacy: Account | None = None
 
@@ -410,7 +413,7 @@ def compared(
 
 def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPlan:
     """The rule's plan for a site, with the facts of the round."""
-    plan = federation.strategy.plan(state, site)
+    plan = federation.strategy.plan(state, site).without(federation.frozen)
     if federation.pruning is not None:
         plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)

@@ -538,6 +538,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         holdout=config.data.holdout > 0,
         clock=simulated_clock(config, roster),
         pruning=pruning,
+        frozen=config.frozen,
         stop=stop,
     )
 

@@ -347,6 +347,18 @@ class TrainPlan:
     site: str = ""
     seed: int = 0
 
+    def without(self, parts: frozenset[Part]) -> "TrainPlan":
+        """The same plan, but these parts stay as the common seed made them, and never travel."""
+        if not parts:
+            return self
+        return replace(
+            self,
+            receive=self.receive - parts,
+            train=self.train - parts,
+            send=self.send - parts,
+            keep=self.keep - parts,
+        )
+
     def trains(self, name: str) -> bool:
         """Whether the tensor of this PEFT name learns."""
         return part_of(name) in self.train and self._own_head(name)

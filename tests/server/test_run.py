@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedft.api import Run
+from fedft.core import models
 from fedft.core.errors import ConfigError, IntegrityError, Interrupted, MismatchError
 from server.checkpoints import Checkpoints
 from server.config import RunConfig, parse_config
@@ -84,6 +85,28 @@ def test_the_spectrum_of_the_mean_update_is_recorded_on_request(
     personal = tiny_table(rounds=settings, strategy={"name": "fedsa-lora"}, data={"holdout": 0.2})
     assert run_of(personal, tmp_path / "personal").rounds[1]["spectrum"] == {}
     assert "spectrum" not in run_of(tiny_table(), tmp_path / "silent").rounds[-1]
+
+
+@pytest.mark.parametrize("rule", ["fedavg-lora", "lora-fair", "ffa-lora", "fedex-lora"])
+def test_a_frozen_head_stays_as_the_seed_made_it(
+    tiny_table: Table, tmp_path: Path, rule: str
+) -> None:
+    def head_and_bytes(head: str) -> tuple[dict[str, torch.Tensor], int]:
+        lora = {**tiny_table()["lora"], "head": head}
+        table = tiny_table(lora=lora, strategy={"name": rule}, rounds={"count": 2})
+        run = run_of(table, tmp_path / head)
+        return dict(run.adapter("last").factors().head), run.rounds[0]["bytes"]["up"]
+
+    frozen, less = head_and_bytes("frozen")
+    trained, more = head_and_bytes("trained")
+    size = 4 * sum(t.numel() for t in frozen.values())
+    assert more - less == 4 * size, "four sites send no head"
+    one = parse_config(tiny_table())
+    shapes = models.schema(one.model, one.lora, 3)
+    initial = models.initial_adapter(shapes, one.lora, one.rank, one.seed)
+    for name, tensor in frozen.items():
+        assert torch.equal(tensor, initial.head[name])
+        assert not torch.equal(trained[name], initial.head[name]), "positive control"
 
 
 def test_the_written_configuration_runs_again_as_it_is(tiny_table: Table, tmp_path: Path) -> None:
