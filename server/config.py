@@ -344,7 +344,8 @@ class RunConfig(Table):
     @property
     def frozen(self) -> frozenset[Part]:
         """The parts of the adapter that nobody trains."""
-        return frozenset({"head"} if self.lora.head == "frozen" else set[Part]())
+        parts: set[Part] = {"head"} if self.lora.head == "frozen" else set()
+        return frozenset(parts)
 
     @property
     def devices(self) -> Fleet:
