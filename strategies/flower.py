@@ -9,7 +9,7 @@ A ``train`` message carries, and the client app is to use,
     arrays   ArrayRecord   the adapter to start from, under the names of PEFT's state dict
     config   ConfigRecord  what the caller gave to ``start``, and:
                            server-round, rank, scale
-                           train          parts that learn: "A", "B", "R", "head"
+                           train          parts that learn: "A", "B", "R", "router", "head"
                            send           parts to send back (sending more does no harm)
                            keep           parts to keep at the client from round to round
                            proximal-mu    FedProx's mu; 0 for other rules
@@ -20,7 +20,7 @@ A ``train`` message carries, and the client app is to use,
 and it answers with ``arrays`` and ``metrics`` (with ``num-examples``), as for Flower's own
 strategies. A client that ignores all of ``config`` trains FedAvg-LoRA, LoRA-FAIR, FlexLoRA, raFLoRA,
 FedRot-LoRA and the server optimisers correctly. ``lora_R`` (Fed-SB) is the r x r core between B
-and A, which stock PEFT does not have.
+and A, which stock PEFT does not have; nor does it have HydraLoRA's several B and its router.
 
 This is the only module of the package that knows Flower. fedft's own server does not use it: it
 adds what a long run needs (resume, commit, deadlines, seeds) in ``server.rounds``.
@@ -37,7 +37,7 @@ from flwr.serverapp.strategy import Strategy as FlowerBase
 from torch import Tensor
 
 from fedft.core import codec, seeds
-from fedft.core.errors import UpdateRejected
+from fedft.core.errors import ConfigError, UpdateRejected
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -46,9 +46,11 @@ from fedft.core.types import (
     Site,
     TrainPlan,
     factor_name,
+    head_of,
     module_of,
     part_of,
 )
+from strategies import CentralDP, check_method
 from strategies.base import Strategy
 
 log = logging.getLogger("flwr")  # where Flower's own strategies write
@@ -58,9 +60,12 @@ def peft_adapter(tensors: Mapping[str, Tensor], scale: float) -> Adapter:
     """The adapter behind a PEFT state dict (``get_peft_model_state_dict``).
 
     Args:
-        tensors: PEFT name → tensor. What is not a LoRA factor is part of the head.
+        tensors: PEFT name → tensor. What is not a LoRA factor is part of the head. HydraLoRA's
+            names are those of :mod:`fedft.core.hydra`.
         scale: LoRA's s, alpha / r.
     """
+    if any(head_of(name) is not None for name in tensors):
+        return Adapter({}, tensors)  # HydraLoRA's are carried whole
     modules = [module_of(name) for name in tensors if part_of(name) == "A"]
     factors = {
         m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], scale)
@@ -81,6 +86,10 @@ class FlowerStrategy(FlowerBase):
         min_available_nodes: rounds wait for as many.
         seed: of the sampling.
 
+    Raises:
+        ConfigError: the rule cannot aggregate such an adapter, or is ``central-dp``, whose promise
+            rests on Poisson cohorts and an account that Flower's loop does not keep.
+
     Attributes:
         state: everything that crosses a round boundary. ``state.delta`` is what a rule has merged
             into the base, for a server-side ``evaluate_fn``.
@@ -97,8 +106,16 @@ class FlowerStrategy(FlowerBase):
         min_available_nodes: int = 2,
         seed: int = 0,
     ) -> None:
+        if isinstance(rule, CentralDP):
+            raise ConfigError(
+                "central-dp promises nothing in Flower's loop: nobody draws Poisson cohorts there, "
+                "and nobody keeps the account",
+                fix="run it with: fedft simulate CONFIG",
+            )
+        adapter = peft_adapter(initial, scale)
+        check_method(rule, "lora" if adapter.factors else "hydralora")
         self.rule = rule
-        self.state: ServerState = rule.init(peft_adapter(initial, scale))
+        self.state: ServerState = rule.init(adapter)
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_available_nodes = min_available_nodes

@@ -202,7 +202,12 @@ def _read_csv(source: str, stream: BinaryIO, bad: BadRows) -> RawTable:
             yield content
 
     reader = csv.reader(text())
-    header = next(reader, None)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise MismatchError(
+            f"{source}:{line}: malformed CSV: {error}", fix="save the file as plain CSV again"
+        ) from error
     if not header or "" in header or len(set(header)) < len(header):
         raise MismatchError(
             f"{source}:1: the first line must name every column once, got {header or []}",

@@ -163,7 +163,7 @@ def test_stock_peft_loads_the_exported_adapter(tiny_table: Table, tmp_path: Path
     inputs.pop("token_type_ids", None)
     ours = PeftEngine(load_base(config.model, config.lora, 3), config.lora)
     adapter = run.adapter("last").factors()
-    ours._load(adapter, frozenset())
+    ours._load(adapter, None)
     with torch.inference_mode():
         expected = ours._model(**inputs).logits
         assert expected.abs().max() > 0.1
