@@ -83,7 +83,7 @@ def rule_names(*, mixed_ranks: bool = False) -> list[str]:
     return [str(rule.model_fields["name"].default) for rule in chosen]
 
 
-def check_method(strategy: Strategy, method: str) -> None:
+def check_method(strategy: Rule, method: str) -> None:
     """Refuse an `[lora] method` whose adapters the rule cannot aggregate.
 
     Raises:

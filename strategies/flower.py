@@ -29,6 +29,7 @@ adds what a long run needs (resume, commit, deadlines, seeds) in ``server.rounds
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -50,7 +51,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
-from strategies import CentralDP, check_method
+from strategies import AnyStrategy, CentralDP, check_method
 from strategies.base import Strategy
 
 log = logging.getLogger("flwr")  # where Flower's own strategies write
@@ -113,7 +114,7 @@ class FlowerStrategy(FlowerBase):
                 fix="run it with: fedft simulate CONFIG",
             )
         adapter = peft_adapter(initial, scale)
-        check_method(rule, "lora" if adapter.factors else "hydralora")
+        check_method(cast(AnyStrategy, rule), "lora" if adapter.factors else "hydralora")
         self.rule = rule
         self.state: ServerState = rule.init(adapter)
         self.fraction_train = fraction_train
