@@ -619,3 +619,21 @@ def test_numbers_as_people_read_them() -> None:
         "0.030",
     ]
     assert [significant(v) for v in (0.0, 0.1234, 12.34, 1e-9)] == ["0", "0.123", "12.3", "1.0e-9"]
+
+
+def test_runs_of_an_older_version_belong_with_the_same_runs_of_this_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", seed=0, rounds=2)
+    write_run(tmp_path / "new", seed=1, rounds=2)
+    text = (tmp_path / "new" / "config.toml").read_text()
+    (tmp_path / "new" / "config.toml").write_text(
+        text.replace("per-round = 10", "per-round = 10\nspectrum = false")
+    )
+    (row,) = summarise([tmp_path]).rows
+    assert row.label == "fedavg-lora" and row.seeds == (0, 1)
+
+    other = text.replace("per-round = 10", "per-round = 10\ndeadline-s = 5.0")
+    (tmp_path / "new" / "config.toml").write_text(other)
+    assert {row.label for row in summarise([tmp_path]).rows} == {
+        "fedavg-lora deadline-s=—",
+        "fedavg-lora deadline-s=5.0",
+    }

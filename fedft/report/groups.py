@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedft.core.errors import ConfigError
-from fedft.report.records import Record, clean, flatten, number
+from fedft.core.errors import ConfigError, FedftError
+from fedft.report.records import Json, Record, clean, flatten, number
 from fedft.report.statistics import CONFIDENCE, Interval, check_seeds, interval, paired
 
 
@@ -107,7 +107,7 @@ def group(records: Sequence[Record], confidence: float | None = None) -> list[Gr
         ConfigError: two runs of one group have the same seed, or an interval is asked for and some
             group has one seed only.
     """
-    flat = [_settings(record) for record in records]
+    flat = [_settings(config) for config in _completed([record.config for record in records])]
     outer = _varying(records, flat, strategy=False)
     inner = _varying(records, flat, strategy=True)
     runs: dict[tuple[str, tuple[tuple[str, str], ...]], dict[int, Record]] = {}
@@ -147,11 +147,35 @@ def baseline_name(groups: Sequence[Group]) -> str:
     return names.pop() if len(names) == 1 else "the baseline"
 
 
-def _settings(record: Record) -> dict[str, str]:
+def _completed(configs: Sequence[Json]) -> Sequence[Json]:
+    """The configurations with defaults where some of them lack keys that others have.
+
+    An older version wrote fewer keys; it ran with what are their defaults now.
+    """
+
+    def outside(config: Json) -> frozenset[str]:
+        return frozenset(key for key in flatten(config) if not key.startswith("strategy."))
+
+    if len(set(map(outside, configs))) < 2:
+        return configs
+    from fedft.api import own_server
+
+    parse = own_server("config").parse_config  # loads torch: only where it is needed
+
+    def complete(config: Json) -> Json:
+        try:
+            return parse(config).model_dump(mode="json", by_alias=True, exclude_none=True)
+        except FedftError:
+            return config
+
+    return [complete(config) for config in configs]
+
+
+def _settings(config: Json) -> dict[str, str]:
     """What identifies a configuration. Engine settings do not change results, and seeds are paired."""
     return {
         key: clean(value, 40)
-        for key, value in flatten(record.config).items()
+        for key, value in flatten(config).items()
         if key != "seed" and not key.startswith("engine.")
     }
 
