@@ -637,3 +637,18 @@ def test_runs_of_an_older_version_belong_with_the_same_runs_of_this_one(tmp_path
         "fedavg-lora deadline-s=—",
         "fedavg-lora deadline-s=5.0",
     }
+
+
+def test_a_part_of_a_comparison_has_the_baseline_of_the_whole(tmp_path: Path) -> None:
+    for part, rules in (("one", ["fedavg-lora", "flora"]), ("two", ["lora-fair"])):
+        for rule in rules:
+            write_run(tmp_path / part / f"{rule}-seed0", rule, rounds=2)
+        (tmp_path / part / "compare.json").write_text(json.dumps({"arms": rules}))
+    whole = summarise([tmp_path])
+    assert whole.baseline == "fedavg-lora"
+    assert {row.label: row.gain is None for row in whole.rows} == {
+        "fedavg-lora": True,
+        "flora": False,
+        "lora-fair": False,
+    }
+    assert summarise([tmp_path / "two"]).baseline == "lora-fair", "the first arm, by itself"

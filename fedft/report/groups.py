@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedft.core.errors import ConfigError, FedftError
-from fedft.report.records import Json, Record, clean, flatten, number
+from fedft.report.records import BASELINE, Json, Record, clean, flatten, number
 from fedft.report.statistics import CONFIDENCE, Interval, check_seeds, interval, paired
 
 
@@ -123,12 +123,13 @@ def group(records: Sequence[Record], confidence: float | None = None) -> list[Gr
             )
         members[record.seed] = record
     level = CONFIDENCE if confidence is None else confidence
+    rule_is_there = any(record.arm == BASELINE for record in records)
     groups: list[Group] = []
     for (label, context), members in runs.items():
         one = next(iter(members.values()))
         if confidence is not None:
             check_seeds(len(members), confidence, label)
-        baseline = one.arm == one.reference
+        baseline = one.arm == (BASELINE if rule_is_there else next(iter(one.arms), BASELINE))
         by_seed = dict(sorted(members.items()))
         groups.append(Group(label, one.arm, one.strategy, baseline, context, by_seed, level))
     return sorted(groups, key=lambda g: (not g.baseline, g.context, g.label))

@@ -19,7 +19,7 @@ from fedft.core.rundir import RunDir
 Json = Mapping[str, object]
 
 BASELINE = "fedavg-lora"
-"""The rule that the others are compared with; where it is not among them, it is the first arm."""
+"""The rule that the others are compared with; where it is not there, the first arm of each comparison."""
 
 _PLAN = "compare.json"
 
@@ -69,11 +69,6 @@ class Record:
         """What the run is called in its comparison; elsewhere the name of its rule."""
         name = self.path.name.removesuffix(f"-seed{self.seed}")
         return name if name in self.arms else self.strategy
-
-    @property
-    def reference(self) -> str:
-        """The arm that this one is compared with."""
-        return self.arms[0] if self.arms and BASELINE not in self.arms else BASELINE
 
     @property
     def strategy(self) -> str:
