@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 SECTIONED = ("cohort", "engines", "federation", "registered")
-FULL = (*SECTIONED, "aggregation", "overhead")
+FULL = (*SECTIONED, "aggregation", "overhead", "memory")
 
 
 def main() -> None:
