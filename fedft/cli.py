@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedft.core.errors import FedftError, Interrupted
+from fedft.core.errors import FedftError
 from fedft.core.quiet import quiet
 from fedft.deploy_cli import add_commands
 
@@ -230,7 +230,8 @@ def _graceful() -> Iterator[Any]:
     asked: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        if asked:
+        if asked:  # typer ends the process with 130, without a word
+            print("stopped; committed rounds are safe: fedft resume RUN_DIR", file=sys.stderr)
             raise KeyboardInterrupt
         asked.append(number)
         print("\nstopping after what is under way; once more to stop at once", file=sys.stderr)
@@ -241,7 +242,8 @@ def _graceful() -> Iterator[Any]:
         yield lambda: bool(asked)
     finally:
         for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+            # One that comes late finds the process ending already: it shall do so in good order.
+            signal.signal(number, signal.SIG_IGN if asked else handler)
 
 
 add_commands(cli, _graceful)
@@ -258,9 +260,6 @@ def main() -> None:
 
         print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; committed rounds are safe: fedft resume RUN_DIR", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
 
 
 if __name__ == "__main__":
