@@ -32,7 +32,13 @@ def run_data(record: Record) -> dict[str, Any]:
         for line in record.rounds
     ]
     summary = {k: v for k, v in (record.summary or {}).items() if k != "seconds"}
-    return {"strategy": record.strategy, "seed": record.seed, "summary": summary, "rounds": rounds}
+    return {
+        "arm": record.arm,
+        "strategy": record.strategy,
+        "seed": record.seed,
+        "summary": summary,
+        "rounds": rounds,
+    }
 
 
 def collect(run_dirs: list[Path], output: Path) -> None:

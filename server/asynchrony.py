@@ -19,7 +19,7 @@ state says: the jobs that sites are at, and the versions that they started from,
 and a run that is killed goes on with the same jobs, to the same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -68,20 +68,6 @@ class Job:
     @property
     def seconds(self) -> float:
         return self.ends - self.started
-
-
-def server_updates(federation: Federation, state: ServerState) -> Iterator[Completed]:
-    """Make the server updates that ``state`` has not seen yet.
-
-    Raises:
-        QuorumFailure: too few usable replies; the last yielded state stands.
-        ConfigError: nobody can be reached any more, or no site can meet the deadline.
-        Interrupted: ``federation.stop`` said so.
-    """
-    while state.round < federation.settings.count:
-        completed = one_update(federation, state)
-        state = completed.state
-        yield completed
 
 
 def one_update(federation: Federation, state: ServerState) -> Completed:

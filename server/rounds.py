@@ -208,25 +208,35 @@ class Ledger:
         self.spent += sum(busy.values())
 
 
-def rounds(federation: Federation, state: ServerState) -> Iterator[Completed]:
-    """Run the rounds that ``state`` has not seen yet.
-
-    Raises:
-        QuorumFailure: too few usable replies in every attempt; the last yielded state stands.
-        Interrupted: ``federation.stop`` said so.
-    """
-    while state.round < federation.settings.count:
-        completed = one_round(federation, state)
-        state = completed.state
-        yield completed
-
-
 def one_round(federation: Federation, state: ServerState) -> Completed:
     """One round, from sampling to evaluation."""
     watch, ledger = Stopwatch(), Ledger(now=elapsed(state))
     state = compared(federation, state, watch, ledger)
     updates, cohort, attempts = _gather(federation, state, watch, ledger)
     return concluded(federation, state, updates, cohort, watch, ledger, {"attempts": attempts})
+
+
+def rounds(
+    federation: Federation,
+    state: ServerState,
+    step: Callable[[Federation, ServerState], Completed] = one_round,
+) -> Iterator[Completed]:
+    """Run the rounds that ``state`` has not seen yet.
+
+    Args:
+        federation: of the run.
+        state: to go on from.
+        step: makes one round: this module's, or one update of :mod:`server.asynchrony`.
+
+    Raises:
+        QuorumFailure: too few usable replies in every attempt; the last yielded state stands.
+        Interrupted: ``federation.stop`` said so.
+        ConfigError: on the simulated clock nobody can be reached, or meet the deadline.
+    """
+    while state.round < federation.settings.count:
+        completed = step(federation, state)
+        state = completed.state
+        yield completed
 
 
 def concluded(

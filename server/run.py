@@ -35,7 +35,7 @@ from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.types import ServerState
-from server.asynchrony import server_updates
+from server.asynchrony import one_update
 from server.checkpoints import Checkpoints
 from server.clock import SimulatedClock
 from server.config import RunConfig, differences, parse_toml
@@ -44,7 +44,7 @@ from server.grids.inline import InlineGrid
 from server.privacy import open_account, promises, resolved_privacy
 from server.pruning import pruning_of
 from server.roster import SimulatedRoster
-from server.rounds import Completed, Courier, Federation, rounds
+from server.rounds import Completed, Courier, Federation, one_round, rounds
 from server.validation import Limits
 
 CLIENT_APP = "clients.app:app"
@@ -568,7 +568,7 @@ def _until_patience(
     if patience is not None and progress.stale >= patience:
         return
     synchronous = federation.strategy.buffer is None
-    for completed in (rounds if synchronous else server_updates)(federation, state):
+    for completed in rounds(federation, state, one_round if synchronous else one_update):
         yield completed
         progress = progress.after(completed, federation.kind)
         if patience is not None and progress.stale >= patience:
