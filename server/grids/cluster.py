@@ -32,6 +32,7 @@ _OBJECT_STORE_BYTES = 2**30
 _LEAST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less
 _LONGEST_FOLDER = 38  # characters; Unix sockets lie 65 deeper, and their paths end at 107
 _CONNECT_S = 2.0
+_START_TRIES = 3
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +41,10 @@ _QUIET = {
     # Ray starts workers at niceness 15, where any other process on the machine starves them.
     "RAY_worker_niceness": "0",
 }
+
+
+class _NotStarted(EnvironmentFailure):
+    """Ray is there, and its processes did not come up."""
 
 
 class Cluster:
@@ -112,6 +117,9 @@ class Cluster:
 def start(cpus: int, *, gpus: bool) -> Cluster:
     """Starts a private Ray session on this machine.
 
+    Ray's processes choose their ports and then open them, so that they may collide with each
+    other or anybody else: what does not start is tried again, from nothing.
+
     Args:
         cpus: CPU slots to offer to workers.
         gpus: offer the GPUs of this machine too.
@@ -119,6 +127,13 @@ def start(cpus: int, *, gpus: bool) -> Cluster:
     Raises:
         EnvironmentFailure: Ray is not installed or does not start.
     """
+    for _ in range(_START_TRIES - 1):
+        with contextlib.suppress(_NotStarted):
+            return _start(cpus, gpus=gpus)
+    return _start(cpus, gpus=gpus)
+
+
+def _start(cpus: int, *, gpus: bool) -> Cluster:
     session = _Session()
     # Workers must find what this process finds, also what a script put on its path.
     environment = {**session.auth, "PYTHONPATH": os.pathsep.join(_own_paths())}
@@ -135,6 +150,9 @@ def start(cpus: int, *, gpus: bool) -> Cluster:
         return Cluster(ray, session, owned=True)
     except BaseException:
         session.adopt_servers()
+        session.reap()  # before Ray's own clearing up, which would wait for servers that hang
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()
         session.close()
         raise
 
@@ -265,7 +283,7 @@ def _explained(error: Exception) -> EnvironmentFailure | SecurityRefusal:
             fix="Set RAY_AUTH_TOKEN_PATH to the cluster's token file, or RAY_AUTH_MODE=disabled "
             "for a cluster without tokens.",
         )
-    return EnvironmentFailure(
+    return _NotStarted(
         f"Ray did not start: {type(error).__name__}: {text}",
         fix="Check free memory, /dev/shm and the temporary folder; or set engine.backend to "
         "'inline'.",

@@ -298,6 +298,40 @@ def test_a_session_is_private_and_leaves_the_process_as_it_was(session: Cluster)
     assert len(token.read_text()) >= 32
 
 
+STUMBLE = """
+    import sys
+    import ray
+    from server.grids import cluster
+    init, calls = ray.init, []
+    def stumbling(**settings):
+        calls.append(settings["_temp_dir"])
+        init(**settings)
+        if len(calls) <= int(sys.argv[1]):
+            raise RuntimeError("the raylet timed out")
+    ray.init = stumbling
+    try:
+        started = cluster.start(1, gpus=False)
+        print(len(set(calls)), started.room(1, 0))
+        started.close()
+    except cluster.EnvironmentFailure as error:
+        print(len(set(calls)), str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("failures", "said"), [(1, "2 1"), (3, "3 Ray did not start: RuntimeError: the raylet timed")]
+)
+def test_a_start_that_fails_is_tried_again_from_nothing(failures: int, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STUMBLE), str(failures)],
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout.startswith(said)
+
+
 JOIN = """
     import sys
     from server.grids.ray import RayGrid
