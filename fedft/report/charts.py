@@ -126,11 +126,16 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
         # Past the last free slot styles repeat: direct labels still tell the lines apart.
         slot = wished if wished in free else (free[0] if free else len(result) % _LEGIBLE)
         taken[slot] = label
-        dashed = slot >= len(PALETTE)
-        index = slot % len(PALETTE)
-        dashes = (0, (4, 2)) if dashed else "solid"
-        result[label] = Style(PALETTE[index], dashes, _MARKERS[index], hollow=dashed)
+        result[label] = numbered(slot)
     return result
+
+
+def numbered(slot: int) -> Style:
+    """The style of a slot: as many are told apart as there are colours, twice."""
+    dashed = slot % _LEGIBLE >= len(PALETTE)
+    index = slot % len(PALETTE)
+    dashes = (0, (4, 2)) if dashed else "solid"
+    return Style(PALETTE[index], dashes, _MARKERS[index], hollow=dashed)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from fedft.report.figures import (
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Group, Metric, baseline_name, baseline_of
 from fedft.report.records import Record, clean, mapping
+from fedft.report.submodels import score_by_size
 from fedft.report.timing import score_by_time
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
     candidates = (
         score_bands(groups, metric, look),
         score_by_time(groups, metric, look),
+        score_by_size(groups, metric, look),
         bias_bands(groups, look),
         score_by_bytes(groups, metric, look),
         bias_by_gain(groups, metric, look),

@@ -24,6 +24,7 @@ from fedft.report.figures import (
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Metric
 from fedft.report.records import Record, clean, mapping, number, round_number
+from fedft.report.submodels import run_submodels
 from fedft.report.timing import run_by_time
 
 _DOTS = 1500
@@ -39,6 +40,7 @@ def of_run(record: Record, metric: Metric) -> list[Figure]:
     candidates = (
         run_score(record, metric),
         run_by_time(record, metric, _BLUE),
+        run_submodels(record, metric),
         run_loss(record),
         client_losses(record),
         client_examples(record),

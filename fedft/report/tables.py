@@ -1,6 +1,6 @@
 """The summary table of a comparison, for the terminal, Markdown, LaTeX and JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,21 @@ from fedft.report.groups import (
 )
 from fedft.report.records import Record, load
 from fedft.report.statistics import CONFIDENCE, Interval
+from fedft.report.submodels import of_size, parts_of, sizes, words
 from fedft.report.timing import common_target, curve, time_to
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a submodel of one size scores, see :class:`Row`.
+
+    Attributes:
+        score: in the last evaluated round.
+        gain: its difference to the baseline's submodel of that size, paired by seed.
+    """
+
+    score: Interval | None
+    gain: Interval | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Row:
         gain: its difference to the baseline, paired by seed; None for the baseline.
         sites: the same score of each site's own model on its own held-out part, mean over sites.
         sites_gain: the same difference for ``sites``.
+        submodels: number of parts held → what the submodel scores; empty without pruning.
         bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
         traffic: bytes up and down, a run.
         seconds: wall-clock, a run.
@@ -47,12 +62,17 @@ class Row:
     gain: Interval | None
     sites: Interval | None
     sites_gain: Interval | None
+    submodels: Mapping[int, Part]
     bias: Interval | None
     traffic: Interval | None
     seconds: Interval | None
     simulated: Interval | None
     device_seconds: Interval | None
     time_to_target: Interval | None
+
+
+_Column = tuple[str, Callable[[Row], str]]
+"""A title, and what a row shows under it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class Table:
         baseline: what differences are taken to.
         confidence: level of the intervals.
         target: the best level of the metric that every run reached; None without a fleet's clock.
+        parts: what the sizes of submodels count.
     """
 
     metric: Metric
@@ -72,6 +93,7 @@ class Table:
     baseline: str
     confidence: float = CONFIDENCE
     target: float | None = None
+    parts: str = "block"
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -121,9 +143,9 @@ class Table:
             )
         return text
 
-    def _columns(self) -> list[tuple[str, Callable[[Row], str]]]:
+    def _columns(self) -> list[_Column]:
         m = self.metric
-        columns: list[tuple[str, Callable[[Row], str]]] = [
+        columns: list[_Column] = [
             ("Rule", lambda r: f"{r.label} (unfinished)" if r.unfinished else r.label),
             ("Seeds", lambda r: str(len(r.seeds))),
             (f"{m.title} (%)" if m.percent else m.title, lambda r: spread(r.score, m.percent)),
@@ -136,6 +158,7 @@ class Table:
             columns += [(title, lambda r: spread(r.sites, m.percent))]
         if self._any(lambda r: r.sites_gain):
             columns += [("Δ sites' own", lambda r: spread(r.sites_gain, m.percent, signed=True))]
+        columns += [c for size in self._sizes() for c in self._submodel(size)]
         if self._any(lambda r: r.bias):
             columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]
         if self.target is not None:
@@ -150,6 +173,26 @@ class Table:
             ("Traffic a run", lambda r: bytes_text(r.traffic.mean if r.traffic else None)),
             ("Time a run", lambda r: _seconds(r.seconds)),
         ]
+        return columns
+
+    def _sizes(self) -> list[int]:
+        return sorted({size for row in self.rows for size in row.submodels})
+
+    def _submodel(self, size: int) -> list[_Column]:
+        """The columns of one size of submodel."""
+
+        def part(row: Row) -> Part:
+            return row.submodels.get(size, Part(None, None))
+
+        percent, what = self.metric.percent, words(size, self.parts)
+        title = f"With {what}" + " (%)" * percent
+        columns: list[_Column] = [(title, lambda r: spread(part(r).score, percent))]
+        if self._any(lambda r: part(r).gain):
+            shown: _Column = (
+                f"Δ with {what}",
+                lambda r: spread(part(r).gain, percent, signed=True),
+            )
+            columns.append(shown)
         return columns
 
     def _any(self, field: Callable[[Row], Interval | None]) -> bool:
@@ -178,7 +221,8 @@ def tabulate(records: Sequence[Record], confidence: float | None = None) -> Tabl
     groups = group(records, confidence)
     target = common_target(records, metric)
     rows = tuple(_row(g, baseline_of(g, groups), metric, target) for g in groups)
-    return Table(metric, rows, baseline_name(groups), groups[0].confidence, target)
+    name, parts = baseline_name(groups), parts_of(records)
+    return Table(metric, rows, name, groups[0].confidence, target, parts)
 
 
 def _row(one: Group, baseline: Group | None, metric: Metric, target: float | None) -> Row:
@@ -193,6 +237,11 @@ def _row(one: Group, baseline: Group | None, metric: Metric, target: float | Non
         gain=one.gain(baseline, *metric.keys),
         sites=one.interval(sites.values()),
         sites_gain=one.gain(baseline, *metric.of_sites),
+        submodels={
+            size: Part(one.interval(one.values(*keys).values()), one.gain(baseline, *keys))
+            for size in sizes(runs)
+            for keys in [of_size(metric, size)]
+        },
         bias=one.interval(one.means("bias", "relative").values()),
         traffic=one.interval(b for b in map(traffic, runs) if b is not None),
         seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),
