@@ -2,6 +2,9 @@
 
 ``flwr run .`` sends a bundle with configurations only. The code that runs is the fedft that is
 installed where the SuperLink and the SuperNodes are, so nothing that travels is executed.
+
+The server scores the global model itself: Flower starts a process for each message, and slices of
+a test set that the server holds anyway are not worth one each.
 """
 
 import sys
@@ -18,8 +21,9 @@ from fedft.core.errors import MismatchError
 from fedft.core.rundir import RunDir
 from fedft.core.types import ServerState
 from server.config import RunConfig, check_real, configured, load_config
+from server.grids.inline import InlineGrid
 from server.grids.superlink import SuperLinkGrid
-from server.run import simulate
+from server.run import CLIENT_APP, simulate
 
 app = ServerApp()
 
@@ -39,12 +43,14 @@ def main(grid: Grid, context: Context) -> None:
     config = configuration(context.run_config)
     torch.set_num_threads(config.engine.threads)
     run_dir = str(context.run_config["run-dir"])
-    simulate(
-        config,
-        Path(run_dir) if run_dir else None,
-        observer=Lines(),
-        grid=SuperLinkGrid(grid, config.fleet.clients),
-    )
+    with InlineGrid(CLIENT_APP, config.rounds.per_round) as evaluator:
+        simulate(
+            config,
+            Path(run_dir) if run_dir else None,
+            observer=Lines(),
+            grid=SuperLinkGrid(grid, config.fleet.clients),
+            evaluator=evaluator,
+        )
 
 
 def configuration(settings: Mapping[str, UserConfigValue]) -> RunConfig:

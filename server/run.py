@@ -151,6 +151,7 @@ def simulate(
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
     grid: StatefulGrid | None = None,
+    evaluator: Courier | None = None,
 ) -> RunDir:
     """Simulate a federation from the beginning.
 
@@ -160,6 +161,7 @@ def simulate(
         observer: is told about rounds as they are committed.
         stop: is asked between replies whether to stop.
         grid: workers to use and leave running; None starts its own and ends them.
+        evaluator: see :class:`~server.rounds.Federation`.
 
     Returns:
         The finished run.
@@ -171,7 +173,7 @@ def simulate(
     with RunDir.create(run_dir, hint=config.strategy.name) as run:
         run.write_config(config.to_toml())
         with _resumable(run):
-            return _execute(config, run, observer or Silent(), stop, grid)
+            return _execute(config, run, observer or Silent(), stop, grid, evaluator)
 
 
 def resume(
@@ -338,11 +340,13 @@ def _execute(
     observer: Observer,
     stop: Callable[[], bool],
     workers: StatefulGrid | None,
+    evaluator: Courier | None = None,
 ) -> RunDir:
     with ExitStack() as stack:
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
         setting = prepare_run(config, run)
-        complete(setting, run, grid, federate(setting, grid, stop), observer)
+        federation = replace(federate(setting, grid, stop), evaluator=evaluator)
+        complete(setting, run, grid, federation, observer)
     return run
 
 

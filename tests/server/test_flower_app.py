@@ -13,17 +13,19 @@ import tempfile
 import time
 import tomllib
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError
-from server.app import _check_version, configuration
+from server.app import _check_version, configuration, main
 from server.config import configured, parse_config
 from server.grids.inline import Fault, Faults, InlineGrid
 from server.grids.superlink import SuperLinkGrid
@@ -47,6 +49,7 @@ class StandIn(Grid):
         self.refuses: int | None = None
         self.taken: Any = None
         self.polled: list[set[str]] = []
+        self.sent: Counter[str] = Counter()
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partition)
@@ -55,6 +58,7 @@ class StandIn(Grid):
         (message,) = messages
         about = message.metadata
         partition = self.partition[about.dst_node_id]
+        self.sent[about.message_type] += 1
         twin = Message(message.content, partition + 1, about.message_type, group_id=about.group_id)
         (id_,) = self._inner.push_messages([twin])
         about.__dict__["_message_id"] = id_
@@ -83,6 +87,23 @@ class StandIn(Grid):
 
 def query(node: int, round_: int = 0) -> Message:
     return Message(RecordDict(), node, MessageType.QUERY, group_id=str(round_))
+
+
+def test_the_server_scores_the_global_model_itself(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(tiny_table(engine={"cohort": 1}))
+    plain = simulate(config, tmp_path / "plain").summary()
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    flower, target = StandIn(list(range(8))), tmp_path / "flower"
+    monkeypatch.setattr(flower.run, "fab_version", version("fedft"))
+    settings = {"config": str(tmp_path / "config.toml"), "set": "", "run-dir": str(target)}
+    main(flower, Context(flower.run.run_id, 0, {}, RecordDict(), settings))
+    summary = json.loads((target / "summary.json").read_text())
+    assert summary["adapter_sha256"] == plain["adapter_sha256"]
+    assert summary["final"] == plain["final"] and summary["final"]
+    # Each message costs Flower a process: none is spent on what the server holds itself.
+    assert flower.sent.keys() == {MessageType.QUERY, MessageType.TRAIN}
 
 
 @pytest.mark.parametrize("rule", ["fedavg-lora", "fedsa-lora"])  # without and with own parts
