@@ -8,7 +8,9 @@ which does not count, and steady rounds at batch 8 and at batch 1; contenders ta
 
 * ``loops``: the plain PEFT loop of :mod:`clients.train`, twice at once, half of the sites each.
 * ``flower``: Flower's simulation engine with a client as FlowerTune has it: it loads everything
-  for every message. ``kept`` keeps what it loads; ``bf16`` has a bfloat16 base and eager attention.
+  for every message and trains with the ``Trainer`` of transformers. ``lean`` trains with the plain
+  loop; ``kept`` does so too, and keeps what it loads; ``bf16`` has a bfloat16 base and eager
+  attention.
 * ``fedft``: ``fedft simulate`` on Ray, with its default cohorts; ``K = 1`` is the plain loop under
   fedft's rounds.
 """
@@ -51,12 +53,14 @@ class Way:
     Attributes:
         engine: whose rounds.
         precision: of the base.
-        kept: of ``flower``: whether clients keep what they load.
+        lean: of ``flower``: whether clients train with the plain loop.
+        kept: of ``lean``: whether clients keep what they load.
         cohort: of ``fedft``.
     """
 
     engine: Literal["loops", "flower", "fedft"]
     precision: Precision = "fp32"
+    lean: bool = False
     kept: bool = False
     cohort: int | Literal["auto"] = "auto"
 
@@ -65,14 +69,16 @@ WAYS = {
     "loops": Way("loops"),
     "loops, bf16": Way("loops", "bf16"),
     "flower": Way("flower"),
-    "flower, kept": Way("flower", kept=True),
-    "flower, bf16": Way("flower", "bf16"),
-    "flower, kept, bf16": Way("flower", "bf16", kept=True),
+    "flower, lean": Way("flower", lean=True),
+    "flower, kept": Way("flower", lean=True, kept=True),
+    "flower, lean, bf16": Way("flower", "bf16", lean=True),
+    "flower, kept, bf16": Way("flower", "bf16", lean=True, kept=True),
     "fedft, K = 1": Way("fedft", cohort=1),
     "fedft": Way("fedft"),
     "fedft, bf16": Way("fedft", "bf16"),
 }
-QUICK_WAYS = ["loops", "flower", "flower, kept, bf16", "fedft", "fedft, bf16"]
+PEERS = ("flower", "flower, lean", "flower, kept, bf16", "loops")
+QUICK_WAYS = ["loops", "flower", "flower, lean", "flower, kept, bf16", "fedft", "fedft, bf16"]
 
 
 def main() -> None:
@@ -117,9 +123,9 @@ def section(ways: Sequence[str], sites: int, rounds: int, repeats: int) -> Mappi
 
 
 def over(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With how many times as fast as each peer: Flower's client, the tuned one, two loops."""
+    """With how many times as fast as each peer: FlowerTune's client, tuned ones, two loops."""
     median = {(row["way"], row["batch"]): row["ms_a_sample"]["median"] for row in rows}
-    peers = [way for way in ("flower", "flower, kept, bf16", "loops") if (way, 8) in median]
+    peers = [way for way in PEERS if (way, 8) in median]
     for row in rows:
         mine = row["ms_a_sample"]["median"]
         row["over"] = {p: round(median[p, row["batch"]] / mine, 3) for p in peers}
@@ -192,7 +198,8 @@ def _flower(way: Way, sites: int, rounds: int) -> dict[int, list[float]]:
     from benchmarks import flower_peer
 
     sizes = [SIZES[0], *SIZES * rounds]
-    seconds = flower_peer.run(_task(way), sites, sizes, cached=way.kept, workers=WORKERS)
+    how = {"lean": way.lean, "cached": way.kept, "workers": WORKERS}
+    seconds = flower_peer.run(_task(way), sites, sizes, **how)
     return _by_size(sizes[1:], seconds[1:])
 
 
@@ -232,7 +239,7 @@ def _loop(
 ) -> None:
     import torch
 
-    from benchmarks.flower_peer import keep_trainer
+    from benchmarks.flower_peer import keep_bench
     from fedft.core.batches import batches
     from fedft.core.models import initial_adapter
     from fedft.core.seeds import torch_generator
@@ -241,20 +248,20 @@ def _loop(
     quiet()
     torch.set_num_threads(1)
     task = _task(way)
-    trainer_of = partial(keep_trainer, task.model_dump_json())
-    shapes = trainer_of(mine[0]).engine.base.shapes
+    bench_of = partial(keep_bench, task.model_dump_json())
+    shapes = bench_of(mine[0]).engine.base.shapes
     start = initial_adapter(shapes, task.lora, task.lora.rank, task.seed)
     marks: list[tuple[float, float]] = []
     for number, size in enumerate(sizes):
         wait()
         begun = time.monotonic()
         for index in mine:
-            trainer = trainer_of(index)
-            every = torch.arange(len(trainer.rows)).numpy()
+            bench = bench_of(index)
+            every = torch.arange(len(bench.rows)).numpy()
             generator = torch_generator(task.seed, "peer", index, number + 1)
-            own = list(batches(trainer.rows, every, size, generator=generator))
+            own = list(batches(bench.rows, every, size, generator=generator))
             plan = TrainPlan(start=start, training=LocalTraining(batch_size=size), site=str(index))
-            trainer.engine.train([plan], [own])
+            bench.engine.train([plan], [own])
         marks.append((begun, time.monotonic()))
     tell(marks)
 

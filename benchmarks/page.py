@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import PEERS
 from benchmarks.record import RESULTS
 from benchmarks.targets import Sections, largest, sections, targets
 from fedft.report import charts
@@ -102,13 +103,12 @@ def _engine_rows(found: Sections) -> str:
             f"{row['way']}, batch {row['batch']}",
             section,
             _spread(row["ms_a_sample"]),
-            *(f"{row['over'][peer]:.2f}×" for peer in ("flower", "flower, kept, bf16", "loops")),
+            *(f"{row['over'][peer]:.2f}×" if peer in row["over"] else "–" for peer in PEERS),
         ]
         for section, own in found.items()
         for row in sorted(own["rows"], key=lambda row: -row["batch"])
     ]
-    head = ["engine", "round", "ms a sample", "Flower", "Flower, kept, bf16", "two loops"]
-    return _markdown(head, rows)
+    return _markdown(["engine", "round", "ms a sample", *PEERS], rows)
 
 
 # ------------------------------------------------------------------------------- the cohort

@@ -91,7 +91,9 @@ def _engines(found: Sections) -> Iterator[Target]:
     rows = largest(found).get("rows", [])
     for batch, bound, aim in ((8, 4.5, 6.0), (1, 5.0, 8.0)):
         own = [
-            r["over"]["flower"] for r in rows if (r["way"], r["batch"]) == ("fedft, bf16", batch)
+            r["over"].get("flower")
+            for r in rows
+            if (r["way"], r["batch"]) == ("fedft, bf16", batch)
         ]
         measured = max(own, default=None)
         yield Target(f"fedft bf16 over Flower's engine, batch {batch}", bound, "≥", measured)
