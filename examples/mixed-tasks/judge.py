@@ -1,6 +1,6 @@
 """How well each site's own model does on its own held-out rows, arm by arm and task by task.
 
-    python examples/mixed-tasks/judge.py runs/mixed-tasks -o examples/mixed-tasks/results.md
+    python examples/mixed-tasks/judge.py runs/mixed-tasks -o examples/mixed-tasks/results/judged.md
 
 Some arms keep a router at every site, so there is no single model to score: a site is judged with
 its own. Rows are arms; intervals are over seeds; differences to the first arm are paired by seed.
@@ -12,6 +12,8 @@ from statistics import mean
 
 from fedft.report.records import Record, load
 from fedft.report.statistics import Interval, interval, paired
+from server.checkpoints import Checkpoints
+from strategies.hydralora import cluster_of
 
 TASKS = ("glosses", "posts")
 
@@ -30,6 +32,21 @@ def cosine(record: Record) -> float | None:
     """Mean cosine between the heads in use after the last round."""
     heads = record.rounds[-1].get("heads")
     return None if heads is None else heads["cosine"]
+
+
+def purity(record: Record) -> float | None:
+    """Share of the sites whose cluster is mostly of their own task, after the last round."""
+    last = Checkpoints(record.path / "checkpoints").load()
+    assert last is not None
+    sites = {line["site"] for line in record.clients}
+    clusters = {site: cluster_of(last.state, site) for site in sorted(sites)}
+    if set(clusters.values()) <= {None}:
+        return None
+    members: dict[int | None, list[str]] = {}
+    for site, cluster in clusters.items():
+        members.setdefault(cluster, []).append(site.rsplit("-", 1)[0])
+    largest = sum(max(map(own.count, TASKS)) for own in members.values())
+    return largest / len(sites)
 
 
 def shown(value: Interval | None, scale: float = 100.0, sign: str = "") -> str:
@@ -57,15 +74,17 @@ def table(records: list[Record]) -> str:
         return {seed: mean(by_task.values()) for seed, by_task in scores[arm].items()}
 
     lines = [
-        f"| arm | seeds | {' | '.join(TASKS)} | both, % | to {first}, points | cosine of heads |",
-        "|---|---|" + "---|" * (len(TASKS) + 3),
+        f"| arm | seeds | {' | '.join(TASKS)} | both, % | to {first}, points | cosine of heads | purity, % |",
+        "|---|---|" + "---|" * (len(TASKS) + 4),
     ]
     for arm, runs in scores.items():
         by_task = [shown(interval([run[task] for run in runs.values()])) for task in TASKS]
         apart = [c for r in records if r.arm == arm and (c := cosine(r)) is not None]
         gap = "—" if arm == first else shown(paired(both(arm), both(first)), sign="+")
         cells = [arm, str(len(runs)), *by_task, shown(interval([*both(arm).values()])), gap]
-        lines.append(f"| {' | '.join([*cells, shown(interval(apart), scale=1.0)])} |")
+        pure = [p for r in records if r.arm == arm and (p := purity(r)) is not None]
+        cells += [shown(interval(apart), scale=1.0), shown(interval(pure))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
