@@ -50,7 +50,7 @@ from server.validation import Limits
 CLIENT_APP = "clients.app:app"
 """The client side, by reference: the server never imports it."""
 
-COHORT_TOKENS = 1024
+COHORT_TOKENS = 1536
 """Tokens that one pass of the cohort engine is filled with when ``engine.cohort = "auto"``: where
 its speed levels off on a CPU, as benchmarks/cohort.py shows."""
 
@@ -309,17 +309,18 @@ def concrete(precision: Precision | Literal["auto"], *, gpu: bool = False) -> Pr
 def cohort_size(config: RunConfig) -> int:
     """Sites a pass: a function of the configuration alone, never of the workers.
 
-    Fills :data:`COHORT_TOKENS`, counting a row as an eighth of the longest allowed, which is what
-    short texts come to, and never puts a round into fewer than two passes, so that two workers
-    have work.
+    Fills about :data:`COHORT_TOKENS`, counting a row as an eighth of the longest allowed, which is
+    what short texts come to. A round takes an even number of passes, of equal size as far as that
+    goes: two workers then have the same to do, and so have four where there are as many passes.
     """
     if config.training.dp is not None:
         return 1  # DP-SGD takes gradients example by example, in the plain loop
     if config.one_by_one:
         return 1
     row = max(1, config.data.max_length // 8)
-    fits = COHORT_TOKENS // (row * config.training.batch_size)
-    return max(1, min(fits, -(-config.rounds.per_round // 2)))
+    fits = max(1, COHORT_TOKENS // (row * config.training.batch_size))
+    pairs = -(-config.rounds.per_round // (2 * fits))
+    return -(-config.rounds.per_round // (2 * pairs))
 
 
 @dataclass(frozen=True, eq=False)
