@@ -16,7 +16,7 @@ from fedft.report.groups import group, metric_of
 from fedft.report.records import Record, load
 from fedft.report.tables import tabulate
 
-_METERS = ("eval", "sites", "lag", "clock", "staleness")
+_METERS = ("eval", "sites", "lag", "clock", "staleness", "privacy")
 
 
 def run_data(record: Record) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class RunConsole:
             f"{metrics['status']}: {(traffic['up'] + traffic['down']) / 2**20:.1f} MiB on the wire, "
             f"{metrics['seconds']:.1f} s in rounds, {time.monotonic() - self._begun:.1f} s in all"
         )
+        for line in _promises(metrics):
+            self._out.print(line, soft_wrap=True)
         self._out.print(f"run directory  {safe(run.directory)}", soft_wrap=True)
         page = run.directory / "report" / "report.html"
         if page.exists():
@@ -241,6 +243,14 @@ def _table(metrics: Mapping[str, Any]) -> Table:
         if scores:
             table.add_row(name, str(int(scores["round"])), f"{scores['loss']:.4f}", _score(scores))
     return table
+
+
+def _promises(metrics: Mapping[str, Any]) -> list[str]:
+    if "privacy" not in metrics:
+        return []
+    from fedft.report.privacy import promise
+
+    return [f"privacy by {unit}: {promise(spent)}" for unit, spent in metrics["privacy"].items()]
 
 
 def _score(scores: Mapping[str, float]) -> str:

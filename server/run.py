@@ -41,7 +41,7 @@ from server.clock import SimulatedClock
 from server.config import RunConfig, differences, parse_toml
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
-from server.privacy import open_account, promises, resolved_privacy
+from server.privacy import PrivacyAccount, open_account, promises, resolved_privacy
 from server.pruning import pruning_of
 from server.roster import SimulatedRoster
 from server.rounds import Completed, Courier, Federation, one_round, rounds
@@ -366,7 +366,7 @@ def complete(
         progress = progress.after(completed, config.model.task)
         _commit(setting, run, grid, checkpoints, completed, progress)
         observer.completed(completed.record)
-    _finish(setting, run, state, progress)
+    _finish(setting, run, state, progress, account)
 
 
 def open_grid(config: RunConfig) -> SimulationGrid:
@@ -643,7 +643,13 @@ def export(config: RunConfig, state: ServerState, folder: Path) -> None:
     )
 
 
-def _finish(setting: Setting, run: RunDir, state: ServerState, progress: Progress) -> None:
+def _finish(
+    setting: Setting,
+    run: RunDir,
+    state: ServerState,
+    progress: Progress,
+    account: PrivacyAccount | None,
+) -> None:
     _drop_superseded(setting, run, progress)  # where a crash came between commit and removal
     run.write_summary(
         {
@@ -655,5 +661,6 @@ def _finish(setting: Setting, run: RunDir, state: ServerState, progress: Progres
             "seconds": progress.seconds,
             "adapter_sha256": adapter_digest(state.adapter, state.delta),
             "history_sha256": progress.history,
+            **({} if account is None else {"privacy": account.guarantee()}),
         }
     )

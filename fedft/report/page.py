@@ -8,6 +8,14 @@ from fedft.report import charts, compare_figures, run_figures
 from fedft.report.figures import Figure
 from fedft.report.formats import bias_text, bytes_text, score, seconds_text
 from fedft.report.groups import Group, Metric, group, metric_of, traffic
+from fedft.report.privacy import (
+    delta_text,
+    epsilon_text,
+    epsilon_title,
+    promise,
+    spent,
+    spent_after,
+)
 from fedft.report.records import Json, Record, clean, flatten, lookup, mapping, number
 from fedft.report.tables import Table, tabulate
 
@@ -169,6 +177,7 @@ def _cards(record: Record, metric: Metric) -> str:
         ("Time", seconds_text(record.seconds()), f"{len(record.rounds)} rounds"),
         ("Simulated time", seconds_text(elapsed), f"{seconds_text(busy)} of all devices") if elapsed is not None else None,
         ("Unusable replies", str(failed), f"of {asked} asked"),
+        *_privacy_cards(record),
     ]  # fmt: skip
     return "<dl class='cards'>{}</dl>".format(
         "".join(
@@ -176,6 +185,18 @@ def _cards(record: Record, metric: Metric) -> str:
             for name, value, more in (card for card in cards if card)
         )
     )
+
+
+def _privacy_cards(record: Record) -> list[tuple[str, str, str]]:
+    after = f"after round {spent_after(record)}"
+    return [
+        (
+            epsilon_title(unit),
+            epsilon_text(number(facts, "epsilon")),
+            f"{delta_text(facts)}, {after}",
+        )
+        for unit, facts in spent(record).items()
+    ]
 
 
 def _stated(record: Record, way: str) -> float:
@@ -204,6 +225,7 @@ def _facts(record: Record) -> str:
         ("Partition", _partition(config)),
         ("Adapter", f"rank {ranks or rank}, alpha {alpha}, on {modules}"),
         ("Local training", f"{length}, batch {local.get('batch-size', '—')}, {local.get('optimizer', '—')}, lr {local.get('lr', '—')}"),
+        *((f"Privacy by {unit}", promise(facts)) for unit, facts in spent(record).items()),
         ("Seed", record.seed),
         ("Status", lookup(record.summary or {}, "status") or "unfinished"),
         ("Adapter sha256", lookup(record.summary or {}, "adapter_sha256")),

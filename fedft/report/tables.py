@@ -14,6 +14,7 @@ from fedft.report.groups import (
     metric_of,
     traffic,
 )
+from fedft.report.privacy import UNITS, epsilon_text, epsilon_title, largest, terms
 from fedft.report.records import Record, load
 from fedft.report.statistics import CONFIDENCE, Interval
 from fedft.report.submodels import of_size, parts_of, sizes, words
@@ -47,6 +48,8 @@ class Row:
         sites_gain: the same difference for ``sites``.
         submodels: number of parts held → what the submodel scores; empty without pruning.
         bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
+        epsilon: unit of a privacy promise → the largest ε of the runs, None where one has no bound;
+            empty without a promise.
         traffic: bytes up and down, a run.
         seconds: wall-clock, a run.
         simulated: seconds on the fleet's clock, a run; None where there was none.
@@ -64,6 +67,7 @@ class Row:
     sites_gain: Interval | None
     submodels: Mapping[int, Part]
     bias: Interval | None
+    epsilon: Mapping[str, float | None]
     traffic: Interval | None
     seconds: Interval | None
     simulated: Interval | None
@@ -86,6 +90,7 @@ class Table:
         confidence: level of the intervals.
         target: the best level of the metric that every run reached; None without a fleet's clock.
         parts: what the sizes of submodels count.
+        privacy: what the ε are about; empty without any.
     """
 
     metric: Metric
@@ -94,6 +99,7 @@ class Table:
     confidence: float = CONFIDENCE
     target: float | None = None
     parts: str = "block"
+    privacy: str = ""
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -129,6 +135,9 @@ class Table:
 
     def note(self) -> str:
         """What the numbers mean."""
+        return f"{self._seeds_note()} {self.privacy}".rstrip()
+
+    def _seeds_note(self) -> str:
         counts = sorted({len(row.seeds) for row in self.rows})
         if counts[-1] == 1:
             return "One seed (n = 1): no interval can be given and no difference told from chance."
@@ -161,6 +170,7 @@ class Table:
         columns += [c for size in self._sizes() for c in self._submodel(size)]
         if self._any(lambda r: r.bias):
             columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]
+        columns += [self._epsilon(unit) for unit in UNITS if self._promised(unit)]
         if self.target is not None:
             title = f"Time to {score(self.target, m.percent)}"
             columns += [(title, lambda r: _seconds(r.time_to_target))]
@@ -174,6 +184,15 @@ class Table:
             ("Time a run", lambda r: _seconds(r.seconds)),
         ]
         return columns
+
+    def _promised(self, unit: str) -> bool:
+        return any(unit in row.epsilon for row in self.rows)
+
+    def _epsilon(self, unit: str) -> _Column:
+        def show(row: Row) -> str:
+            return epsilon_text(row.epsilon[unit]) if unit in row.epsilon else "—"
+
+        return epsilon_title(unit), show
 
     def _sizes(self) -> list[int]:
         return sorted({size for row in self.rows for size in row.submodels})
@@ -222,7 +241,7 @@ def tabulate(records: Sequence[Record], confidence: float | None = None) -> Tabl
     target = common_target(records, metric)
     rows = tuple(_row(g, baseline_of(g, groups), metric, target) for g in groups)
     name, parts = baseline_name(groups), parts_of(records)
-    return Table(metric, rows, name, groups[0].confidence, target, parts)
+    return Table(metric, rows, name, groups[0].confidence, target, parts, terms(records))
 
 
 def _row(one: Group, baseline: Group | None, metric: Metric, target: float | None) -> Row:
@@ -243,6 +262,7 @@ def _row(one: Group, baseline: Group | None, metric: Metric, target: float | Non
             for keys in [of_size(metric, size)]
         },
         bias=one.interval(one.means("bias", "relative").values()),
+        epsilon=largest(runs),
         traffic=one.interval(b for b in map(traffic, runs) if b is not None),
         seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),
         simulated=one.interval(one.values("clock", "elapsed").values()),

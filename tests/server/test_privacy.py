@@ -142,6 +142,7 @@ def test_a_private_run_says_what_it_spent(private: Table, tmp_path: Path) -> Non
     assert guarantees[0]["epsilon"] < guarantees[1]["epsilon"] < guarantees[2]["epsilon"]
     assert guarantees[-1]["sampling"] == "poisson"
     assert guarantees[-1]["adjacency"] == "add or remove one site"
+    assert run.metrics["privacy"] == run.rounds[-1]["privacy"]
     state = Checkpoints(run.directory / "checkpoints").load()
     assert state is not None
     assert "central-dp/clip" in state.state.slots, "the bound crosses the round boundary"
