@@ -1,91 +1,43 @@
-"""A grid whose clients run in worker processes on Ray.
-
-Each worker is one actor: a process that stays, imports the client app once and keeps what the app
-keeps (the base model). A job goes to a worker that is free, one at a time, so that jobs of uneven
-length balance out and a worker's death is one job's doing. Jobs wait at the driver; what is in
-flight is bounded by the number of workers, not by the number of jobs.
+"""A grid whose clients run in worker processes on Ray, one actor each.
 
 Arrays that several messages of one push share (the same ``ArrayRecord`` object) are put into
 Ray's object store once and fetched by the workers from there.
 """
 
 import contextlib
-import itertools
 import os
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 
 from fedft.core.errors import ConfigError, EnvironmentFailure
 from server.grids import cluster as clusters
-from server.grids.base import Job, SimulationGrid
+from server.grids.base import Job
 from server.grids.cluster import Cluster
-from server.grids.flower import APP_CRASHED
-from server.grids.serve import Answer, RunConfig, describe, error_reply
-from server.grids.worker import Parcel, Record, Server, Setting, Shared
-
-_TRIES = 2
-"""How many workers a job may cost before its messages become error replies."""
-
-_FAILED_STARTS = 3
-"""How many workers in a row may die before they are ready."""
-
-_SHARE_BYTES = 64 * 1024
-"""Arrays smaller than this travel inside the job: a look-up would cost more than the copy."""
-
-_CHOICE = 16
-"""Waiting jobs among which a free worker looks for one that it knows."""
-
-_REMEMBERED = 10_000
-"""Jobs whose last worker is remembered."""
-
-_KERNELS = "64"
-"""Compiled kernels that oneDNN keeps in a worker. It makes one for every shape, and packed cohorts
-have a new shape each step; few of the 1024 that it would keep are used again. A step needs about
-ten. After three rounds of MiniLM 180 MB less, in the same CPU time."""
-
-_HEALTH_S = 1.0
-"""How often to make sure that Ray is still there."""
-
-_STUCK_S = 30.0
-"""How long an abandoned job may hold a worker that is needed."""
+from server.grids.serve import RunConfig
+from server.grids.worker import RayServer, Shared
+from server.grids.workers import Outcome, Worker, WorkerGrid
 
 _FETCH_S = 5.0
 
-_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "FLWR_", "CUBLAS_", "ONEDNN_")
-"""Environment variables that a worker must see as the driver does, by prefix."""
 
-
-@dataclass(eq=False)
-class _Worker:
-    """The driver's view of one actor.
+@dataclass(eq=False, kw_only=True)
+class _Actor(Worker):
+    """A worker on Ray.
 
     Attributes:
-        actor: its handle.
-        ref: what it works on: getting prepared, or a job; None while it is free.
-        job: the job it serves; None while it is free or getting prepared.
-        ready: it has loaded the app.
-        abandoned: since when nobody waits for its job, on the monotonic clock; None if somebody.
+        handle: of the actor.
+        ref: what it works on; None while it is free.
     """
 
-    actor: Any
+    handle: Any
     ref: Any
-    job: Job | None = None
-    ready: bool = False
-    abandoned: float | None = None
 
 
-class RayGrid(SimulationGrid):
-    """Runs the client app in worker processes on Ray.
-
-    A worker that dies is replaced and its job tried once more; after that its messages get error
-    replies. Workers are started without waiting for them; :meth:`ready` waits.
+class RayGrid(WorkerGrid[_Actor]):
+    """Runs the client app in worker processes on Ray; see :class:`~server.grids.workers.WorkerGrid`.
 
     Args:
         app: reference to the client app, such as ``"clients.app:app"``; loaded in the workers.
@@ -113,206 +65,55 @@ class RayGrid(SimulationGrid):
         gpus_per_worker: float = 0.0,
         address: str | None = None,
     ) -> None:
-        super().__init__(nodes, run_config)
-        _check_numbers(workers, threads, gpus_per_worker)
+        super().__init__(app, nodes, run_config, threads)
+        _check_numbers(workers, gpus_per_worker)
         self._needs = (threads, gpus_per_worker)
-        self._setting = Setting(
-            app=app,
-            nodes=nodes,
-            run_id=self.run.run_id,
-            run_config=self.run_config,
-            threads=threads,
-            paths=tuple(str(Path(p).resolve()) for p in sys.path),
-            environment=_worker_environment(threads),
-        )
-        self._queue: list[Job] = []
-        self._served: dict[int, _Worker] = {}  # who served a job last, by its first node
-        self._parcels: dict[str, Parcel] = {}  # by message id, until it is answered
-        self._failed_starts = 0
-        self._checked = time.monotonic()
-        self._workers: list[_Worker] = []
         self._cluster = _cluster(address, workers, threads, gpus_per_worker)
         try:
             self._actor_class: Any = self._cluster.ray.remote(
                 num_cpus=threads, num_gpus=gpus_per_worker, max_restarts=0
-            )(Server)
+            )(RayServer)
             self._workers = [self._start_worker() for _ in range(self._worker_count(workers))]
         except BaseException:
             self.close()
             raise
 
-    @property
-    def workers(self) -> int:
-        """How many workers there are, ready or not."""
-        return len(self._workers)
-
-    def ready(self, timeout: float = 120.0) -> None:
-        """Waits until all workers have loaded the app.
-
-        Args:
-            timeout: in seconds.
-
-        Raises:
-            ConfigError: the app cannot be loaded.
-            EnvironmentFailure: they are not ready in time, or Ray is gone.
-        """
-        self._check_usable()
-        deadline = time.monotonic() + timeout
-        while not all(worker.ready for worker in self._workers):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise EnvironmentFailure(
-                    f"{sum(not w.ready for w in self._workers)} of {self.workers} workers were not "
-                    f"ready after {timeout:g} s",
-                    fix="Use fewer workers, or wait for room on the cluster.",
-                )
-            self._progress(min(left, _HEALTH_S))
-
-    def wait(self, message_ids: Iterable[str], timeout: float | None = None) -> bool:
-        self._check_usable()
-        wanted = set(message_ids)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while wanted.isdisjoint(self._ready):
-            if wanted.isdisjoint(self._open):
-                return False
-            left = _HEALTH_S if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                return False
-            self._progress(min(left, _HEALTH_S))
-        return True
-
     def close(self) -> None:
         if self._closed:
             return
         super().close()
-        self._queue.clear()
-        self._parcels.clear()
-        for worker in self._workers:
-            self._kill(worker)
-        self._workers.clear()
         self._cluster.close()
 
-    # --- jobs ---
+    def _share(self, record: ArrayRecord) -> Shared:
+        return Shared(self._cluster.ray.put(record))
 
-    def _announce(self, cohorts: Sequence[Sequence[Message]]) -> None:
-        messages = [message for cohort in cohorts for message in cohort]
-        uses = Counter(id(record) for m in messages for record in m.content.array_records.values())
-        shared: dict[int, Shared] = {}
-        for message in messages:
-            records: list[tuple[str, Record | Shared]] = []
-            for name, record in message.content.items():
-                if uses[id(record)] > 1 and _is_large(record):
-                    if id(record) not in shared:
-                        shared[id(record)] = Shared(self._cluster.ray.put(record))
-                    records.append((name, shared[id(record)]))
-                else:
-                    records.append((name, record))
-            self._parcels[message.metadata.message_id] = Parcel(message.metadata, tuple(records))
+    def _submit(self, worker: _Actor, job: Job) -> None:
+        worker.ref = worker.handle.serve.remote(*self._load(job))
 
-    def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:
-        ids = super().push_jobs(jobs)
-        self._dispatch()
-        return ids
-
-    def _enqueue(self, job: Job) -> None:
-        self._queue.append(job)
-
-    def _abandon(self, ids: frozenset[str]) -> None:
-        for message_id in ids:
-            self._parcels.pop(message_id, None)
-        remaining = [(job, self._awaited(job)) for job in self._queue]
-        self._queue = [Job(messages, job.losses) for job, messages in remaining if messages]
-        for worker in self._workers:
-            if worker.job and worker.abandoned is None and not self._awaited(worker.job):
-                worker.abandoned = time.monotonic()
-
-    def _awaited(self, job: Job) -> tuple[Message, ...]:
-        return tuple(m for m in job.messages if m.metadata.message_id in self._open)
-
-    def _collect(self) -> None:
-        self._progress(0.0)
-
-    def _progress(self, timeout: float) -> None:
-        """Waits for one thing to happen, handles all that did, and gives free workers jobs.
-
-        Raises:
-            ConfigError: a worker could not load the app.
-            EnvironmentFailure: Ray is gone.
-        """
+    def _outcomes(self, timeout: float) -> list[Outcome[_Actor]]:
+        ray = self._cluster.ray
         refs = [worker.ref for worker in self._workers if worker.ref is not None]
-        if refs:
-            ray = self._cluster.ray
-            done, rest = ray.wait(refs, num_returns=1, timeout=timeout)
-            if done and rest:
-                done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-            for ref in done:
-                self._settle(next(w for w in self._workers if w.ref == ref))
-        if time.monotonic() - self._checked > _HEALTH_S:
-            self._checked = time.monotonic()
-            self._cluster.check()
-        self._replace_stuck()
-        self._dispatch()
+        done, rest = ray.wait(refs, num_returns=1, timeout=timeout)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return [o for worker in self._workers if worker.ref in done for o in self._outcome(worker)]
 
-    def _dispatch(self) -> None:
-        """Gives free workers jobs: of nodes they served last, else of nobody's, else another's."""
-        free = [w for w in self._workers if w.ready and w.ref is None]
-        while free and (startable := self._startable()):
-            pairs = itertools.product(startable, free)
-            job, worker = max(pairs, key=lambda pair: self._fit(*pair))  # the first of the best
-            self._queue.remove(job)
-            free.remove(worker)
-            self._submit(worker, job)
-
-    def _startable(self) -> list[Job]:
-        """The first jobs none of whose nodes is busy, or has an earlier job waiting."""
-        blocked = {n for w in self._workers if w.job and w.abandoned is None for n in w.job.nodes}
-        found: list[Job] = []
-        for job in self._queue:
-            if blocked.isdisjoint(job.nodes):
-                found.append(job)
-            if len(found) == _CHOICE:
-                break
-            blocked |= job.nodes
-        return found
-
-    def _fit(self, job: Job, worker: _Worker) -> int:
-        """How well a worker fits a job: what it keeps of a site saves it work."""
-        last = self._served.get(min(job.nodes))
-        return 1 if last is None else 2 * (last is worker)
-
-    def _remember(self, job: Job, worker: _Worker) -> None:
-        self._served[min(job.nodes)] = worker
-        if len(self._served) > _REMEMBERED:
-            del self._served[next(iter(self._served))]
-
-    def _submit(self, worker: _Worker, job: Job) -> None:
-        parcels = [self._parcels[m.metadata.message_id] for m in job.messages]
-        states = [self._states.get(m.metadata.dst_node_id) for m in job.messages]
-        worker.job, worker.abandoned = job, None
-        self._remember(job, worker)
-        worker.ref = worker.actor.serve.remote(parcels, states)
-
-    def _settle(self, worker: _Worker) -> None:
-        """Takes in what a worker has completed, or its death."""
+    def _outcome(self, worker: _Actor) -> Iterator[Outcome[_Actor]]:
         errors = self._cluster.ray.exceptions
-        job, ref, worker.ref, worker.job = worker.job, worker.ref, None, None
+        ref, worker.ref = worker.ref, None
         try:
             result = self._fetch(ref)
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            if job is None:
-                raise _load_failure(cause, self._setting.app) from cause
-            self._fail(job, f"the worker failed: {describe(cause)}")
+            yield Outcome(worker, raised=cause)
         except errors.RayError as error:
-            self._bury(worker, job, error)
+            yield Outcome(worker, died=_first_line(error))
         else:
-            if job is None:
-                worker.ready = True
-                self._failed_starts = 0
+            if worker.job is None:
                 self._cluster.adopt(*result)
+                yield Outcome(worker)
             else:
-                for message, given in zip(job.messages, result, strict=True):
-                    self._finish(message, given)
+                yield Outcome(worker, result)
 
     def _fetch(self, ref: Any) -> Any:
         """The value behind a ref that is done. A large one may have to come from another node."""
@@ -322,15 +123,8 @@ class RayGrid(SimulationGrid):
             except self._cluster.ray.exceptions.GetTimeoutError:
                 self._cluster.check()
 
-    def _finish(self, message: Message, given: Answer) -> None:
-        self._parcels.pop(message.metadata.message_id, None)
-        self._deliver(message, given)
-
-    def _fail(self, job: Job, reason: str) -> None:
-        for message in job.messages:
-            self._finish(message, Answer(error_reply(message, APP_CRASHED, reason)))
-
-    # --- workers ---
+    def _check(self) -> None:
+        self._cluster.check()
 
     def _worker_count(self, wanted: int | None) -> int:
         room = self._cluster.room(*self._needs)
@@ -342,46 +136,13 @@ class RayGrid(SimulationGrid):
             )
         return room if wanted is None else wanted
 
-    def _start_worker(self) -> _Worker:
+    def _start_worker(self) -> _Actor:
         actor = self._actor_class.remote()
-        return _Worker(actor, actor.prepare.remote(self._setting))
+        return _Actor(handle=actor, ref=actor.prepare.remote(self._setting))
 
-    def _bury(self, worker: _Worker, job: Job | None, error: Exception) -> None:
-        """Puts a new worker in the place of a dead one, and tries its job once more."""
-        self._cluster.check()  # or is it Ray as a whole?
-        if job is None:
-            self._failed_starts += 1
-            if self._failed_starts >= _FAILED_STARTS:
-                raise EnvironmentFailure(
-                    f"{_FAILED_STARTS} workers in a row died while starting: {_first_line(error)}",
-                    fix="Check free memory; use fewer workers.",
-                ) from error
-        self._replace(worker)
-        if job is None:
-            return
-        job.losses += 1
-        messages = self._awaited(job)
-        if job.losses >= _TRIES:
-            self._fail(job, f"the worker died {job.losses} times: {_first_line(error)}")
-        elif messages:
-            self._queue.insert(0, Job(messages, job.losses))
-
-    def _replace_stuck(self) -> None:
-        """Replaces workers that hold on to a job nobody waits for while others wait."""
-        if not self._queue or any(w.ready and w.ref is None for w in self._workers):
-            return
-        for worker in list(self._workers):
-            since = worker.abandoned
-            if since is not None and time.monotonic() - since > _STUCK_S:
-                self._replace(worker)
-
-    def _replace(self, worker: _Worker) -> None:
-        self._kill(worker)
-        self._workers[self._workers.index(worker)] = self._start_worker()
-
-    def _kill(self, worker: _Worker) -> None:
+    def _kill(self, worker: _Actor) -> None:
         with contextlib.suppress(Exception):  # it is dead already, or Ray is
-            self._cluster.ray.kill(worker.actor)
+            self._cluster.ray.kill(worker.handle)
 
 
 def _cluster(address: str | None, workers: int | None, threads: int, gpus: float) -> Cluster:
@@ -394,37 +155,13 @@ def _cluster(address: str | None, workers: int | None, threads: int, gpus: float
     return clusters.start(count * threads, gpus=gpus > 0)
 
 
-def _check_numbers(workers: int | None, threads: int, gpus_per_worker: float) -> None:
+def _check_numbers(workers: int | None, gpus_per_worker: float) -> None:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
-    if threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
     if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
         raise ConfigError(
             f"GPUs of a worker must be a fraction of one, or a whole number; got {gpus_per_worker}"
         )
-
-
-def _worker_environment(threads: int) -> dict[str, str]:
-    # The hub's token is a secret, and a cluster that was joined has a network in between.
-    passed_on = {
-        k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and k != "HF_TOKEN"
-    }
-    bounded = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KERNELS}
-    return {**bounded, **passed_on, "OMP_NUM_THREADS": str(threads)}
-
-
-def _is_large(record: Record) -> bool:
-    return isinstance(record, ArrayRecord) and record.count_bytes() >= _SHARE_BYTES
-
-
-def _load_failure(cause: BaseException, app: str) -> Exception:
-    if isinstance(cause, ConfigError):
-        return ConfigError(cause.what, fix=cause.fix)
-    return EnvironmentFailure(
-        f"a worker could not prepare the client app {app!r}: {describe(cause)}",
-        fix="Run it with engine.backend = 'inline' to see the error in full.",
-    )
 
 
 def _first_line(error: BaseException) -> str:

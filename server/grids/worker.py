@@ -1,11 +1,13 @@
-"""The worker side of a RayGrid: one process that loads the client app once and serves jobs.
+"""The worker side of a grid with worker processes: loads the client app once and serves jobs.
 
-What crosses between driver and worker is in memory only, in Ray's own serialisation.
+What crosses between driver and worker is in memory only: in Ray's own serialisation, or through a
+socket that nobody else holds an end of.
 """
 
 import copy
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ Record = ArrayRecord | ConfigRecord | MetricRecord
 
 @dataclass(frozen=True)
 class Shared:
-    """Stands for an ``ArrayRecord`` in the object store."""
+    """Stands for an ``ArrayRecord`` that several messages have in common."""
 
     ref: Any
 
@@ -47,20 +49,20 @@ class Setting:
     environment: Mapping[str, str]
 
 
-class Server:
-    """The actor's class."""
+class Server(ABC):
+    """One worker: the app, and the shared arrays of the last job."""
 
     def __init__(self) -> None:
         self._setting: Setting
         self._app: App
         self._shared: dict[Any, ArrayRecord] = {}
 
-    def prepare(self, setting: Setting) -> tuple[int, str]:
-        """Loads the app. Apart from ``__init__`` so that its errors arrive as they are.
+    @abstractmethod
+    def _look_up(self, refs: list[Any]) -> list[ArrayRecord]:
+        """Shared arrays that this worker does not have yet."""
 
-        Returns:
-            The process id, and the id of the Ray node it runs on.
-        """
+    def load(self, setting: Setting) -> None:
+        """Loads the app. Apart from ``__init__`` so that its errors arrive as they are."""
         # Before the app is imported: OpenMP reads its setting when it is loaded.
         os.environ.update(setting.environment)
         sys.path += [p for p in setting.paths if p not in sys.path and Path(p).exists()]
@@ -69,8 +71,6 @@ class Server:
         self._app = resolve(setting.app)
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(setting.threads)
-        ray: Any = sys.modules["ray"]
-        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def serve(self, parcels: Sequence[Parcel], states: Sequence[RecordDict | None]) -> list[Answer]:
         """Serves one job. One answer a parcel, in their order."""
@@ -85,12 +85,11 @@ class Server:
 
     def _fetch_shared(self, parcels: Sequence[Parcel]) -> None:
         """Keeps the shared arrays of this job, which most often is those of the one before."""
-        refs = {r.ref for p in parcels for _, r in p.records if isinstance(r, Shared)}
+        refs = shared_by(parcels)
         missing = [ref for ref in refs if ref not in self._shared]
         self._shared = {ref: record for ref, record in self._shared.items() if ref in refs}
         if missing:
-            ray: Any = sys.modules["ray"]
-            self._shared.update(zip(missing, ray.get(missing), strict=True))
+            self._shared.update(zip(missing, self._look_up(missing), strict=True))
 
     def _unpack(self, records: Sequence[tuple[str, Record | Shared]]) -> RecordDict:
         content = RecordDict()
@@ -101,3 +100,25 @@ class Server:
             )
             content[name] = known
         return content
+
+
+def shared_by(parcels: Sequence[Parcel]) -> list[Any]:
+    """The shared arrays that messages refer to, each once."""
+    found = (r.ref for p in parcels for _, r in p.records if isinstance(r, Shared))
+    return list(dict.fromkeys(found))
+
+
+class RayServer(Server):
+    """The actor's class."""
+
+    def prepare(self, setting: Setting) -> tuple[int, str]:
+        """Loads the app; returns the process id, and the id of the Ray node it runs on."""
+        self.load(setting)
+        return os.getpid(), _ray().get_runtime_context().get_node_id()
+
+    def _look_up(self, refs: list[Any]) -> list[ArrayRecord]:
+        return _ray().get(refs)
+
+
+def _ray() -> Any:
+    return sys.modules["ray"]

@@ -16,8 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedft.core.errors import ConfigError, EnvironmentFailure, SecurityRefusal
 from server.grids import cluster as clusters
-from server.grids import ray as ray_grid
-from server.grids import reaper
+from server.grids import reaper, workers
 from server.grids.cluster import Cluster
 from server.grids.flower import APP_CRASHED, APP_RAISED
 from server.grids.ray import RayGrid
@@ -265,7 +264,7 @@ def test_a_cancelled_message_is_not_answered_and_leaves_no_state(grid: RayGrid) 
 def test_a_worker_stuck_in_an_abandoned_job_is_replaced(
     toy: str, session: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_grid, "_STUCK_S", 0.2)
+    monkeypatch.setattr(workers, "_STUCK_S", 0.2)
     with RayGrid(toy, 9, workers=1) as grid:
         grid.ready()
         assert grid.send_and_receive([request(1, sleep=600.0)], timeout=0.3) == []

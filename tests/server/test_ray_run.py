@@ -67,7 +67,7 @@ def test_a_killed_worker_costs_nothing(tiny_table: Table, tmp_path: Path) -> Non
     whole = run_on(table, tmp_path / "whole", backend="inline")
     struck: list[int] = []
     thread = threading.Thread(
-        target=killer, args=(struck, lambda: named("ray::Server")[:1], tmp_path / "run")
+        target=killer, args=(struck, lambda: named("ray::RayServer")[:1], tmp_path / "run")
     )
     thread.start()
     run = run_on(table, tmp_path / "run", backend="ray", workers=2)
