@@ -32,6 +32,7 @@ from clients.stacked import (
     StackOptimizer,
     same_layout,
 )
+from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
@@ -85,6 +86,7 @@ class CohortEngine:
                 )
         self.base = base
         self._keep = 1.0 - lora.dropout
+        self._vocabulary = Vocabulary.of(base)
         self._packing = Packing(base.model)
         wanted = base.device.type == "cpu" if packed is None else packed
         self._packs = wanted and self._packing.possible
@@ -158,14 +160,19 @@ class CohortEngine:
 
     def _backward(self, now: _Now, stack: Stack, optimizer: StackOptimizer) -> Tensor:
         """Forward and backward of one step; each site's loss times its rows, [K] float64."""
-        logits = self._logits(now)
-        step = now.step
-        each = F.cross_entropy(_wide(logits), step.targets, reduction="none")  # [m]
+        each, step = self._losses(now), now.step  # [m]
         share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
         weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
         stack.backward(each @ weight + optimizer.penalty(now.leaves), now.leaves)
         per_site = (each.detach() * weight).double().split(step.items)
         return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
+
+    def _losses(self, now: _Now) -> Tensor:
+        """Of each of the step's targets, [m]."""
+        answers, targets = self._answers(now), now.step.targets
+        if self._vocabulary is not None:
+            return self._vocabulary.losses(answers, targets)
+        return F.cross_entropy(_wide(answers), targets, reduction="none")
 
     def _generators(self, plans: Sequence[TrainPlan]) -> list[torch.Generator]:
         if self._keep == 1.0:
@@ -197,7 +204,10 @@ class CohortEngine:
         yield self.base.model
 
     def _tally(self, now: _Now) -> Tally:
-        return Tally.of(self._logits(now), now.step.targets)
+        answers, targets = self._answers(now), now.step.targets
+        if self._vocabulary is not None:
+            return self._vocabulary.tally(answers, targets)
+        return Tally.of(answers, targets)
 
     # ------------------------------------------------------------------------ forward pass
 
@@ -215,16 +225,16 @@ class CohortEngine:
     def _joined(self, batches: Sequence[Batch]) -> Step:
         return join(batches, self._pad_token, packs=self._packs).to(self.base.device)
 
-    def _logits(self, now: _Now) -> Tensor:
-        """Predictions for the step's targets, [m, classes]."""
+    def _answers(self, now: _Now) -> Tensor:
+        """Logits for the step's targets, [m, classes]; with a vocabulary its states, [m, d]."""
         self._now = now
         step = now.step
         with self._packing.using(step.layout), self._prefix.skipped(step.entering):
-            logits = self.base.model(**step.inputs).logits
+            answers = self.base.model(**step.inputs).logits
         self._now = None
         if now.step.answers is None:
-            return logits
-        flat = logits.flatten(0, 1)
+            return answers
+        flat = answers.flatten(0, 1)
         chosen = flat.shape[0] == len(now.step.targets)  # the output layer saw answers only
         return flat if chosen else flat[now.step.answers]
 
@@ -238,6 +248,8 @@ class CohortEngine:
                 undo.callback(delattr, layer, "forward")
             if (output := self._output_layer()) is not None:
                 undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
+            if self._vocabulary is not None:
+                undo.enter_context(self._vocabulary.entered())
             if getattr(config, "use_cache", False):  # of keys and values: only generation needs it
                 undo.callback(setattr, config, "use_cache", True)
                 config.use_cache = False

@@ -1,6 +1,7 @@
 """Local training with stock PEFT, one site after another.
 
-This is the readable definition of what a site does; the cohort engine must agree with it.
+This is the readable definition of what a site does; the cohort engine must agree with it. Both take
+the loss over a vocabulary from :mod:`clients.vocabulary`.
 """
 
 import math
@@ -17,12 +18,14 @@ from transformers import PreTrainedModel
 
 from clients.dp_sgd import private_steps
 from clients.engine import Trained
+from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
-from fedft.core.metrics import Tally, mean_loss
+from fedft.core.metrics import Tally, loss_targets, mean_loss
 from fedft.core.models import HEADS, Base
 from fedft.core.spec import LoraSpec
 from fedft.core.types import (
+    IGNORED,
     PREFIX,
     Adapter,
     Batch,
@@ -53,6 +56,7 @@ class LoopEngine(ABC):
     def __init__(self, base: Base, model: nn.Module) -> None:
         self.base = base
         self._model = model
+        self._vocabulary = Vocabulary.of(base)
         self._head = {
             PREFIX + name: parameter
             for name, parameter in base.model.named_parameters()
@@ -101,7 +105,7 @@ class LoopEngine(ABC):
         loss_sum, examples = 0.0, 0
         first: dict[str, float] = {}
         for batch in batches:
-            loss = mean_loss(self._logits(batch), batch.labels.to(self.base.device))
+            loss = self._mean_loss(batch)
             total = sum(penalties(), loss)
             optimizer.zero_grad()
             total.backward()
@@ -122,6 +126,25 @@ class LoopEngine(ABC):
         if training.tail_penalty:
             yield training.tail_penalty * self._tail(training.tail_keep)
 
+    def _mean_loss(self, batch: Batch) -> Tensor:
+        """As :func:`~fedft.core.metrics.mean_loss` of the logits. Scalar"""
+        if self._vocabulary is None:
+            return mean_loss(self._logits(batch), batch.labels.to(self.base.device))
+        return self._vocabulary.losses(*self._scored(batch, self._vocabulary)).mean()
+
+    def _tally(self, batch: Batch) -> Tally:
+        if self._vocabulary is None:
+            return Tally.of(self._logits(batch), batch.labels.to(self.base.device))
+        return self._vocabulary.tally(*self._scored(batch, self._vocabulary))
+
+    def _scored(self, batch: Batch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        """States [m, d] of the tokens that predict something, and what, [m]."""
+        with vocabulary.entered():
+            states = self._logits(batch)
+        states, targets = loss_targets(states, batch.labels.to(self.base.device))
+        scored = targets != IGNORED
+        return states[scored], targets[scored]
+
     def _own_losses(self, batch: Batch) -> Tensor:
         """The sum of each example's own mean loss, which no other example of the batch changes."""
         logits, labels = self._logits(batch), batch.labels.to(self.base.device)
@@ -138,9 +161,7 @@ class LoopEngine(ABC):
         """Score one adapter; see :class:`clients.engine.Engine`."""
         self._load(adapter, None)
         with self.base.holding(layers, delta), torch.inference_mode():
-            return Tally.total(
-                Tally.of(self._logits(b), b.labels.to(self.base.device)) for b in batches
-            )
+            return Tally.total(self._tally(batch) for batch in batches)
 
     def bare(self) -> AbstractContextManager[nn.Module]:
         """See :class:`clients.engine.Engine`."""

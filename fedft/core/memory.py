@@ -18,10 +18,11 @@ Every part is linear in the number of blocks, which is what a budget is solved f
 import ctypes
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedft.core.spec import Precision
+from fedft.core.tables import WINDOW
 
 MIB = 2**20
 
@@ -41,6 +42,9 @@ class Geometry:
         other_parameters: outside of all blocks, the task head not counted.
         vocabulary: outputs per token of a language model; 0 where there is no such head.
         patches: tokens of an image; 0 where the input is text.
+        sliced: whether a vocabulary is scored slice by slice, see :mod:`clients.vocabulary`.
+        in_file: parameters of lookup tables that a site with limited memory leaves in their file,
+            by the precision that the file has; see :mod:`fedft.core.tables`.
     """
 
     blocks: int
@@ -53,6 +57,8 @@ class Geometry:
     other_parameters: int
     vocabulary: int = 0
     patches: int = 0
+    sliced: bool = False
+    in_file: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,15 @@ def footprint(geometry: Geometry, load: Load, precision: Precision) -> Footprint
     if precision == "bf16":  # on a CPU attention is eager there, and keeps its weights
         kept += 2 * geometry.heads * load.tokens
     tokens = load.batch * load.tokens
-    logits = 3 * 4 * geometry.vocabulary * load.batch * load.scored
+    scored = load.batch * load.scored
+    if geometry.sliced:  # logits, and the rows of the output layer; four times a state
+        logits = 2 * WINDOW + 4 * 4 * d * scored
+    else:
+        logits = 3 * 4 * geometry.vocabulary * scored
+    in_file = geometry.in_file.get("bf16" if precision == "bf16" else "fp32", 0)
     return Footprint(
         fixed={
-            "base": float(width * geometry.other_parameters),
+            "base": float(width * (geometry.other_parameters - in_file)),
             "adapter": 20.0 * load.trainable,
             "activations": float(tokens * widest * width + logits),
         },

@@ -7,6 +7,7 @@ is read from the configuration alone, with no weight in memory: that is all a se
 
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -33,6 +34,7 @@ from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, Se
 from fedft.core.memory import Geometry, Load
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
+from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
 
 if TYPE_CHECKING:
@@ -359,6 +361,9 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry:
     named = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in HEADS}
     inner = sum(p.numel() for n, p in named.items() if block_of(n) is not None)
     blocks = int(config.num_hidden_layers)
+    causal = spec.task == "causal-lm"
+    output = model.get_output_embeddings() if causal and _plain_output(model) else None
+    in_file = parameters_in_file(model, folder, output)
     return Geometry(
         blocks=blocks,
         hidden=hidden,
@@ -368,11 +373,32 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry:
         gated=any(n.endswith(("gate_proj.weight", "weights_in.weight")) for n in named),
         block_parameters=inner // blocks,
         other_parameters=sum(p.numel() for p in named.values()) - inner,
-        vocabulary=int(config.vocab_size) if spec.task == "causal-lm" else 0,
+        vocabulary=int(config.vocab_size) if causal else 0,
+        sliced=output is not None,
+        in_file={"fp32": in_file.get(torch.float32, 0), "bf16": in_file.get(torch.bfloat16, 0)},
         patches=(config.image_size // config.patch_size) ** 2 + 1
         if spec.task == "image-classification"
         else 0,
     )
+
+
+def _plain_output(model: nn.Module) -> bool:
+    """Whether :func:`output_of` will find a layer, from a model on the meta device.
+
+    It is asked of a model of the same class and configuration with no block and eight words. One
+    that cannot be made that small is taken to make its logits in another way: that needs more.
+    """
+    config: Any = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.vocab_size = 0, 8
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    make: Any = type(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return output_of(make(config).eval()) is not None
+    except Exception:  # whatever a model's own code raises
+        return False
 
 
 def load_of(
@@ -406,6 +432,8 @@ class Base:
         model: in evaluation mode; no parameter requires a gradient.
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
+        output: of a causal language model, the layer that gives its logits; None where they are
+            made otherwise.
 
     Args:
         model: as above.
@@ -414,6 +442,7 @@ class Base:
         load: gives a model of some blocks alone. Where set, ``model`` came without the weights of
             its blocks: they are on the meta device, and only those that :meth:`holding` names are
             ever in memory.
+        output: as above, where ``load`` is set: found before the blocks were taken away.
 
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
     after an engine has wrapped them: :meth:`shift` changes their weights in place.
@@ -426,9 +455,13 @@ class Base:
         task: str,
         *,
         load: Callable[[Sequence[int]], nn.Module] | None = None,
+        output: Output | None = None,
     ) -> None:
         self.model = model
         self.task = task
+        if task == "causal-lm" and load is None and (layer := output_of(model)) is not None:
+            output = Output(layer)
+        self.output = output
         self.shapes = schema_of(model, lora)
         self.adapted = targets(model, lora)
         self._load = load
@@ -601,7 +634,8 @@ def load_base(
             with TensorFloat-32 products on CUDA.
         device: torch device.
         lean: load no block yet: :meth:`Base.holding` loads those that it is asked for from the
-            safetensors file, and no other block is ever in memory.
+            safetensors file, and no other block is ever in memory. On a CPU the tables of words
+            stay in the file, too: see :mod:`fedft.core.tables`.
         shared: other processes on this machine load the same: make the weights pages of one file.
             They are anyway where the file has them in the dtype that is wanted; for others a
             bfloat16 copy is written once, into the user's cache.
@@ -630,7 +664,11 @@ def load_base(
     folder = resolve(spec)
     if lean:
         load = partial(_of_blocks, spec, folder, classes, options, device)
-        return Base(_skeleton(spec, folder, classes, load(())), lora, spec.task, load=load)
+        bare = load(())
+        output = output_of(bare) if spec.task == "causal-lm" else None
+        known = leave_in_file(bare, folder if device == "cpu" else None, output)
+        model = _skeleton(spec, folder, classes, bare)
+        return Base(model, lora, spec.task, load=load, output=known)
     auto: Any = getattr(transformers, _AUTO[spec.task])
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device)
