@@ -288,6 +288,11 @@ def objection(setting: Setting, site: Site) -> str | None:
         return f"{site.name} wants rank {rank}, and the run's largest is {config.rank}"
     if rank != config.rank and not config.strategy.mixed_ranks:
         return f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} of all sites"
+    if site.memory_mib is not None and config.training.dp is not None:
+        return (
+            f"{site.name} grants {site.memory_mib:.0f} MiB, and sites with a memory budget train in "
+            "the cohort engine, which has no DP-SGD; join without --memory"
+        )
     needed = _needed_mib(setting, rank)
     if site.memory_mib is not None and site.memory_mib < needed:
         return (

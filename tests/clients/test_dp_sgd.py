@@ -17,9 +17,11 @@ from fedft.core import models
 from fedft.core.batches import poisson_batches
 from fedft.core.errors import ConfigError
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan
+from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan, part_of
 from server.config import parse_config
+from server.privacy import example_epsilon
 from server.run import simulate
+from strategies import FedSB
 
 LORA = LoraSpec(rank=3, alpha=6)
 QUIET = 1e-12  # a noise multiplier below the last bit
@@ -66,11 +68,7 @@ def length(change: dict[str, torch.Tensor]) -> float:
     return float(torch.stack([d.square().sum() for d in change.values()]).sum().sqrt())
 
 
-@pytest.mark.parametrize("parts", [{"A", "B", "head"}, {"B", "head"}], ids=["AB", "ffa"])
-@pytest.mark.parametrize("clip", [0.05, 5.0, 1e3])
-def test_a_step_is_the_sum_of_clipped_gradients(
-    engine: PeftEngine, start: Adapter, parts: set[Any], clip: float
-) -> None:
+def check_step(engine: PeftEngine, start: Adapter, parts: set[Any], clip: float) -> None:
     """Each example's own gradient is read off a plain SGD step without clipping."""
     plan = TrainPlan(start=start, train=frozenset(parts), training=replace(SGD, dp_clip=clip))
     plain = replace(plan, training=LocalTraining(optimizer="sgd", lr=1.0, clip_norm=None))
@@ -84,7 +82,25 @@ def test_a_step_is_the_sum_of_clipped_gradients(
     actual = moved(engine, plan, [batch(*rows)])
     for name, change in expected.items():
         assert torch.allclose(actual[name], change, atol=2e-6), name
+        assert part_of(name) not in parts or length({name: change}) > 1e-6, name
     assert length(actual) > 1e-3
+
+
+@pytest.mark.parametrize("parts", [{"A", "B", "head"}, {"B", "head"}], ids=["AB", "ffa"])
+@pytest.mark.parametrize("clip", [0.05, 5.0, 1e3])
+def test_a_step_is_the_sum_of_clipped_gradients(
+    engine: PeftEngine, start: Adapter, parts: set[Any], clip: float
+) -> None:
+    check_step(engine, start, parts, clip)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e3])
+def test_so_it_is_for_the_core_of_fed_sb(tiny_model: Path, start: Adapter, clip: float) -> None:
+    """R alone trains, in a layer that Opacus does not know; A and B of the same layer afterwards."""
+    engine = PeftEngine(models.load_base(ModelSpec(source=str(tiny_model)), LORA, 3), LORA)
+    cored = FedSB(basis="seeded").init(start).adapter
+    check_step(engine, cored, {"R", "head"}, clip)
+    check_step(engine, start, {"A", "B", "head"}, clip)
 
 
 def test_noise_has_the_stated_size_also_without_examples(
@@ -167,6 +183,41 @@ def test_a_run_reports_each_sites_own_epsilon(tiny_table: Table, tmp_path: Path)
     assert len(replies) == 6
     assert all(r["epsilon"] > 0 and "loss" not in r for r in replies)
     assert max(r["epsilon"] for r in replies) == spent["epsilon"]
+
+
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "fed-sb": {"strategy": {"name": "fed-sb"}},
+    "fed-sb-seeded": {"strategy": {"name": "fed-sb", "basis": "seeded"}},
+    "flora": {"strategy": {"name": "flora"}},
+    "rolora": {"strategy": {"name": "rolora"}},
+    "fedsa-lora": {"strategy": {"name": "fedsa-lora"}},
+    "mixed-ranks": {"strategy": {"name": "hetlora"}, "fleet": {"ranks": [2, 4]}},
+    "fedprox": {"strategy": {"name": "fedprox"}},
+    "robust": {"strategy": {"name": "krum"}},
+    "whole-sites-too": {"strategy": {"name": "central-dp", "noise-multiplier": 1.0}},
+    "pissa": {"lora": {"init": "pissa"}},
+    "dropout": {"lora": {"dropout": 0.1}},
+    "frozen-head": {"lora": {"head": "frozen"}},
+    "pruned": {"pruning": {"selection": "random"}, "fleet": {"model-shares": [0.5, 1.0]}},
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_what_a_site_is_asked_to_train_does_not_change_the_account(
+    name: str, tiny_table: Table, tmp_path: Path
+) -> None:
+    training = {"steps": 2, "dp": {"noise-multiplier": 1.5, "max-grad-norm": 0.5}}
+    rounds = {"count": 2, "per-round": 3, "evaluate-every": 2}
+    config = parse_config(tiny_table(**COMBINATIONS[name], rounds=rounds, training=training))
+    run = Run(simulate(config, tmp_path / "run").path)
+    assert [line["failures"] for line in run.rounds] == [{}, {}]
+    replies = [line for line in run_replies(run) if line["kind"] == "train"]
+    assert all("loss" not in line and line["steps"] == 2 for line in replies)
+    times: dict[str, int] = {}
+    for line in replies:
+        times[line["site"]] = times.get(line["site"], 0) + 1
+        event = (1.5, min(1.0, 4 / line["examples"]), 2 * times[line["site"]])
+        assert line["epsilon"] == example_epsilon([event], 1e-5)
 
 
 def run_replies(run: Run) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from clients.session import Timing as ClientTiming
 from fedft.api import Run
 from fedft.core import partition
 from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
+from fedft.core.rundir import RunDir
 from server import identity
 from server.config import RunConfig, parse_config
 from server.grids.grpc import Timing
@@ -220,6 +221,46 @@ def test_four_client_processes_give_the_bytes_of_a_simulation(
     assert run.metrics["history_sha256"] == reference.metrics["history_sha256"]
     assert run.metrics["final"] == reference.metrics["final"]
     assert run.metrics["bytes"] == reference.metrics["bytes"]
+
+
+def test_sites_that_train_with_dp_sgd_spend_what_the_simulation_says(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    dp = {"noise-multiplier": 1.5, "max-grad-norm": 0.5}
+    config = parse_config(
+        tiny_table(
+            fleet={"clients": 2},
+            rounds={"count": 2, "per-round": 2, "evaluate-every": 1},
+            strategy={"name": "ffa-lora"},
+            training={"steps": 2, "dp": dp},
+        )
+    )
+    reference = simulated(config, tmp_path / "simulated")
+    files = site_files(config, reference, tmp_path / "files")
+    play = stage(config)
+    play.start_server()
+    for name, file in files.items():
+        play.invite(name)
+        play.start_client(name, file)
+    run = play.finish()
+    assert RunDir.open(run.directory).releases() == RunDir.open(reference.directory).releases()
+    assert [line["privacy"] for line in run.rounds] == [
+        line["privacy"] for line in reference.rounds
+    ]
+    assert run.metrics["privacy"] == reference.metrics["privacy"]
+    assert run.metrics["privacy"]["example"]["epsilon"] > 0
+    own, simulated_own = (
+        {
+            (line["round"], line["site"]): line["epsilon"]
+            for line in RunDir.open(one.directory).clients()
+        }
+        for one in (run, reference)
+    )
+    assert len(own) == 4 and own == simulated_own
+    told = [line for line in RunDir.open(run.directory).clients() if line["kind"] == "train"]
+    assert not any({"loss", "grad_A_norm", "grad_B_norm"} & line.keys() for line in told)
+    # Noise is each process's own: it is no repetition.
+    assert run.metrics["adapter_sha256"] != reference.metrics["adapter_sha256"]
 
 
 def kill(process: Any) -> None:
@@ -497,7 +538,6 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
     tiny_table: Table, tmp_path: Path, tiny_data: Path
 ) -> None:
     """Row 28: rank and memory are weighed with both figures; the server's own files stay its own."""
-    from fedft.core.rundir import RunDir
     from fedft.core.types import Site as Member
     from server.run import prepare_run
     from server.serve import for_sites, objection, sites_task
@@ -513,5 +553,8 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
     assert "MiB at rank 4" in poor and "grants 0 MiB" in poor
     assert "largest is 4" in (objection(setting, Member("ann", 5, rank=8)) or "")
     assert "needs 4" in (objection(setting, Member("ann", 5, rank=2)) or "")
+    private = replace(setting, config=parse_config(tiny_table(training={"dp": {}})))
+    assert "--memory" in (objection(private, Member("ann", 5, memory_mib=4096.0)) or "")
+    assert objection(private, Member("ann", 5)) is None
     mixed = replace(setting, config=parse_config(tiny_table(strategy={"name": "flexlora"})))
     assert objection(mixed, Member("ann", 5, rank=2)) is None
