@@ -104,7 +104,7 @@ def _compared(
     """The reply to a plan that asks how alike and how important the model's blocks are."""
     own = bench.probe_batches(_index(bench, context))
     try:
-        found = compare(bench.engine, plan.adapter, plan.delta, own, kind)
+        found = compare(bench.engine, plan.adapter, plan.delta, own, kind, plan.granularity)
     except FedftError as error:
         return Message(Error(CLIENT_ERROR, error.what), reply_to=message)
     tensors = {"similarity": found.similarity, "importance": found.importance}

@@ -38,6 +38,7 @@ from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import HEADS, Base, linears
 from fedft.core.spec import LoraSpec
+from fedft.core.sublayers import Layer
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
 
 
@@ -186,7 +187,7 @@ class CohortEngine:
         adapter: Adapter,
         delta: Delta,
         batches: Iterable[Batch],
-        layers: tuple[int, ...] | None = None,
+        layers: tuple[Layer, ...] | None = None,
     ) -> Tally:
         """Score one adapter; see :class:`clients.engine.Engine`."""
         stack = self._stack([adapter], None)

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedft.core.metrics import Tally
 from fedft.core.models import Base
+from fedft.core.sublayers import Layer
 from fedft.core.types import Adapter, Batch, Delta, TrainPlan
 
 
@@ -52,7 +53,7 @@ class Engine(Protocol):
         adapter: Adapter,
         delta: Delta,
         batches: Iterable[Batch],
-        layers: tuple[int, ...] | None = None,
+        layers: tuple[Layer, ...] | None = None,
     ) -> Tally:
         """Score one adapter, without gradients, on the whole model or on some of its blocks."""
         ...

@@ -24,6 +24,7 @@ from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally, loss_targets, mean_loss
 from fedft.core.models import HEADS, Base
 from fedft.core.spec import LoraSpec
+from fedft.core.sublayers import Layer
 from fedft.core.types import (
     IGNORED,
     PREFIX,
@@ -156,7 +157,7 @@ class LoopEngine(ABC):
         adapter: Adapter,
         delta: Delta,
         batches: Iterable[Batch],
-        layers: tuple[int, ...] | None = None,
+        layers: tuple[Layer, ...] | None = None,
     ) -> Tally:
         """Score one adapter; see :class:`clients.engine.Engine`."""
         self._load(adapter, None)

@@ -8,10 +8,11 @@ from typing import Any
 
 from fedft.core import codec, models
 from fedft.core.memory import MIB, Footprint
+from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
 from server.privacy import forecast_privacy, promises
-from server.pruning import narrowed, pruning_of, site_footprint
+from server.pruning import granularity, narrowed, pruning_of, site_footprint
 from server.run import resolved
 
 _CLASSES_FROM_DATA = "classification", "image-classification"
@@ -23,7 +24,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     Returns:
         JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
         first round (the base delta of some rules grows later), ``clients`` a list with one entry
-        a rank, and a number of blocks that sites hold: its share of bytes and its peak memory in
+        a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
+        many from the first on, and its peak memory in
         MiB above what a process takes without a model; ``privacy`` where the run promises
         any, see :func:`server.privacy.forecast_privacy`.
 
@@ -41,11 +43,11 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     ranks = sorted({*config.fleet.rank_choices}) or [config.rank]
     geometry = models.geometry(config.model, folder)
     pruning, _ = pruning_of(config, shapes, geometry)
-    held = [*(pruning.sizes if pruning is not None else ()), geometry.blocks]
+    parts = [] if pruning is None else [pruning.named(range(k)) for k in pruning.sizes]
     clients = [
-        _client(config, site_footprint(config, shapes, geometry, rank), state, rank, blocks)
+        _client(config, site_footprint(config, shapes, geometry, rank), state, rank, layers)
         for rank in ranks
-        for blocks in held
+        for layers in (*parts, None)
     ]
     mean = {
         way: sum(c["bytes"][way] for c in clients) / len(clients) * config.rounds.per_round
@@ -81,27 +83,31 @@ def _privacy(config: RunConfig) -> dict[str, Any]:
 
 
 def _client(
-    config: RunConfig, needs: Footprint, state: ServerState, rank: int, blocks: int
+    config: RunConfig,
+    needs: Footprint,
+    state: ServerState,
+    rank: int,
+    layers: tuple[Layer, ...] | None,
 ) -> dict[str, Any]:
     mixed = len({*config.fleet.rank_choices}) > 1
     site = Site("example", 1, rank if mixed else None)
     plan = config.strategy.plan(state, site).without(config.frozen)
-    if blocks < needs.blocks:
-        plan = narrowed(plan, tuple(range(blocks)))
+    plan = narrowed(plan, layers)
+    held = needs.layers if layers is None else len(layers)
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     wire = config.engine.wire
     received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
     return {
         "rank": rank,
-        "blocks": [blocks, needs.blocks],
+        f"{granularity(config)}s": [held, needs.layers],
         "trainable": trainable,
         "bytes": {
             "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
             "down": codec.payload_bytes(received)
             + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
         },
-        "memory_mib": {name: value / MIB for name, value in needs.of(blocks).items()},
+        "memory_mib": {name: value / MIB for name, value in needs.of(held).items()},
     }
 
 
@@ -128,8 +134,9 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         detail = ", ".join(
             f"{name} {value:.1f}" for name, value in parts.items() if name != "total"
         )
-        held, blocks = client["blocks"]
-        part = f" with {held} of {blocks} blocks" if held < blocks else ""
+        layers = f"{granularity(config)}s"
+        held, count = client[layers]
+        part = f" with {held} of {count} {layers}" if held < count else ""
         lines.append(
             f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']}{part} ({detail})"
         )

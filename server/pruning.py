@@ -13,6 +13,9 @@ sites of a round by their rows, and
 Within a group block l is drawn with p_l = softmax(I_l / tau) by (seed, round, site), I being the
 blocks' importance in standard deviations over all blocks. Pruning is no aggregation rule: it
 narrows the rule's plan for a site, so that every rule, and mixed ranks, compose with it.
+
+With ``granularity = "sublayer"`` (the paper's FedPruner+) all of this is done with the 2 L halves of
+the blocks: 2 b is attention of block b, and 2 b + 1 its feed-forward part.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +34,12 @@ from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint, Geometry, footprint
 from fedft.core.similarity import from_upper
 from fedft.core.spec import LoraSpec, Table
+from fedft.core.sublayers import HALVES, Layer, Sublayer, sublayer_of
 from fedft.core.types import (
     Adapter,
     Delta,
     EvalPlan,
+    Granularity,
     Importance,
     ServerState,
     Site,
@@ -54,6 +59,8 @@ class PruningSpec(Table):
         selection: ``none``: every site holds the whole model. ``cka``: one block of each functional
             group. Baselines: ``random`` blocks by seed, ``stride`` evenly spaced ones, the ``first``
             or the ``last``, and those of most ``importance``.
+        granularity: what is chosen: whole blocks; or each block's attention and feed-forward part
+            by itself (FedPruner+), which all must have adapted layers then.
         grouping: of ``cka``: runs of blocks by dynamic programming, or spectral clusters.
         importance: ``block-influence``, 1 - cos of a block's input and output; or ``ablation``, the
             rise of the loss without the block, which takes L + 1 passes at every site.
@@ -62,6 +69,7 @@ class PruningSpec(Table):
     """
 
     selection: Literal["none", "cka", "random", "stride", "first", "last", "importance"] = "none"
+    granularity: Granularity = "block"
     grouping: Literal["contiguous", "spectral"] = "contiguous"
     importance: Importance = "block-influence"
     tau: PositiveFloat = 1.0
@@ -171,24 +179,24 @@ def standardised(importance: Matrix) -> Matrix:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which blocks a site holds in a round: a function of (seed, state, site) alone.
+    """Which layers a site holds in a round: a function of (seed, state, site) alone.
 
     Attributes:
-        spec: the `[pruning]` table.
-        affordable: how many blocks a site can hold.
-        blocks: L, of the whole model.
+        spec: the `[pruning]` table. Layers are blocks or halves of blocks, by its granularity.
+        affordable: how many layers a site can hold.
+        count: L, of the whole model.
         seed: of the run.
-        sizes: numbers of blocks, below L, that sites of this fleet hold.
+        sizes: numbers of layers, below L, that sites of this fleet hold.
     """
 
     spec: PruningSpec
     affordable: Callable[[Site], int]
-    blocks: int
+    count: int
     seed: int
     sizes: tuple[int, ...] = ()
 
     def due(self, state: ServerState) -> bool:
-        """Whether the blocks are to be compared before the round that follows ``state``."""
+        """Whether the layers are to be compared before the round that follows ``state``."""
         if self.spec.selection not in ("cka", "importance"):
             return False
         since = state.slots.get(_SINCE)
@@ -197,7 +205,7 @@ class Pruning:
     def learned(
         self, state: ServerState, answers: Sequence[tuple[Tensor, Tensor, int]]
     ) -> ServerState:
-        """``state`` with what sites said of the blocks: the mean by rows.
+        """``state`` with what sites said of the layers: the mean by rows.
 
         Args:
             state: before the round.
@@ -207,50 +215,61 @@ class Pruning:
         similarity = torch.stack([s.double() * (n / total) for s, _, n in answers]).sum(0)
         importance = torch.stack([i.double() * (n / total) for _, i, n in answers]).sum(0)
         found = {
-            _SIMILARITY: from_upper(similarity, self.blocks),
+            _SIMILARITY: from_upper(similarity, self.count),
             _IMPORTANCE: importance,
             _SINCE: torch.tensor(state.round),
         }
         return replace(state, slots={**state.slots, **found})
 
-    def layers(self, state: ServerState, site: Site) -> tuple[int, ...] | None:
-        """The blocks that a site holds in the round after ``state``; None is the whole model.
+    def layers(self, state: ServerState, site: Site) -> tuple[Layer, ...] | None:
+        """What a site holds in the round after ``state``; None is the whole model.
 
         Raises:
-            ConfigError: it cannot hold a single one.
+            ConfigError: it cannot hold a single layer.
         """
+        held = self._held(state, site)
+        return None if held is None else self.named(held)
+
+    def named(self, indices: Sequence[int]) -> tuple[Layer, ...]:
+        """The layers of these indices, as a plan names them."""
+        if self.spec.granularity == "block":
+            return tuple(indices)
+        return tuple(Sublayer(k // len(HALVES), HALVES[k % len(HALVES)]) for k in indices)
+
+    def _held(self, state: ServerState, site: Site) -> tuple[int, ...] | None:
         count = self.affordable(site)
-        if count >= self.blocks:
+        if count >= self.count:
             return None
         if count == 0:
             raise ConfigError(
-                f"{site.name} grants {site.memory_mib or 0:.0f} MiB, which is less than one block takes",
+                f"{site.name} grants {site.memory_mib or 0:.0f} MiB, which is less than one "
+                f"{self.spec.granularity} takes",
                 fix="Grant it more memory, or leave it out.",
             )
         generator = seeds.numpy_generator(self.seed, "blocks", state.round + 1, site.name)
         return self._chosen(state, count, generator)
 
-    def typical(self, state: ServerState, count: int) -> tuple[int, ...]:
-        """The submodel of ``count`` blocks that is evaluated: the most important of each group.
+    def typical(self, state: ServerState, count: int) -> tuple[Layer, ...]:
+        """The submodel of ``count`` layers that is evaluated: the most important of each group.
 
-        Of ``random`` blocks there is none that is typical: the same draw is taken in every round.
+        Of ``random`` layers there is none that is typical: the same draw is taken in every round.
         """
         generator = seeds.numpy_generator(self.seed, "typical blocks", count)
         if self.spec.selection == "cka":
             importance = self._measured(state)[1]
             groups = self.groups(state, count)
-            return tuple(sorted(max(group, key=lambda b: importance[b]) for group in groups))
-        return self._chosen(state, count, generator)
+            return self.named(sorted(max(g, key=lambda b: importance[b]) for g in groups))
+        return self.named(self._chosen(state, count, generator))
 
     def groups(self, state: ServerState, count: int) -> list[list[int]]:
-        """The functional groups of the blocks."""
+        """The functional groups of the layers."""
         similarity, _ = self._measured(state)
         divide = contiguous_groups if self.spec.grouping == "contiguous" else spectral_groups
         return divide(similarity, count)
 
     def facts(self, state: ServerState, cohort: Sequence[Site]) -> dict[str, Any]:
-        """What a round's line says: the blocks of each site, and what they were chosen by."""
-        held = {site.name: self.layers(state, site) for site in cohort}
+        """What a round's line says: the layers of each site, and what they were chosen by."""
+        held = {site.name: self._held(state, site) for site in cohort}
         facts: dict[str, Any] = {"held": {n: b for n, b in held.items() if b is not None}}
         if _SIMILARITY in state.slots:
             similarity, importance = self._measured(state)
@@ -267,7 +286,7 @@ class Pruning:
     def _chosen(
         self, state: ServerState, count: int, generator: np.random.Generator
     ) -> tuple[int, ...]:
-        L = self.blocks
+        L = self.count
         match self.spec.selection:
             case "first":
                 return tuple(range(count))
@@ -314,25 +333,27 @@ def pruning_of(
         ConfigError: some site's budget does not hold what it is to train.
     """
     fleet = config.fleet
+    prunes = config.pruning.selection != "none"
+    if granularity(config) == "sublayer":
+        _check_halves(config, shapes, geometry)
     own = {rank: site_footprint(config, shapes, geometry, rank) for rank in _ranks(config)}
     largest = own[config.rank]
     budgets = fleet.memory_budgets_mib
     if fleet.model_shares:
-        L = geometry.blocks
+        L = largest.layers
         budgets = tuple(largest.mib(max(1, int(share * L))) for share in fleet.model_shares)
-    prunes = config.pruning.selection != "none"
     granted = _least_and_all(fleet, budgets)
     if granted:
-        _check_budget(min(granted), largest, prunes=prunes)
+        _check_budget(min(granted), largest, config.pruning)
     if not prunes:
         return None, budgets
 
     def affordable(site: Site) -> int:
         return own[config.rank if site.rank is None else site.rank].affordable(site.memory_mib)
 
-    sizes = {largest.affordable(mib) for mib in granted} - {geometry.blocks}
+    sizes = {largest.affordable(mib) for mib in granted} - {largest.layers}
     spec = config.pruning
-    return Pruning(spec, affordable, geometry.blocks, config.seed, tuple(sorted(sizes))), budgets
+    return Pruning(spec, affordable, largest.layers, config.seed, tuple(sorted(sizes))), budgets
 
 
 def _ranks(config: Any) -> set[int]:
@@ -346,14 +367,34 @@ def _least_and_all(fleet: Any, budgets: tuple[float, ...] | Distribution) -> lis
     return [budgets.low, budgets.high] if isinstance(budgets, Distribution) else list(budgets)
 
 
-def _check_budget(least: float, needs: Footprint, *, prunes: bool) -> None:
+def _check_halves(config: Any, shapes: models.Schema, geometry: Geometry) -> None:
+    """Refuse to divide blocks that cannot be, or into halves that do not learn."""
+    wanted = '[pruning] granularity = "sublayer"'
+    if geometry.halves is None:
+        raise ConfigError(
+            f"{wanted}: attention and feed-forward part of the blocks of {config.model.source!r} "
+            "cannot be told apart",
+            fix='Set granularity = "block".',
+        )
+    adapted = {sublayer_of(module) for module in shapes.modules}
+    for half in HALVES:
+        if any(Sublayer(block, half) not in adapted for block in range(geometry.blocks)):
+            raise ConfigError(
+                f"{wanted}: no layer of the {half} part is adapted, and a site could hold nothing "
+                "that learns",
+                fix='Set [lora] target-modules = "all-linear", or granularity = "block".',
+            )
+
+
+def _check_budget(least: float, needs: Footprint, spec: PruningSpec) -> None:
+    prunes = spec.selection != "none"
     needed = needs.mib(1 if prunes else None)
     if least >= needed:
         return
     parts = ", ".join(
         f"{name} {value / MIB:.0f}" for name, value in needs.of(1 if prunes else None).items()
     )
-    what = "one block of the model" if prunes else "the whole model"
+    what = f"one {spec.granularity} of the model" if prunes else "the whole model"
     raise ConfigError(
         f"[fleet] a site grants {least:.0f} MiB, and training {what} takes {needed:.0f} MiB ({parts})",
         fix="Lower [training] batch-size or [data] max-length, or leave such sites out."
@@ -381,19 +422,25 @@ def site_footprint(config: Any, shapes: models.Schema, geometry: Geometry, rank:
         scored=tokens,
     )
     precision = config.engine.precision
-    return footprint(geometry, load, "fp32" if precision == "auto" else precision)
+    held_in = "fp32" if precision == "auto" else precision
+    return footprint(geometry, load, held_in, granularity(config))
+
+
+def granularity(config: Any) -> Granularity:
+    """What sites of this run leave out; blocks where they leave out nothing."""
+    return "block" if config.pruning.selection == "none" else config.pruning.granularity
 
 
 # ── the plan of such a site ───────────────────────────────────────────────────────────────────
 
-_NARROWED: WeakKeyDictionary[Adapter, dict[tuple[int, ...], tuple[Adapter, Delta, Delta]]] = (
+_NARROWED: WeakKeyDictionary[Adapter, dict[tuple[Layer, ...], tuple[Adapter, Delta, Delta]]] = (
     WeakKeyDictionary()
 )
-"""Sites that hold the same blocks start from one object, which is encoded, and shared, once."""
+"""Sites that hold the same layers start from one object, which is encoded, and shared, once."""
 
 
-def narrowed(plan: TrainPlan, layers: tuple[int, ...] | None) -> TrainPlan:
-    """The same plan for a site that holds only these blocks: nothing of the others travels."""
+def narrowed(plan: TrainPlan, layers: tuple[Layer, ...] | None) -> TrainPlan:
+    """The same plan for a site that holds only these layers: nothing of the others travels."""
     if layers is None:
         return plan
     known = _NARROWED.setdefault(plan.start, {})
@@ -404,8 +451,8 @@ def narrowed(plan: TrainPlan, layers: tuple[int, ...] | None) -> TrainPlan:
     return replace(plan, start=start, delta=delta, layers=layers)
 
 
-def submodel(plan: EvalPlan, layers: tuple[int, ...] | None) -> EvalPlan:
-    """The same evaluation on the model of these blocks alone; None leaves it as it is."""
+def submodel(plan: EvalPlan, layers: tuple[Layer, ...] | None) -> EvalPlan:
+    """The same evaluation on the model of these layers alone; None leaves it as it is."""
     if layers is None:
         return plan
     delta = {m: f for m, f in plan.delta.items() if in_blocks(m, layers)}

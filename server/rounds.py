@@ -19,6 +19,7 @@ from torch import Tensor
 from fedft.core import codec, meters
 from fedft.core.errors import Interrupted, QuorumFailure, UpdateRejected
 from fedft.core.metrics import Tally
+from fedft.core.sublayers import Layer
 from fedft.core.types import (
     ClientUpdate,
     EvalPlan,
@@ -401,7 +402,13 @@ def compared(
     with watch.phase("compare"):
         cohort = federation.roster.sample(federation.seed, round_, 0, federation.settings.per_round)
         encoder = codec.Encoder(federation.task, federation.wire)
-        asked = EvalPlan(state.adapter, state.delta, probe=pruning.spec.importance, round=round_)
+        asked = EvalPlan(
+            state.adapter,
+            state.delta,
+            probe=pruning.spec.importance,
+            granularity=pruning.spec.granularity,
+            round=round_,
+        )
         contents = [encoder.evaluate(replace(asked, site=site.name)) for site in cohort]
         ledger.down += sum(map(codec.content_bytes, contents))
         nodes = [federation.roster.node_of(site) for site in cohort]
@@ -409,7 +416,7 @@ def compared(
         ids = federation.grid.push_jobs([[message] for message in messages])
         found: dict[str, tuple[Tensor, Tensor, int]] = {}
         for reply in _replies(federation, federation.grid, ids, federation.patience_s):
-            answer = None if reply.has_error() else comparison(reply.content, pruning.blocks)
+            answer = None if reply.has_error() else comparison(reply.content, pruning.count)
             if answer is not None:
                 ledger.up += codec.content_bytes(reply.content)
                 found[reply.metadata.reply_to_message_id] = answer
@@ -527,14 +534,14 @@ def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
 
 
 def evaluate(
-    federation: Federation, state: ServerState, layers: tuple[int, ...] | None = None
+    federation: Federation, state: ServerState, layers: tuple[Layer, ...] | None = None
 ) -> dict[str, float]:
     """Score the global model on the central test set; any node can hold a slice of it.
 
     Args:
         federation: of which sites.
         state: whose adapter.
-        layers: the blocks of a submodel to score in its place; None is all of them.
+        layers: those of a submodel to score in its place; None is all of them.
     """
     encoder = codec.Encoder(federation.task, federation.wire)
     whole = submodel(EvalPlan(state.adapter, state.delta, round=state.round), layers)

@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedft.core.algebra import orthonormal_basis
+from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
     Adapter,
     Delta,
@@ -162,6 +163,7 @@ class Encoder:
             "shard": plan.shard,
             "layers": plan.layers,
             "probe": plan.probe,
+            "granularity": plan.granularity,
             "round": plan.round,
             "site": plan.site,
         }
@@ -222,7 +224,7 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         keep=frozenset(fields["keep"]),
         basis=basis,
         training=LocalTraining(**fields["training"]),
-        layers=_indices(fields["layers"]),
+        layers=_layers(fields["layers"]),
         heads=_indices(fields["heads"]),
         round=fields["round"],
         site=fields["site"],
@@ -239,8 +241,9 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
         split=fields["split"],
         keep=frozenset(fields["keep"]),
         shard=tuple(fields["shard"]),
-        layers=_indices(fields["layers"]),
+        layers=_layers(fields["layers"]),
         probe=fields["probe"],
+        granularity=fields["granularity"],
         round=fields["round"],
         site=fields["site"],
     )
@@ -248,13 +251,20 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
 
 def _start(content: RecordDict, initial: Adapter, fields: dict[str, Any]) -> Adapter:
     received = tensors_from(content.array_records["arrays"])
-    layers = _indices(fields["layers"])
+    layers = _layers(fields["layers"])
     held = initial if layers is None else initial.narrowed(layers)
     return adapter_from(received, held, fields["scale"])
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:
     return None if values is None else tuple(values)
+
+
+def _layers(values: list[Any] | None) -> tuple[Layer, ...] | None:
+    """Blocks are numbers; a half of one is a pair, as JSON writes a :class:`Sublayer`."""
+    if values is None:
+        return None
+    return tuple(Sublayer(*v) if isinstance(v, list) else v for v in values)
 
 
 def _on_basis(initial: Adapter, basis: int) -> Adapter:

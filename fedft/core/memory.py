@@ -12,17 +12,20 @@ activation function (a gated feed-forward part: three such widths). A causal lan
 logits three times over, for the tokens that are scored. benchmarks/memory.py holds all of it
 against measured peaks.
 
-Every part is linear in the number of blocks, which is what a budget is solved for.
+Every part is linear in the number of blocks, which is what a budget is solved for. Where halves of
+blocks are held one by one, the largest are counted first: whichever are drawn, the budget holds.
 """
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 
 from fedft.core.spec import Precision
 from fedft.core.tables import WINDOW
+from fedft.core.types import Granularity
 
 MIB = 2**20
 
@@ -40,6 +43,8 @@ class Geometry:
         gated: whether the feed-forward part multiplies two branches (SwiGLU and its like).
         block_parameters: of one block.
         other_parameters: outside of all blocks, the task head not counted.
+        halves: parameters of a block's attention and of its feed-forward part; None where these
+            cannot be told apart.
         vocabulary: outputs per token of a language model; 0 where there is no such head.
         patches: tokens of an image; 0 where the input is text.
         sliced: whether a vocabulary is scored slice by slice, see :mod:`clients.vocabulary`.
@@ -55,6 +60,7 @@ class Geometry:
     gated: bool
     block_parameters: int
     other_parameters: int
+    halves: tuple[int, int] | None = None
     vocabulary: int = 0
     patches: int = 0
     sliced: bool = False
@@ -71,6 +77,7 @@ class Load:
         scored: tokens of a row whose prediction has a loss, of a causal language model.
         trainable: parameters that learn outside of all blocks.
         trainable_per_block: that learn in each block.
+        trainable_of_halves: that learn in attention, and in the feed-forward part, of each block.
     """
 
     batch: int
@@ -78,55 +85,77 @@ class Load:
     scored: int
     trainable: int
     trainable_per_block: int
+    trainable_of_halves: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak bytes of one site in training, by part: what there is anyway, and what a block adds.
+    """Peak bytes of one site in training, by part: what there is anyway, and what a layer adds.
 
     Attributes:
-        fixed, each: ``base``, ``adapter`` and ``activations``.
-        blocks: of the whole model.
+        fixed: ``base``, ``adapter`` and ``activations``.
+        each: the same of each layer that can be left out, a block or half of one; largest first.
     """
 
     fixed: Mapping[str, float]
-    each: Mapping[str, float]
-    blocks: int
+    each: Sequence[Mapping[str, float]]
 
-    def of(self, blocks: int | None = None) -> dict[str, float]:
-        """The parts and their ``total`` with so many blocks; None takes all."""
-        held = self.blocks if blocks is None else blocks
-        parts = {name: self.fixed[name] + held * self.each[name] for name in self.fixed}
+    @property
+    def layers(self) -> int:
+        """How many can be left out: the blocks of the whole model, or their halves."""
+        return len(self.each)
+
+    def of(self, layers: int | None = None) -> dict[str, float]:
+        """The parts and their ``total`` with so many layers, the largest; None takes all."""
+        held = self.each[:layers]
+        parts = {name: base + sum(one[name] for one in held) for name, base in self.fixed.items()}
         return {**parts, "total": sum(parts.values())}
 
-    def mib(self, blocks: int | None = None) -> float:
+    def mib(self, layers: int | None = None) -> float:
         """The total in MiB."""
-        return self.of(blocks)["total"] / MIB
+        return self.of(layers)["total"] / MIB
 
     def affordable(self, budget_mib: float | None) -> int:
-        """The most blocks that fit into a budget, 0 to all; None is unlimited."""
+        """The most layers that fit into a budget whichever they are, 0 to all; None is unlimited."""
         if budget_mib is None:
-            return self.blocks
-        fitting = [k for k in range(1, self.blocks + 1) if self.mib(k) <= budget_mib]
+            return self.layers
+        fitting = [k for k in range(1, self.layers + 1) if self.mib(k) <= budget_mib]
         return max(fitting, default=0)
 
 
-def footprint(geometry: Geometry, load: Load, precision: Precision) -> Footprint:
+def footprint(
+    geometry: Geometry, load: Load, precision: Precision, granularity: Granularity = "block"
+) -> Footprint:
     """What one site needs that trains alone, in the engine that trains several at once.
 
     Args:
         geometry: of the model.
         load: of a step.
         precision: of the base.
+        granularity: what can be left out. ``sublayer`` needs ``geometry.halves``.
     """
     width = 2 if precision == "bf16" else 4
     d, f = geometry.hidden, geometry.intermediate
     inner = 3 * f if geometry.gated else f
-    kept = 5 * d + 2 * geometry.key_value + inner
+    attended, fed = 4 * d + 2 * geometry.key_value, d + inner
     widest = d + 2 * inner
     if precision == "bf16":  # on a CPU attention is eager there, and keeps its weights
-        kept += 2 * geometry.heads * load.tokens
+        attended += 2 * geometry.heads * load.tokens
     tokens = load.batch * load.tokens
+
+    def layer(parameters: int, trainable: int, kept: int) -> dict[str, float]:
+        return {
+            "base": float(width * parameters),
+            "adapter": 20.0 * trainable,
+            "activations": float(tokens * kept * width),
+        }
+
+    if granularity == "block":
+        units = [layer(geometry.block_parameters, load.trainable_per_block, attended + fed)]
+    else:
+        assert geometry.halves is not None, "the halves of these blocks cannot be told apart"
+        halves = zip(geometry.halves, load.trainable_of_halves, (attended, fed), strict=True)
+        units = sorted(starmap(layer, halves), key=lambda one: -sum(one.values()))
     scored = load.batch * load.scored
     if geometry.sliced:  # logits, and the rows of the output layer; four times a state
         logits = 2 * WINDOW + 4 * 4 * d * scored
@@ -139,12 +168,7 @@ def footprint(geometry: Geometry, load: Load, precision: Precision) -> Footprint
             "adapter": 20.0 * load.trainable,
             "activations": float(tokens * widest * width + logits),
         },
-        each={
-            "base": float(width * geometry.block_parameters),
-            "adapter": 20.0 * load.trainable_per_block,
-            "activations": float(tokens * kept * width),
-        },
-        blocks=geometry.blocks,
+        each=[one for one in units for _ in range(geometry.blocks)],
     )
 
 

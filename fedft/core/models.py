@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedft.core import hydra, seeds
+from fedft.core import hydra, seeds, sublayers
 from fedft.core.algebra import stack, uniform_rows
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry, Load
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
+from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
 
@@ -161,6 +162,14 @@ def _refuse_remote_code(spec: ModelSpec, folder: Path) -> None:
             f"{spec.source!r} wants to run code of its own ({', '.join(config['auto_map'])})",
             fix="Read that code; to run it set [model] trust-remote-code = true and pin revision.",
         )
+
+
+def imports(spec: ModelSpec) -> list[str]:
+    """Modules that loading this model imports, as far as its architecture tells."""
+    config = json.loads((resolve(spec) / "config.json").read_text(encoding="utf-8"))
+    kind = str(config.get("model_type", "")).replace("-", "_")
+    package = "transformers.models"
+    return [f"{package}.auto.modeling_auto", f"{package}.{kind}.modeling_{kind}"]
 
 
 def file_sha256(path: Path) -> str:
@@ -373,6 +382,9 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry:
         gated=any(n.endswith(("gate_proj.weight", "weights_in.weight")) for n in named),
         block_parameters=inner // blocks,
         other_parameters=sum(p.numel() for p in named.values()) - inner,
+        halves=_halves({n: p.numel() for n, p in named.items()}, blocks)
+        if all(map(sublayers.divisible, block_list(model) or [model]))
+        else None,
         vocabulary=int(config.vocab_size) if causal else 0,
         sliced=output is not None,
         in_file={"fp32": in_file.get(torch.float32, 0), "bf16": in_file.get(torch.bfloat16, 0)},
@@ -401,6 +413,15 @@ def _plain_output(model: nn.Module) -> bool:
         return False
 
 
+def _halves(sizes: Mapping[str, int], blocks: int) -> tuple[int, int]:
+    """Of numbers by path: what falls on a block's attention, and on its feed-forward part."""
+    sums: dict[Half, int] = dict.fromkeys(HALVES, 0)
+    for path, size in sizes.items():
+        if (layer := sublayer_of(path)) is not None:
+            sums[layer.half] += size
+    return -(-sums["attention"] // blocks), -(-sums["feed-forward"] // blocks)
+
+
 def load_of(
     shapes: Schema, blocks: int, rank: int, *, batch: int, tokens: int, scored: int
 ) -> Load:
@@ -414,12 +435,11 @@ def load_of(
         tokens: of the longest row.
         scored: tokens of a row whose prediction has a loss.
     """
-    inner = outer = 0
-    for module, (d_out, d_in) in shapes.modules.items():
-        own = rank * (d_out + d_in)
-        inner, outer = (inner, outer + own) if block_of(module) is None else (inner + own, outer)
+    sizes = {module: rank * sum(shape) for module, shape in shapes.modules.items()}
+    inner = sum(size for module, size in sizes.items() if block_of(module) is not None)
+    outer = sum(sizes.values()) - inner
     outer += sum(math.prod(shape) for shape in (*shapes.head.values(), *shapes.tensors.values()))
-    return Load(batch, tokens, scored, outer, -(-inner // blocks))
+    return Load(batch, tokens, scored, outer, -(-inner // blocks), _halves(sizes, blocks))
 
 
 # ------------------------------------------------------------------------------ the frozen base
@@ -439,9 +459,9 @@ class Base:
         model: as above.
         lora: which of its layers are adapted.
         task: as above.
-        load: gives a model of some blocks alone. Where set, ``model`` came without the weights of
-            its blocks: they are on the meta device, and only those that :meth:`holding` names are
-            ever in memory.
+        load: gives a model of some blocks, or halves of blocks, alone. Where set, ``model`` came
+            without the weights of its blocks: they are on the meta device, and only those that
+            :meth:`holding` names are ever in memory.
         output: as above, where ``load`` is set: found before the blocks were taken away.
 
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
@@ -454,7 +474,7 @@ class Base:
         lora: LoraSpec,
         task: str,
         *,
-        load: Callable[[Sequence[int]], nn.Module] | None = None,
+        load: Callable[[Sequence[Layer]], nn.Module] | None = None,
         output: Output | None = None,
     ) -> None:
         self.model = model
@@ -465,7 +485,7 @@ class Base:
         self.shapes = schema_of(model, lora)
         self.adapted = targets(model, lora)
         self._load = load
-        self._held: frozenset[int] = frozenset()
+        self._held: frozenset[Layer] = frozenset()
         self._pristine: dict[str, Tensor] = {}
         self._shifted_by: Delta | None = None
 
@@ -475,7 +495,7 @@ class Base:
 
     @property
     def lean(self) -> bool:
-        """Whether this base holds only the blocks that it was last asked for."""
+        """Whether this base holds only the layers that it was last asked for."""
         return self._load is not None
 
     def shift(self, delta: Delta) -> None:
@@ -514,23 +534,30 @@ class Base:
         return list(block_list(self.model) or ())
 
     @contextmanager
-    def holding(self, layers: Sequence[int] | None, delta: Delta | None = None) -> Iterator[None]:
-        """For the time of the context, a model of these blocks alone, on weights ``W_0 + delta``.
+    def holding(self, layers: Sequence[Layer] | None, delta: Delta | None = None) -> Iterator[None]:
+        """For the time of the context, a model of these layers alone, on weights ``W_0 + delta``.
 
-        A block that is not held passes its input on; position embeddings, masks and the head are
-        untouched, and so is the order of the others. None is the whole model.
+        A block that is not held passes its input on, and so does the half of one; position
+        embeddings, masks and the head are untouched, and so is the order of the others. None is
+        the whole model.
 
         Raises:
-            MismatchError: this model has no such block, or none that can be left out.
+            MismatchError: this model has no such block, or none that can be left out or divided.
         """
         self._check(layers)
+        held = frozenset(range(len(self.blocks))) if layers is None else _united(layers)
         if self._load is not None:
-            self._hold(frozenset(range(len(self.blocks)) if layers is None else layers))
+            self._hold(held)
         self.shift(delta or {})
         with ExitStack() as undo:
             for index, block in enumerate(self.blocks):
-                if layers is not None and index not in layers:
-                    block.forward = _pass_on
+                if index in held:
+                    continue
+                lost: list[Half] = [h for h in HALVES if Sublayer(index, h) not in held]
+                if len(lost) == 1:
+                    undo.enter_context(sublayers.without(block, lost[0]))
+                else:
+                    block.forward = sublayers.pass_on
                     undo.callback(delattr, block, "forward")
             yield
 
@@ -557,12 +584,14 @@ class Base:
                 undo.callback(block.register_forward_pre_hook(hook).remove)
             yield
 
-    def _check(self, layers: Sequence[int] | None) -> None:
+    def _check(self, layers: Sequence[Layer] | None) -> None:
         if layers is None:
             return
         self._check_blocks()
         name = type(self.model).__name__
-        if absent := sorted(set(layers) - set(range(len(self.blocks)))):
+        if any(isinstance(layer, Sublayer) for layer in layers):
+            self.check_divisible()
+        if absent := sorted({_block(layer) for layer in layers} - set(range(len(self.blocks)))):
             raise MismatchError(
                 f"a plan names the blocks {absent}, and {name} has none of them",
                 fix=f"Blocks are counted from 0 to {len(self.blocks) - 1}.",
@@ -578,18 +607,34 @@ class Base:
                 fix='Train the whole model: [pruning] selection = "none".',
             )
 
-    def _hold(self, wanted: frozenset[int]) -> None:
-        """Load the blocks that are wanted and let go of the others."""
+    def check_divisible(self) -> None:
+        """Refuse halves of blocks where they cannot be told apart.
+
+        Raises:
+            MismatchError: the blocks are not of a kind that :mod:`fedft.core.sublayers` knows.
+        """
+        if not all(map(sublayers.divisible, self.blocks)):
+            raise MismatchError(
+                f"attention and feed-forward part of the blocks of {type(self.model).__name__} "
+                "cannot be told apart",
+                fix='Set [pruning] granularity = "block".',
+            )
+
+    def _hold(self, wanted: frozenset[Layer]) -> None:
+        """Load the layers that are wanted and let go of the others."""
         assert self._load is not None
         if wanted == self._held:
             return
         self.shift({})
-        for index in self._held - wanted:
-            self.blocks[index].to("meta")
-        missing = sorted(wanted - self._held)
-        for index, loaded in zip(missing, block_list(self._load(missing)) or (), strict=True):
-            _transplant(loaded, self.blocks[index])
-        self._pristine = {p: t for p, t in self._pristine.items() if block_of(p) in wanted}
+        for layer in self._held - wanted:
+            for module in _modules(self.blocks[_block(layer)], layer):
+                module.to("meta")
+        missing = sorted(wanted - self._held, key=_block)  # of a block, itself or one half
+        for layer, loaded in zip(missing, block_list(self._load(missing)) or (), strict=True):
+            block = self.blocks[_block(layer)]
+            for source, target in zip(_modules(loaded, layer), _modules(block, layer), strict=True):
+                _transplant(source, target)
+        self._pristine = {p: t for p, t in self._pristine.items() if in_blocks(p, wanted)}
         self._held = wanted
 
 
@@ -597,9 +642,22 @@ def _call(reached: Callable[[int], None], index: int, *_: object) -> None:
     reached(index)
 
 
-def _pass_on(*args: Tensor, **options: Tensor) -> Tensor:
-    """What a block does that is not held."""
-    return args[0] if args else options["hidden_states"]
+def _block(layer: Layer) -> int:
+    return layer if isinstance(layer, int) else layer.block
+
+
+def _united(layers: Sequence[Layer]) -> frozenset[Layer]:
+    """The same layers; of which both halves are named, or a half beside the whole, as a block."""
+    named = set(layers)
+    whole = {b for b in map(_block, layers) if b in named or named >= {(b, h) for h in HALVES}}
+    return frozenset(whole | {layer for layer in layers if _block(layer) not in whole})
+
+
+def _modules(block: nn.Module, layer: Layer) -> Sequence[nn.Module]:
+    """What of a block belongs to a layer: all of it, or the children of one half."""
+    if isinstance(layer, int):
+        return [block]
+    return list(sublayers.children(block, layer.half).values())
 
 
 def _gives_a_tensor(block: nn.Module) -> bool:
@@ -778,12 +836,12 @@ def _of_blocks(
     classes: int,
     options: Mapping[str, Any],
     device: str,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
 ) -> nn.Module:
-    """The pretrained network of some blocks alone, in the order given.
+    """The pretrained network of some blocks, or of one half of each, alone, in the order given.
 
     Its configuration counts as many blocks, and its weights are views of the file: those of the
-    other blocks are never read.
+    other blocks are never read, nor those of other halves.
     """
     from safetensors import safe_open
 
@@ -792,16 +850,38 @@ def _of_blocks(
     config = whole.config
     config.num_hidden_layers = len(layers)
     if kinds := getattr(config, "layer_types", None):
-        config.layer_types = [kinds[index] for index in layers]
-    position = {block: index for index, block in enumerate(layers)}
+        config.layer_types = [kinds[_block(layer)] for layer in layers]
+    position = {_block(layer): index for index, layer in enumerate(layers)}
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-                if in_blocks(f".{name}", position):
+                if in_blocks(f".{name}", layers):
                     weights[_renumbered(name, position)] = file.get_tensor(name)
-    model = type(whole).from_pretrained(None, config=config, state_dict=weights, **options)
+    kind: Any = _lacking(type(whole), layers)
+    model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
     return _ready(model, device)
+
+
+def _lacking(kind: type[nn.Module], layers: Sequence[Layer]) -> type[nn.Module]:
+    """``kind`` with an identity for every child of the halves that are not among ``layers``.
+
+    transformers would make up at random what a file does not give.
+    """
+    halves = {i: layer.half for i, layer in enumerate(layers) if isinstance(layer, Sublayer)}
+    if not halves:
+        return kind
+
+    def build(self: nn.Module, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **options)
+        blocks = block_list(self)
+        assert blocks is not None
+        for index, held in halves.items():
+            lost: Half = "feed-forward" if held == "attention" else "attention"
+            for name in sublayers.children(blocks[index], lost):
+                setattr(blocks[index], name, nn.Identity())
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
 def _renumbered(name: str, position: Mapping[int, int]) -> str:

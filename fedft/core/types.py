@@ -19,12 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedft.core.sublayers import Layer, sublayer_of
+
 Part = Literal["A", "B", "R", "router", "head"]
 """What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
 head, and whatever tensors another method of peft has."""
 
 Importance = Literal["block-influence", "ablation"]
 """How much a transformer block does: by how far it turns its input, or by what its absence costs."""
+
+Granularity = Literal["block", "sublayer"]
+"""What a site holds or leaves out: transformer blocks, or their halves one by one."""
 
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
@@ -72,10 +77,10 @@ def block_of(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def in_blocks(path: str, layers: Collection[int]) -> bool:
-    """Whether a model that holds only the blocks ``layers`` has this module."""
+def in_blocks(path: str, layers: Collection[Layer]) -> bool:
+    """Whether a model that holds only the blocks, and halves of blocks, ``layers`` has this module."""
     block = block_of(path)
-    return block is None or block in layers
+    return block is None or block in layers or sublayer_of(path) in layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +204,8 @@ class Adapter:
         """A new adapter with other factors and the same head."""
         return Adapter(factors, self.head)
 
-    def narrowed(self, layers: Collection[int]) -> "Adapter":
-        """What a site that holds only these transformer blocks has of this adapter."""
+    def narrowed(self, layers: Collection[Layer]) -> "Adapter":
+        """What a site that holds only these blocks, and halves of blocks, has of this adapter."""
         return self.map_factors({m: f for m, f in self.factors.items() if in_blocks(m, layers)})
 
 
@@ -325,7 +330,8 @@ class TrainPlan:
         basis: where set, the A and B that do not travel are not those of the common seed but
             ``algebra.orthonormal_basis(basis, ...)``, which the site makes itself (Fed-SB).
         training: the optimiser's settings.
-        layers: indices of the transformer blocks this site holds; None holds all of them.
+        layers: the transformer blocks this site holds, by index, and the halves of others; None
+            holds all of them.
         heads: indices of the HydraLoRA heads that the site trains and sends, of part B; None means
             all of them.
         round: the round this belongs to.
@@ -341,7 +347,7 @@ class TrainPlan:
     keep: frozenset[Part] = frozenset()
     basis: int | None = None
     training: LocalTraining = LocalTraining()
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Layer, ...] | None = None
     heads: tuple[int, ...] | None = None
     round: int = 0
     site: str = ""
@@ -389,6 +395,7 @@ class EvalPlan:
         layers: as in :class:`TrainPlan`.
         probe: where set, no scores are asked for: the site compares the blocks of the model on its
             own training rows, and weighs their importance by this measure.
+        granularity: whether a probe compares whole blocks, or their halves.
         round, site: as in :class:`TrainPlan`.
     """
 
@@ -397,8 +404,9 @@ class EvalPlan:
     split: Literal["test", "holdout"] = "test"
     keep: frozenset[Part] = frozenset()
     shard: tuple[int, int] = (0, 1)
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Layer, ...] | None = None
     probe: Importance | None = None
+    granularity: Granularity = "block"
     round: int = 0
     site: str = ""
 

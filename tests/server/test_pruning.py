@@ -15,15 +15,23 @@ from flwr.app import Message, MessageType
 from clients.workbench import workbench
 from fedft.core import codec
 from fedft.core.errors import ConfigError
-from fedft.core.memory import MIB, Footprint
-from fedft.core.models import initial_adapter
+from fedft.core.memory import MIB, Footprint, Geometry, Load, footprint
+from fedft.core.models import geometry, initial_adapter, resolve, schema
 from fedft.core.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
-from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
+from fedft.core.sublayers import HALVES, Sublayer
+from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan, in_blocks
 from server.config import parse_config
 from server.forecast import as_text, forecast
 from server.grids.inline import InlineGrid
-from server.pruning import Pruning, PruningSpec, contiguous_groups, narrowed, spectral_groups
+from server.pruning import (
+    Pruning,
+    PruningSpec,
+    contiguous_groups,
+    narrowed,
+    pruning_of,
+    spectral_groups,
+)
 from server.run import CLIENT_APP, fork, prepare_run, resolved, resume, simulate
 
 L = 6
@@ -163,7 +171,7 @@ def test_a_plan_is_narrowed_once_for_all_that_hold_the_same() -> None:
 
 
 def test_a_budget_is_solved_for_blocks() -> None:
-    own = Footprint({"base": 10.0 * MIB}, {"base": 2.0 * MIB}, blocks=4)
+    own = Footprint({"base": 10.0 * MIB}, [{"base": 2.0 * MIB}] * 4)
     assert own.of(3) == {"base": 16 * MIB, "total": 16 * MIB}
     assert [own.affordable(b) for b in (11.9, 12.0, 15.9, 18.0, 99.0, None)] == [0, 1, 2, 4, 4, 4]
 
@@ -187,6 +195,74 @@ def test_the_plan_says_what_each_kind_of_site_takes(
     poor = parse_config(tiny_table(fleet={"memory-budgets-mib": [0.01]}))
     with pytest.raises(ConfigError, match="the whole model takes"):
         forecast(poor)
+
+
+# ── halves of blocks ──────────────────────────────────────────────────────────────────────────
+
+HALF_BY_HALF: dict[str, Any] = {
+    "lora": {"rank": 4, "alpha": 8, "target-modules": "all-linear"},
+    "fleet": {"model-shares": [0.5, 1.0]},
+    "pruning": {"selection": "cka", "granularity": "sublayer", "every": 2},
+}
+
+
+def test_halves_are_chosen_as_blocks_are_and_named_by_block() -> None:
+    """Six layers to choose from: the halves of three blocks."""
+    state = ServerState(Adapter({}))
+    site = Site("a", 1)
+    first = pruning("first", granularity="sublayer")
+    assert first.layers(state, site) == ((0, "attention"), (0, "feed-forward"), (1, "attention"))
+    own, blocks = pruning(granularity="sublayer"), pruning()
+    known = measured(own)
+    indices = blocks.layers(known, site)
+    assert own.layers(known, site) == own.named(indices)  # type: ignore[arg-type]
+    assert own.typical(known, 3) == own.named(blocks.typical(known, 3))  # type: ignore[arg-type]
+    assert own.facts(known, [site]) == blocks.facts(known, [site])  # by index in both
+    assert pruning("random", L, granularity="sublayer").layers(state, site) is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_budget_for_halves_holds_whichever_are_drawn(precision: Any) -> None:
+    sizes = Geometry(3, 8, 32, 2, 8, True, 700, 50, halves=(300, 400))
+    load = Load(batch=2, tokens=5, scored=0, trainable=10, trainable_per_block=7,
+                trainable_of_halves=(4, 3))  # fmt: skip
+    whole = footprint(sizes, load, precision)
+    needs = footprint(sizes, load, precision, "sublayer")
+    assert (whole.layers, needs.layers) == (3, 6)
+    assert needs.of() == pytest.approx(whole.of())
+    width = 4 if precision == "fp32" else 2
+    assert sorted(one["base"] for one in needs.each) == [300 * width] * 3 + [400 * width] * 3
+    for held in range(1, 7):
+        chosen = combinations([sum(one.values()) for one in needs.each], held)
+        most = sum(needs.fixed.values()) + max(map(sum, chosen))
+        assert needs.of(held)["total"] == pytest.approx(most)
+        assert needs.affordable(needs.mib(held)) == held
+
+
+def test_the_plan_counts_halves(tiny_table: Callable[..., dict[str, Any]]) -> None:
+    config = parse_config(tiny_table(**HALF_BY_HALF))
+    cost = forecast(config)
+    part, whole = cost["clients"]
+    assert (part["sublayers"], whole["sublayers"]) == ([2, 4], [4, 4])
+    assert part["memory_mib"]["total"] < whole["memory_mib"]["total"]
+    assert part["bytes"]["up"] == 4 * part["trainable"] < whole["bytes"]["up"]
+    assert "with 2 of 4 sublayers" in as_text(config, cost)
+    by_block = parse_config(tiny_table(**HALF_BY_HALF | {"pruning": {"selection": "cka"}}))
+    assert forecast(by_block)["clients"][1]["memory_mib"] == pytest.approx(whole["memory_mib"])
+
+
+def test_blocks_that_cannot_be_divided_are_refused(
+    tiny_table: Callable[..., dict[str, Any]],
+) -> None:
+    plain = parse_config(tiny_table(**HALF_BY_HALF | {"lora": {"rank": 4, "alpha": 8}}))
+    with pytest.raises(ConfigError, match=r"no layer of the feed-forward part is adapted"):
+        forecast(plain)
+    config = parse_config(tiny_table(**HALF_BY_HALF))
+    sizes = geometry(config.model, resolve(config.model))
+    shapes = schema(config.model, config.lora, 3)
+    assert pruning_of(config, shapes, sizes)[0] is not None
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        pruning_of(config, shapes, replace(sizes, halves=None))
 
 
 # ── whole runs ────────────────────────────────────────────────────────────────────────────────
@@ -239,6 +315,49 @@ def test_a_run_of_pruned_sites(
         assert [r["pruning"]["measured"]["round"] for r in records] == [1, 1, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("cohort", "selection", "rule"),
+    [(4, "cka", "lora-fair"), (1, "importance", "fedavg-lora"), (4, "random", "flora")],
+)
+def test_a_run_of_sites_that_hold_halves(
+    tiny_table: Table, tmp_path: Path, cohort: int, selection: str, rule: str
+) -> None:
+    changes = HALF_BY_HALF | {
+        "pruning": HALF_BY_HALF["pruning"] | {"selection": selection},
+        "strategy": {"name": rule},
+        "engine": {"cohort": cohort},
+    }
+    config = parse_config(tiny_table(**changes))
+    run = simulate(config, tmp_path / "run")
+    records = lines(run.path)
+    shapes = schema(config.model, config.lora, 3)
+    head = 3 * 32 + 3
+    replies = [json.loads(line) for line in (run.path / "clients.jsonl").read_text().splitlines()]
+    for reply in (r for r in replies if r["kind"] == "train"):
+        held = records[reply["round"] - 1]["pruning"]["held"].get(reply["site"], range(4))
+        assert len(held) in (2, 4)
+        layers = tuple(Sublayer(k // 2, HALVES[k % 2]) for k in held)
+        factors = sum(4 * sum(shape) for m, shape in shapes.modules.items() if in_blocks(m, layers))
+        assert reply["bytes_up"] == 4 * (factors + head)
+    drawn = [h for r in records for h in r["pruning"]["held"].values()]
+    assert {len(h) for h in drawn} == {2}
+    assert set(records[-1]["submodels"]) == {"2"}
+    assert records[-1]["submodels"]["2"] != records[-1]["eval"]
+    if selection != "random":
+        assert len(records[-1]["pruning"]["measured"]["importance"]) == 4
+    if selection == "cka":
+        assert sorted(k for g in records[-1]["pruning"]["groups"]["2"] for k in g) == [0, 1, 2, 3]
+
+
+def test_engines_agree_on_a_run_by_halves(tiny_table: Table, tmp_path: Path) -> None:
+    finals: list[dict[str, float]] = []
+    for cohort in (1, 4):
+        changes = HALF_BY_HALF | {"engine": {"cohort": cohort}}
+        run = simulate(parse_config(tiny_table(**changes)), tmp_path / f"run-{cohort}")
+        finals.append(lines(run.path)[-1]["train"])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-4)
+
+
 def test_sites_judge_the_part_that_they_hold(tiny_table: Table, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "fleet": {"model-shares": [0.5]},
@@ -278,21 +397,28 @@ def test_a_site_that_holds_a_part_has_no_other_block_in_memory(
     assert all(torch.equal(answers[0][n], answers[1][n]) for n in answers[0])
 
 
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_all_blocks_for_all_is_the_run_without_pruning_bit_for_bit(
-    tiny_table: Table, tmp_path: Path
+    tiny_table: Table, tmp_path: Path, granularity: str
 ) -> None:
     """T4.2."""
-    plain = simulate(parse_config(tiny_table()), tmp_path / "plain")
-    changes: dict[str, Any] = {"fleet": {"model-shares": [1.0]}, "pruning": {"selection": "random"}}
+    lora: dict[str, Any] = {"lora": HALF_BY_HALF["lora"]}
+    plain = simulate(parse_config(tiny_table(**lora)), tmp_path / "plain")
+    changes: dict[str, Any] = lora | {
+        "fleet": {"model-shares": [1.0]},
+        "pruning": {"selection": "random", "granularity": granularity},
+    }
     whole = simulate(parse_config(tiny_table(**changes)), tmp_path / "whole")
     assert summary(plain.path)["adapter_sha256"] == summary(whole.path)["adapter_sha256"]
     assert summary(plain.path)["history_sha256"] == summary(whole.path)["history_sha256"]
 
 
-def test_a_pruned_run_goes_on_as_if_it_had_never_stopped(tiny_table: Table, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {
-        "fleet": {"model-shares": [0.5, 1.0]},
-        "pruning": {"selection": "cka", "every": 3},
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_a_pruned_run_goes_on_as_if_it_had_never_stopped(
+    tiny_table: Table, tmp_path: Path, granularity: str
+) -> None:
+    changes = HALF_BY_HALF | {
+        "pruning": {"selection": "cka", "every": 3, "granularity": granularity},
         "strategy": {"name": "flora"},
     }
     whole = simulate(parse_config(tiny_table(**changes)), tmp_path / "whole")
