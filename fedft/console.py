@@ -229,7 +229,7 @@ def _round_line(record: Mapping[str, Any]) -> str:
     if scores := record.get("eval"):
         parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
     for unit, spent in record.get("privacy", {}).items():
-        parts.append(f"ε {spent['epsilon']:.2f} a {unit}")
+        parts.append(f"ε by {unit} {spent['epsilon']:.2f}")
     return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
 
 

@@ -32,7 +32,7 @@ EXAMPLE = {
     "sites": 12,
 }
 PROMISE = (
-    "ε = 7.98 at δ = 1e-05; poisson sampling, rate 0.05, noise multiplier 0.558, releases 20; "
+    "ε = 7.98 at δ = 1e-05; Poisson sampling, rate 0.05, noise multiplier 0.558, releases 20; "
     "adjacency: add or remove one site"
 )
 
@@ -58,7 +58,7 @@ def test_the_page_of_a_private_run_says_what_it_promises() -> None:
     assert "<dt>ε of a site</dt><dd>7.98<small>δ = 1e-05, after round 2</small>" in shown
     assert "<dt>ε of an example</dt><dd>4.38<small>δ = 1e-06, after round 2</small>" in shown
     assert f"<dt>Privacy by site</dt><dd>{PROMISE}</dd>" in shown
-    assert "ε = 4.38 (3.90 in the median) at δ = 1e-06; poisson sampling" in shown
+    assert "ε = 4.38 (3.90 in the median) at δ = 1e-06; Poisson sampling" in shown
     assert "sites 12; adjacency: add or remove one example of a site" in shown
 
 
@@ -81,7 +81,7 @@ def test_the_table_shows_the_largest_account_of_the_seeds() -> None:
     column = table.header().index("ε of a site")
     assert [cells[column] for cells in table.cells()] == ["—", "7.98"]
     assert table.note().endswith(
-        "ε of a site: δ = 1e-05, poisson sampling, adjacency: add or remove one site; "
+        "ε of a site: δ = 1e-05, Poisson sampling, adjacency: add or remove one site; "
         "the largest of the runs' accounts."
     )
     assert [row["epsilon"] for row in table.to_json()] == [{}, {"site": 7.978}]
@@ -90,7 +90,7 @@ def test_the_table_shows_the_largest_account_of_the_seeds() -> None:
 def test_two_kinds_of_promise_in_one_table_are_told_apart() -> None:
     other = {**SITE, "delta": 1e-3}
     text = privacy.terms([record("a", {"site": SITE}), record("b", {"site": other})])
-    assert "δ = 1e-05, poisson" in text and " or δ = 0.001, poisson" in text
+    assert "δ = 1e-05, Poisson" in text and " or δ = 0.001, Poisson" in text
 
 
 def test_an_account_without_a_bound_is_infinite_and_never_absent() -> None:

@@ -85,7 +85,7 @@ def _newest(record: Record) -> tuple[int, Json]:
 
 
 def _sampling(facts: Json) -> str:
-    return f"{clean(facts.get('sampling', 'unknown'), 40)} sampling"
+    return f"{clean(facts.get('sampling', 'unknown'), 40).capitalize()} sampling"
 
 
 def _adjacency(facts: Json) -> str:
