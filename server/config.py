@@ -267,6 +267,11 @@ class RunConfig(Table):
             raise ValueError(
                 f"[training] dp needs [lora] method = 'lora', not {self.lora.method!r}"
             )
+        if self.data.holdout and self.training.dp is not None:
+            raise ValueError(
+                f"[data] holdout = {self.data.holdout}: sites would report scores on examples of "
+                "theirs, which [training] dp does not cover; leave it out"
+            )
         below: Strategy = rule
         while isinstance(below, Combinator):
             below = below.inner

@@ -327,6 +327,27 @@ def test_a_fork_carries_the_account_and_cannot_drop_the_promise(
         ({"strategy": {"name": "central-dp", "delta": 0.2}}, "promises nothing"),
         ({"strategy": {"name": "central-dp"}, "fleet": {"clients": 8, "speeds": [1.0]}}, "sample"),
         ({"training": {"dp": {}}, "engine": {"cohort": 4}}, "one by one"),
+        ({"training": {"dp": {}}, "data": {"holdout": 0.2}}, "holdout = 0.2"),
+        (
+            {
+                "training": {"dp": {}},
+                "strategy": {"name": "fedbuff", "size": 2},
+                "fleet": {"clients": 8, "speeds": [1.0]},
+            },
+            "fedbuff is asynchronous",
+        ),
+        *(
+            ({"training": {"dp": {}}, "lora": {"method": method}}, f"not '{method}'")
+            for method in ("dora", "vera", "ia3", "loha", "lokr")
+        ),
+        (
+            {
+                "training": {"dp": {}},
+                "lora": {"method": "hydralora", "heads": 2},
+                "strategy": {"name": "hydralora"},
+            },
+            "not 'hydralora'",
+        ),
     ],
 )
 def test_what_the_account_could_not_cover_is_refused(
