@@ -78,6 +78,8 @@ class Load:
         trainable: parameters that learn outside of all blocks.
         trainable_per_block: that learn in each block.
         trainable_of_halves: that learn in attention, and in the feed-forward part, of each block.
+        inputs_of_halves: widths of the inputs that adapted layers keep there; None takes layers of
+            attention alone to be adapted, which have the block's input in common.
     """
 
     batch: int
@@ -86,6 +88,7 @@ class Load:
     trainable: int
     trainable_per_block: int
     trainable_of_halves: tuple[int, int] = (0, 0)
+    inputs_of_halves: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ def footprint(
     width = 2 if precision == "bf16" else 4
     d, f = geometry.hidden, geometry.intermediate
     inner = 3 * f if geometry.gated else f
-    attended, fed = 4 * d + 2 * geometry.key_value, d + inner
+    attention_inputs, feed_forward_inputs = load.inputs_of_halves or (d, 0)
+    attended = 3 * d + 2 * geometry.key_value + attention_inputs
+    fed = d + inner + feed_forward_inputs
     widest = d + 2 * inner
     if precision == "bf16":  # on a CPU attention is eager there, and keeps its weights
         attended += 2 * geometry.heads * load.tokens

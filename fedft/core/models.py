@@ -439,7 +439,22 @@ def load_of(
     inner = sum(size for module, size in sizes.items() if block_of(module) is not None)
     outer = sum(sizes.values()) - inner
     outer += sum(math.prod(shape) for shape in (*shapes.head.values(), *shapes.tensors.values()))
-    return Load(batch, tokens, scored, outer, -(-inner // blocks), _halves(sizes, blocks))
+    per_half = _halves(sizes, blocks)
+    inputs = _inputs_of_halves(shapes) if any(per_half) else None
+    return Load(batch, tokens, scored, outer, -(-inner // blocks), per_half, inputs)
+
+
+def _inputs_of_halves(shapes: Schema) -> tuple[int, int]:
+    """Widths of the inputs of a block's adapted layers, by half; layers of one width share theirs.
+
+    So it is: queries, keys and values have one input, gate and up-projection another, and what the
+    output projection of attention gets is counted as what attention gives.
+    """
+    widths: dict[Half, set[int]] = {half: set() for half in HALVES}
+    for module, (_, d_in) in shapes.modules.items():
+        if (layer := sublayer_of(module)) is not None:
+            widths[layer.half].add(d_in)
+    return sum(widths["attention"]), sum(widths["feed-forward"])
 
 
 # ------------------------------------------------------------------------------ the frozen base

@@ -16,7 +16,7 @@ from clients.workbench import workbench
 from fedft.core import codec
 from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint, Geometry, Load, footprint
-from fedft.core.models import geometry, initial_adapter, resolve, schema
+from fedft.core.models import geometry, initial_adapter, load_of, resolve, schema
 from fedft.core.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
 from fedft.core.sublayers import HALVES, Sublayer
@@ -237,6 +237,19 @@ def test_a_budget_for_halves_holds_whichever_are_drawn(precision: Any) -> None:
         most = sum(needs.fixed.values()) + max(map(sum, chosen))
         assert needs.of(held)["total"] == pytest.approx(most)
         assert needs.affordable(needs.mib(held)) == held
+
+
+def test_adapted_layers_keep_their_inputs(tiny_table: Callable[..., dict[str, Any]]) -> None:
+    """Of width 32 in attention; 32 and 64 in the feed-forward part. Frozen layers keep none."""
+    counted: list[float] = []
+    for names in (["query", "value"], ["key"], ["query", "intermediate.dense"], "all-linear"):
+        config = parse_config(tiny_table(lora={"rank": 4, "alpha": 8, "target-modules": names}))
+        shapes = schema(config.model, config.lora, 3)
+        sizes = geometry(config.model, resolve(config.model))
+        load = load_of(shapes, 2, 4, batch=1, tokens=1, scored=1)
+        counted.append(footprint(sizes, load, "fp32").each[0]["activations"] / 4)
+    fewest = 5 * 32 + 2 * 32 + 64
+    assert counted == [fewest, fewest, fewest + 32, fewest + 32 + 64]
 
 
 def test_the_plan_counts_halves(tiny_table: Callable[..., dict[str, Any]]) -> None:

@@ -1,11 +1,13 @@
 """Every rule with sites that hold different layers: the laws of layer-wise aggregation."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fedft.core import meters, seeds
+from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -20,6 +22,7 @@ from strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, Stra
 
 RANK, DEPTH = 3, 4
 MODULES = {f"net.layer.{b}.{n}": (6 + b, 5) for b in range(DEPTH) for n in ("q", "v")}
+HALVED = {f"net.layer.{b}.{n}": (6 + b, 5) for b in range(2) for n in ("attention.q", "mlp.up")}
 HEAD = "base_model.model.classifier.weight"
 CUSTOM = [FedProx(inner=LoRAFAIR()), FedAvgM(inner=LoRAFAIR()), FedAdam(), FedYogi()]
 """Combinators over something else than their default."""
@@ -38,7 +41,7 @@ rules = pytest.mark.parametrize(
 )
 
 
-def first() -> Adapter:
+def first(modules: Mapping[str, tuple[int, int]] = MODULES) -> Adapter:
     g = torch.Generator().manual_seed(0)
     factors = {
         m: Factors(
@@ -46,13 +49,13 @@ def first() -> Adapter:
             torch.zeros(d_out, RANK, dtype=torch.float64),
             2.0,
         )
-        for m, (d_out, d_in) in MODULES.items()
+        for m, (d_out, d_in) in modules.items()
     }
     return Adapter(factors, {HEAD: torch.randn(3, 4, generator=g, dtype=torch.float64)})
 
 
 def reply(
-    rule: Strategy, state: ServerState, site: Site, layers: tuple[int, ...] | None
+    rule: Strategy, state: ServerState, site: Site, layers: tuple[Layer, ...] | None
 ) -> ClientUpdate:
     plan = rule.plan(state, site)
     if layers is not None:
@@ -68,7 +71,7 @@ def reply(
     return ClientUpdate(site.name, site.examples, {n: tensors[n] for n in plan.sent()}, plan.start)
 
 
-def _held(plan: TrainPlan, layers: tuple[int, ...]) -> TrainPlan:
+def _held(plan: TrainPlan, layers: tuple[Layer, ...]) -> TrainPlan:
     return replace(plan, start=plan.start.narrowed(layers), layers=layers)
 
 
@@ -81,13 +84,13 @@ def site(k: int) -> Site:
 
 
 def updates_of(
-    rule: Strategy, state: ServerState, holdings: list[tuple[int, ...] | None]
+    rule: Strategy, state: ServerState, holdings: Sequence[tuple[Layer, ...] | None]
 ) -> list[ClientUpdate]:
     return [reply(rule, state, site(k), layers) for k, layers in enumerate(holdings)]
 
 
-def warm(rule: Strategy) -> ServerState:
-    state = rule.init(first())
+def warm(rule: Strategy, modules: Mapping[str, tuple[int, int]] = MODULES) -> ServerState:
+    state = rule.init(first(modules))
     for _ in range(2):
         state = rule.aggregate(state, updates_of(rule, state, [None] * 6))
     return state
@@ -173,3 +176,26 @@ def test_a_layer_is_the_business_of_those_that_hold_it(rule: Strategy) -> None:
         alone = function(rule.aggregate(state, holders))
         for module in (m for m in MODULES if f"layer.{block}." in m):
             assert torch.allclose(both[module], alone[module], atol=1e-9), module
+
+
+@rules
+def test_halves_of_a_block_are_averaged_each_over_its_own_holders(rule: Strategy) -> None:
+    """A site may hold attention of one block and the feed-forward part of another."""
+    if rule.model_dump()["name"] in SELECTING:
+        pytest.skip("weighs sites by all that they sent")
+    state = warm(rule, HALVED)
+    holdings = [
+        (Sublayer(0, "attention"), Sublayer(1, "feed-forward")),
+        (Sublayer(0, "feed-forward"), 1),
+        None,
+        (Sublayer(0, "attention"), Sublayer(1, "attention")),
+    ]
+    updates = updates_of(rule, state, holdings)
+    assert [sorted(u.start.factors) for u in updates[:2]] == [
+        ["net.layer.0.attention.q", "net.layer.1.mlp.up"],
+        ["net.layer.0.mlp.up", "net.layer.1.attention.q", "net.layer.1.mlp.up"],
+    ]
+    both = function(rule.aggregate(state, updates))
+    for module in HALVED:
+        alone = function(rule.aggregate(state, [u for u in updates if module in u.start.factors]))
+        assert torch.allclose(both[module], alone[module], atol=1e-9), module
