@@ -10,7 +10,7 @@ learning rate and scale belong to one site each. Mathematically every site train
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.engine import Trained
-from clients.packing import Packing, Step, form_now, join
+from clients.packing import Packing, Step, form_now, here, join
 from clients.prefix import Kept, Prefix
+from clients.recompute import Surroundings, recomputable, recomputed, without_cache
 from clients.stacked import (
     AdaptedLinear,
     Branch,
@@ -73,12 +74,21 @@ class CohortEngine:
             generator, so they do not depend on the cohort it is in.
         packed: run the blocks on real tokens only, without padding. None does so on a CPU, where
             time follows the number of tokens; a GPU prefers few large kernels.
+        checkpointing: blocks run again in the backward pass, see :mod:`clients.recompute`.
 
     Raises:
-        MismatchError: another library has replaced layers of the base.
+        MismatchError: another library has replaced layers of the base; or ``checkpointing``, and
+            its blocks cannot be told from other layers.
     """
 
-    def __init__(self, base: Base, lora: LoraSpec, *, packed: bool | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        lora: LoraSpec,
+        *,
+        packed: bool | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         for path, linear in base.adapted.items():
             if base.model.get_submodule(path) is not linear:
                 raise MismatchError(
@@ -88,6 +98,7 @@ class CohortEngine:
         self.base = base
         self._keep = 1.0 - lora.dropout
         self._vocabulary = Vocabulary.of(base)
+        self._recomputed = recomputable(base) if checkpointing else ()
         self._packing = Packing(base.model)
         wanted = base.device.type == "cpu" if packed is None else packed
         self._packs = wanted and self._packing.possible
@@ -138,7 +149,7 @@ class CohortEngine:
         norms: dict[str, list[float]] = {}
         leaves: Mapping[str, Tensor] = {}
         count = 0
-        with self._wired(stack):
+        with self._wired(stack), recomputed(self._recomputed, self._surroundings):
             kept = None if plans[0].layers is not None else self._prefix.for_training(batches)
             for i in range(len(batches[0])):
                 own = [mine[i] for mine in batches if len(mine) > i]
@@ -174,6 +185,25 @@ class CohortEngine:
         if self._vocabulary is not None:
             return self._vocabulary.losses(answers, targets)
         return F.cross_entropy(_wide(answers), targets, reduction="none")
+
+    def _surroundings(self) -> Surroundings:
+        """What the layers have to find again where a block runs for the second time."""
+        now = self._current()
+        return nullcontext(), self._again(now, here(), [g.get_state() for g in now.generators])
+
+    @contextmanager
+    def _again(
+        self, now: _Now, place: AbstractContextManager[None], drawn: Sequence[Tensor]
+    ) -> Iterator[None]:
+        left, self._now = self._now, now
+        after = [generator.get_state() for generator in now.generators]
+        _rewind(now.generators, drawn)
+        try:
+            with place:
+                yield
+        finally:
+            _rewind(now.generators, after)
+            self._now = left
 
     def _generators(self, plans: Sequence[TrainPlan]) -> list[torch.Generator]:
         if self._keep == 1.0:
@@ -242,7 +272,6 @@ class CohortEngine:
     @contextmanager
     def _wired(self, stack: Stack) -> Iterator[None]:
         """Put our arithmetic into the base's layers, and take it out again."""
-        config: Any = self.base.model.config
         with ExitStack() as undo:
             for layer, forward in self._forwards(stack.adapters[0]):
                 layer.forward = forward
@@ -251,9 +280,7 @@ class CohortEngine:
                 undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
             if self._vocabulary is not None:
                 undo.enter_context(self._vocabulary.entered())
-            if getattr(config, "use_cache", False):  # of keys and values: only generation needs it
-                undo.callback(setattr, config, "use_cache", True)
-                config.use_cache = False
+            undo.enter_context(without_cache(self.base.model))
             undo.enter_context(self._packing.installed())
             yield
 
@@ -340,6 +367,11 @@ class CohortEngine:
     def _current(self) -> _Now:
         assert self._now is not None, "the base runs under our layers outside of a pass"
         return self._now
+
+
+def _rewind(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
 
 
 def _frozen(linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

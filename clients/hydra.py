@@ -97,7 +97,7 @@ def named(layers: dict[str, HydraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
 class HydraEngine(LoopEngine):
     """Trains sites' HydraLoRA adapters, one site after another."""
 
-    def __init__(self, base: Base, lora: LoraSpec) -> None:
+    def __init__(self, base: Base, lora: LoraSpec, *, checkpointing: bool = False) -> None:
         assert lora.heads is not None
         self._layers = install(
             base.model,
@@ -107,7 +107,7 @@ class HydraEngine(LoopEngine):
             scale=scale_of(lora, lora.rank),
             dropout=lora.dropout,
         )
-        super().__init__(base, base.model.eval())
+        super().__init__(base, base.model.eval(), checkpointing=checkpointing)
 
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         return named(self._layers)

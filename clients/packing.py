@@ -10,7 +10,7 @@ through transformers' registry of attention functions.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -355,6 +355,25 @@ _READS_FIRST = {
 }
 """Models whose head reads the first token only, and whose blocks have an ``attention.output`` that
 takes what attention found and what it started from."""
+
+
+def here() -> AbstractContextManager[None]:
+    """A context in which blocks run again as at this point of the pass."""
+    layout = _current.get()
+    return _at(layout, form_now())
+
+
+@contextmanager
+def _at(layout: Layout | None, form: Literal["padded", "packed", "first"]) -> Iterator[None]:
+    token, left = _current.set(layout), None if layout is None else layout.form
+    if layout is not None:
+        layout.form = form
+    try:
+        yield
+    finally:
+        if layout is not None and left is not None:
+            layout.form = left
+        _current.reset(token)
 
 
 def form_now() -> Literal["padded", "packed", "first"]:

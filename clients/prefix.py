@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clients.packing import Packing, Step
+from clients.recompute import first_adapted
 from fedft.core.batches import in_chunks
 from fedft.core.models import Base
-from fedft.core.types import Batch, Origin, block_of
+from fedft.core.types import Batch, Origin
 
 BUDGET = 1 << 30
 """Bytes of activations that a process keeps. Once they are spent nothing is dropped for something
@@ -87,7 +88,7 @@ class Prefix:
         self._base, self._packing, self._join = base, packing, join
         self._left = budget
         self._budget = budget
-        self._depth = _first_adapted(base) if packing.possible else 0
+        self._depth = first_adapted(base) if packing.possible else 0
         self._kept: dict[str, Kept] = {}
         self._known: _Form | None = None
 
@@ -237,9 +238,3 @@ class _Reached(Exception):
 
 def _stop(_: nn.Module, args: tuple[Any, ...]) -> None:
     raise _Reached(args[0])
-
-
-def _first_adapted(base: Base) -> int:
-    """Index of the first block with an adapted layer; 0 where one lies outside of the blocks."""
-    blocks = [block_of(path) for path in base.adapted]
-    return min((b for b in blocks if b is not None), default=0) if None not in blocks else 0

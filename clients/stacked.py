@@ -131,36 +131,38 @@ class AdaptedLinear(torch.autograd.Function):
             add_times_own_(y, c, Bt, branch.segments)
         else:
             y += times_own(c, Bt, branch.segments)
-        ctx.save_for_backward(dropped, h if R is not None else None, c, A, Bt, R)
-        ctx.weight, ctx.branch = weight, branch
+        # All that is large goes through autograd, which can let go of it and make it again.
+        ctx.save_for_backward(dropped, h if R is not None else None, c, A, Bt, R, branch.mask)
+        ctx.weight, ctx.segments, ctx.scale = weight, branch.segments, branch.scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, h, c, A, Bt, R = ctx.saved_tensors
-        branch: Branch = ctx.branch
-        segments, (need_x, _, _, need_A, need_B, need_R, _) = branch.segments, ctx.needs_input_grad
+        dropped, h, c, A, Bt, R, mask = ctx.saved_tensors
+        segments, (need_x, _, _, need_A, need_B, need_R, _) = ctx.segments, ctx.needs_input_grad
         gy, gx, gA, gBt, gR = grads[0], None, None, None, None
         wide = gy.to(A.dtype)
         if need_B:
             gBt = outer_own(c, wide, segments)
         if need_A or need_R or need_x:
-            gh = times_own(wide, Bt.mT, segments) * branch.scale  # [n, r]
+            gh = times_own(wide, Bt.mT, segments) * ctx.scale  # [n, r]
             if R is not None:
                 gR = outer_own(gh, h, segments) if need_R else None
                 gh = times_own(gh, R, segments)
             gA = outer_own(gh, dropped, segments) if need_A else None
             if need_x:
-                gx = _input_gradient(gy, gh, ctx.weight, A, branch)
+                gx = _input_gradient(gy, gh, ctx.weight, A, segments, mask)
         return gx, None, None, gA, gBt, gR, None
 
 
-def _input_gradient(gy: Tensor, gh: Tensor, weight: Tensor, A: Tensor, branch: Branch) -> Tensor:
+def _input_gradient(
+    gy: Tensor, gh: Tensor, weight: Tensor, A: Tensor, segments: Segments, mask: Tensor | None
+) -> Tensor:
     gx = frozen_linear(gy, weight.T, None)
-    if branch.mask is None and gx.dtype == A.dtype:
-        return add_times_own_(gx, gh, A, branch.segments)
-    through = times_own(gh, A, branch.segments)
-    gx += through if branch.mask is None else through * branch.mask
+    if mask is None and gx.dtype == A.dtype:
+        return add_times_own_(gx, gh, A, segments)
+    through = times_own(gh, A, segments)
+    gx += through if mask is None else through * mask
     return gx
 
 

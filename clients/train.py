@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from clients.dp_sgd import private_steps
 from clients.engine import Trained
+from clients.recompute import recomputable, recomputed, without_cache
 from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
@@ -52,12 +53,17 @@ class LoopEngine(ABC):
     Args:
         base: the frozen model, with or without the adapter's layers in it.
         model: what is called with a batch's inputs.
+        checkpointing: blocks run again in the backward pass, see :mod:`clients.recompute`.
+
+    Raises:
+        MismatchError: ``checkpointing``, and the blocks cannot be told from other layers.
     """
 
-    def __init__(self, base: Base, model: nn.Module) -> None:
+    def __init__(self, base: Base, model: nn.Module, *, checkpointing: bool = False) -> None:
         self.base = base
         self._model = model
         self._vocabulary = Vocabulary.of(base)
+        self._recomputed = recomputable(base) if checkpointing else ()
         self._head = {
             PREFIX + name: parameter
             for name, parameter in base.model.named_parameters()
@@ -87,7 +93,8 @@ class LoopEngine(ABC):
         self._dropout(True)
         with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
-            metrics = self._loop(plan, batches)
+            with recomputed(self._recomputed), without_cache(self.base.model):
+                metrics = self._loop(plan, batches)
         self._dropout(False)
         return Trained(self._read(plan.start), metrics)
 
@@ -220,7 +227,7 @@ class LoopEngine(ABC):
 class PeftEngine(LoopEngine):
     """Trains sites' LoRA factors through ``peft.get_peft_model``."""
 
-    def __init__(self, base: Base, lora: LoraSpec) -> None:
+    def __init__(self, base: Base, lora: LoraSpec, *, checkpointing: bool = False) -> None:
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=cast(int, lora.alpha),
@@ -229,7 +236,7 @@ class PeftEngine(LoopEngine):
             target_modules=list(base.adapted),
         )
         model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
-        super().__init__(base, model)
+        super().__init__(base, model, checkpointing=checkpointing)
         wrapped = dict(base.model.named_modules())  # PEFT injects its layers in place
         self._wrapped = {path: cast(LoraLayer, wrapped[path]) for path in base.adapted}
         self._layers = self._wrapped  # those that the adapter in hand has

@@ -20,14 +20,16 @@ class WholeEngine(LoopEngine):
         seed: of the run, from which methods with frozen random projections make them.
     """
 
-    def __init__(self, base: Base, lora: LoraSpec, seed: int) -> None:
+    def __init__(
+        self, base: Base, lora: LoraSpec, seed: int, *, checkpointing: bool = False
+    ) -> None:
         before = set(base.model.modules())
         wrapped = methods.injected(base.model, lora, base.adapted, seed).eval()
         self._tensors = methods.trained(wrapped)
         self._dropped = [
             m for m in wrapped.modules() if isinstance(m, nn.Dropout) and m not in before
         ]
-        super().__init__(base, wrapped)
+        super().__init__(base, wrapped, checkpointing=checkpointing)
 
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._tensors.items()

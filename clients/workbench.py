@@ -138,18 +138,18 @@ def _engine(task: TaskSpec, base: models.Base) -> Engine:
     if task.lora.method == "hydralora":
         from clients.hydra import HydraEngine
 
-        return HydraEngine(base, task.lora)
+        return HydraEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
     if task.lora.whole:
         from clients.whole import WholeEngine
 
-        return WholeEngine(base, task.lora, task.seed)
+        return WholeEngine(base, task.lora, task.seed, checkpointing=task.gradient_checkpointing)
     if task.cohort == 1 and not task.lean:
         from clients.train import PeftEngine
 
-        return PeftEngine(base, task.lora)
+        return PeftEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
     from clients.cohort import CohortEngine
 
-    return CohortEngine(base, task.lora)
+    return CohortEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
 
 
 def _manifest(task: TaskSpec, data: Data) -> Manifest:

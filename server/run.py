@@ -189,7 +189,7 @@ def resume(
     Args:
         run_dir: its directory.
         changed: a configuration to go on with; it must say the same, apart from ``[engine]``
-            ``backend`` and ``workers``, which do not change results.
+            ``backend``, ``workers`` and ``gradient-checkpointing``, which do not change results.
         observer: as for :func:`simulate`.
         stop: as for :func:`simulate`.
         grid: as for :func:`simulate`.
@@ -277,7 +277,8 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
 
 
 def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
-    free = {"backend": new.engine.backend, "workers": new.engine.workers}
+    names = ("backend", "workers", "gradient_checkpointing")
+    free = {name: getattr(new.engine, name) for name in names}
     moved = old.model_copy(update={"engine": old.engine.model_copy(update=free)})
     if lines := differences(moved, new):
         raise ConfigError(

@@ -262,6 +262,7 @@ class TaskSpec(Table):
         clients: number of registered sites of a simulation.
         precision: arithmetic of the frozen base.
         cohort: sites trained in one pass; 1 is the plain PEFT loop.
+        gradient_checkpointing: blocks run again in the backward pass.
         device: torch device of the workers.
         wire: number format of the tensors in a reply.
         manifest: folder of the partition manifest, where this machine can read it.
@@ -282,6 +283,7 @@ class TaskSpec(Table):
     clients: PositiveInt = 1
     precision: Precision = "fp32"
     cohort: PositiveInt = 1
+    gradient_checkpointing: bool = False
     device: str = "cpu"
     wire: Literal["fp32", "bf16"] = "fp32"
     manifest: str | None = None

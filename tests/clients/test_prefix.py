@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clients import prefix
 from clients.cohort import CohortEngine
+from clients.recompute import first_adapted
 from clients.train import PeftEngine
 from fedft.core import seeds
 from fedft.core.batches import batches, eval_batches
@@ -224,5 +224,5 @@ def test_blocks_run_where_keeping_would_not_pay(how: dict[str, Any], budget: int
 
 
 def test_adapters_in_the_first_block_leave_nothing_to_keep() -> None:
-    assert prefix._first_adapted(make_base("bert")) == 0
-    assert prefix._first_adapted(upper_base("bert")) == 1
+    assert first_adapted(make_base("bert")) == 0
+    assert first_adapted(upper_base("bert")) == 1

@@ -328,6 +328,7 @@ def test_a_fork_carries_the_account_and_cannot_drop_the_promise(
         ({"strategy": {"name": "central-dp"}, "fleet": {"clients": 8, "speeds": [1.0]}}, "sample"),
         ({"training": {"dp": {}}, "engine": {"cohort": 4}}, "one by one"),
         ({"training": {"dp": {}}, "data": {"holdout": 0.2}}, "holdout = 0.2"),
+        ({"training": {"dp": {}}, "engine": {"gradient-checkpointing": True}}, "run into twice"),
         (
             {
                 "training": {"dp": {}},

@@ -272,6 +272,23 @@ def test_resume_with_a_changed_configuration_is_refused_with_the_difference(
         resume(tmp_path / "run", changed=changed)
 
 
+@pytest.mark.parametrize("cohort", [1, 4])
+def test_a_run_that_is_short_of_memory_goes_on_with_gradient_checkpointing(
+    tiny_table: Table, tmp_path: Path, stop_after: Callable[[int], Any], cohort: int
+) -> None:
+    """It changes no number, and a run may change it where it is resumed."""
+
+    def table(small: bool) -> dict[str, Any]:
+        return tiny_table(engine={"cohort": cohort, "gradient-checkpointing": small})
+
+    whole = run_of(table(False), tmp_path / "whole")
+    stop = stop_after(2)
+    with pytest.raises(Interrupted):
+        run_of(table(False), tmp_path / "run", observer=stop, stop=stop)
+    ended = Run(resume(tmp_path / "run", changed=parse_config(table(True))).path)
+    assert ended.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
+
+
 def test_a_fork_goes_on_with_changes_in_a_directory_of_its_own(
     tiny_table: Table, tmp_path: Path
 ) -> None:
