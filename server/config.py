@@ -150,7 +150,8 @@ class EngineSpec(Table):
     ``threads``, ``cohort`` and ``wire``, which change the last bits and are recorded with the run.
 
     Attributes:
-        backend: ``ray`` for worker processes, ``inline`` for this process.
+        backend: ``ray`` for worker processes on Ray, ``processes`` for workers that are forked on
+            this machine after their imports, ``inline`` for this process.
         workers: worker processes; None is one a core.
         threads: threads a worker.
         gpus_per_worker: may be a fraction.
@@ -163,7 +164,7 @@ class EngineSpec(Table):
         max_update_norm: largest norm of a site's change that is accepted; None accepts any.
     """
 
-    backend: Literal["ray", "inline"] = "ray"
+    backend: Literal["ray", "processes", "inline"] = "ray"
     workers: PositiveInt | None = None
     threads: PositiveInt = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -173,6 +174,15 @@ class EngineSpec(Table):
     gradient_checkpointing: bool = False
     wire: Literal["fp32", "bf16"] = "fp32"
     max_update_norm: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _on_ray_only(self) -> "EngineSpec":
+        if self.backend == "processes" and (self.gpus_per_worker or self.ray_address is not None):
+            raise ValueError(
+                'backend = "processes" knows no GPUs and no other machine: '
+                'gpus-per-worker and ray-address need "ray"'
+            )
+        return self
 
 
 class RunConfig(Table):

@@ -382,6 +382,16 @@ def open_grid(config: RunConfig) -> SimulationGrid:
     if engine.backend == "inline":
         torch.set_num_threads(engine.threads)
         return InlineGrid(CLIENT_APP, config.fleet.clients)
+    if engine.backend == "processes":
+        from server.grids.processes import ProcessGrid
+
+        return ProcessGrid(
+            CLIENT_APP,
+            config.fleet.clients,
+            workers=engine.workers,
+            threads=engine.threads,
+            imports=[CLIENT_APP.partition(":")[0], *models.imports(config.model)],
+        )
     from server.grids.ray import RayGrid
 
     return RayGrid(

@@ -136,7 +136,7 @@ def start(cpus: int, *, gpus: bool) -> Cluster:
 def _start(cpus: int, *, gpus: bool) -> Cluster:
     session = _Session()
     # Workers must find what this process finds, also what a script put on its path.
-    environment = {**session.auth, "PYTHONPATH": os.pathsep.join(_own_paths())}
+    environment = {**session.auth, "PYTHONPATH": os.pathsep.join(own_paths())}
     try:
         ray = _connect(
             environment,
@@ -334,7 +334,7 @@ def _own_signal_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _own_paths() -> list[str]:
+def own_paths() -> list[str]:
     """What is on this process's import path and not part of its Python installation."""
     installed = {str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix)}
     paths = [str(Path(p).resolve()) for p in sys.path]  # '' is the working directory

@@ -5,7 +5,6 @@ Ray's object store once and fetched by the workers from there.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from server.grids.base import Job
 from server.grids.cluster import Cluster
 from server.grids.serve import RunConfig
 from server.grids.worker import RayServer, Shared
-from server.grids.workers import Outcome, Worker, WorkerGrid
+from server.grids.workers import Outcome, Worker, WorkerGrid, cores
 
 _FETCH_S = 5.0
 
@@ -150,8 +149,7 @@ def _cluster(address: str | None, workers: int | None, threads: int, gpus: float
         return clusters.join(address)
     if (borrowed := clusters.borrow()) is not None:
         return borrowed
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = workers if workers is not None else max(1, (cores or 1) // threads)
+    count = workers if workers is not None else cores(threads)
     return clusters.start(count * threads, gpus=gpus > 0)
 
 

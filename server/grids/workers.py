@@ -367,6 +367,12 @@ class WorkerGrid(SimulationGrid, Generic[W]):
         self._workers[self._workers.index(worker)] = self._start_worker()
 
 
+def cores(threads: int) -> int:
+    """How many workers of so many threads this process has cores for; at least one."""
+    all_ = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (all_ or 1) // threads)
+
+
 def _worker_environment(threads: int) -> dict[str, str]:
     # The hub's token is a secret, and a cluster that was joined has a network in between.
     passed_on = {

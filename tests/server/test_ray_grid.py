@@ -1,4 +1,4 @@
-"""The Ray grid: workers, broadcast, deaths, tokens. One Ray session serves most tests here."""
+"""What is Ray's own in the Ray grid: room, sessions, tokens, lost servers."""
 
 import os
 import signal
@@ -6,20 +6,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedft.core.errors import ConfigError, EnvironmentFailure, SecurityRefusal
+from fedft.core.errors import EnvironmentFailure, SecurityRefusal
 from server.grids import cluster as clusters
-from server.grids import reaper, workers
 from server.grids.cluster import Cluster
-from server.grids.flower import APP_CRASHED, APP_RAISED
 from server.grids.ray import RayGrid
+from tests.server.toy_workers import gone, importable
 
 pytestmark = [
     pytest.mark.ray,
@@ -29,45 +25,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 
-# Does what the message says, and reports where it ran.
-TOY = """
-    import os, signal, sys, time
-    from pathlib import Path
-    from flwr.app import ConfigRecord, Message, RecordDict
-
-    LOADED = time.time()
-
-    def app(message, context):
-        do = message.content.config_records["do"] if "do" in message.content else {}
-        Path(do["log"]).open("a").write(f"{os.getpid()}\\n") if "log" in do else None
-        if do.get("die"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if do.get("die-once") and not Path(do["die-once"]).exists():
-            Path(do["die-once"]).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if do.get("raise"):
-            raise ArithmeticError("as told")
-        time.sleep(do.get("sleep", 0.0))
-        calls = context.state["calls"]["n"] + 1 if "calls" in context.state else 1
-        if do.get("remember"):
-            context.state["calls"] = ConfigRecord({"n": calls})
-        about = ConfigRecord({
-            "pid": os.getpid(), "loaded": LOADED, "calls": calls, "threads": os.environ["OMP_NUM_THREADS"],
-            "offline": os.environ.get("HF_HUB_OFFLINE", ""), "nice": os.nice(0),
-            "sum": float(sum(a.sum() for a in message.content["arrays"].to_numpy_ndarrays()))
-            if "arrays" in message.content else 0.0,
-        })
-        return Message(RecordDict({"about": about}), reply_to=message)
-"""
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy_ray_app.py").write_text(textwrap.dedent(TOY))
-    sys.path.insert(0, str(folder))
-    yield "toy_ray_app:app"
-    sys.path.remove(str(folder))
+    with importable(tmp_path_factory.mktemp("toy")) as reference:
+        yield reference
 
 
 @pytest.fixture(scope="module")
@@ -75,208 +37,6 @@ def session() -> Iterator[Cluster]:
     cluster = clusters.start(2, gpus=False)
     yield cluster
     cluster.close()
-
-
-@pytest.fixture
-def grid(toy: str, session: Cluster) -> Iterator[RayGrid]:
-    with RayGrid(toy, 100, {"lr": 0.1}, workers=2) as grid:
-        yield grid
-
-
-def request(node: int, arrays: ArrayRecord | None = None, **do: Any) -> Message:
-    content = RecordDict({"do": ConfigRecord(do)})
-    if arrays is not None:
-        content["arrays"] = arrays
-    return Message(content, node, "train", group_id="1")
-
-
-def about(reply: Message) -> dict[str, Any]:
-    return dict(reply.content.config_records["about"])
-
-
-def receive(grid: RayGrid, ids: list[str], timeout: float = 30.0) -> list[Message]:
-    replies: list[Message] = []
-    deadline = time.monotonic() + timeout
-    while len(replies) < len(ids) and grid.wait(ids, deadline - time.monotonic()):
-        replies += grid.pull_messages(ids)
-    return replies
-
-
-def count_puts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    puts: list[Any] = []
-    put: Callable[[Any], Any] = cluster.ray.put
-    monkeypatch.setattr(cluster.ray, "put", lambda value: puts.append(value) or put(value))
-    return puts
-
-
-def gone(pids: list[int], seconds: float) -> bool:
-    """Whether all of these processes end within the time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if all(reaper.birth(pid) is None for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-# --- serving ---
-
-
-def test_a_worker_gets_the_sites_that_it_knows(grid: RayGrid) -> None:
-    """What it keeps of them saves it work. Nobody stays idle for it."""
-    grid.ready()
-
-    def served(nodes: list[int]) -> dict[int, int]:
-        replies = receive(grid, grid.push_messages(request(n, sleep=0.3) for n in nodes))
-        return {r.metadata.src_node_id: about(r)["pid"] for r in replies}
-
-    first = served([1, 2])
-    assert len(set(first.values())) == 2
-    assert served([2, 1]) == served([1, 2]) == first
-    third = served([3])[3]
-    known = [n for n, pid in first.items() if pid == third]
-    assert len(set(served([3, *known]).values())) == 2
-
-
-def test_workers_stay_and_load_the_app_once(grid: RayGrid) -> None:
-    replies = grid.send_and_receive([request(n, sleep=0.01) for n in range(1, 21)])
-    assert [r.metadata.src_node_id for r in replies] == list(range(1, 21))
-    loaded = {about(r)["pid"]: about(r)["loaded"] for r in replies}
-    assert len(loaded) == 2
-    assert all(about(r)["loaded"] == loaded[about(r)["pid"]] for r in replies)
-    assert os.getpid() not in loaded
-
-
-def test_workers_have_one_thread_no_hub_and_the_drivers_niceness(grid: RayGrid) -> None:
-    (reply,) = grid.send_and_receive([request(1)])
-    found = about(reply)
-    assert (found["threads"], found["offline"], found["nice"]) == ("1", "1", os.nice(0))
-
-
-def test_pull_does_not_block_and_gives_each_reply_once(grid: RayGrid) -> None:
-    grid.ready()
-    ids = grid.push_messages([request(1, sleep=0.5)])
-    started = time.monotonic()
-    assert grid.pull_messages(ids) == []
-    assert time.monotonic() - started < 0.3
-    assert len(receive(grid, ids)) == 1
-    assert grid.pull_messages(ids) == []
-    assert not grid.wait(ids)
-
-
-def test_replies_come_in_order_of_completion(grid: RayGrid) -> None:
-    grid.ready()
-    ids = grid.push_messages([request(1, sleep=0.6), request(2), request(3)])
-    assert [r.metadata.src_node_id for r in receive(grid, ids)] == [2, 3, 1]
-
-
-def test_a_state_lives_from_message_to_message_and_messages_to_a_node_wait_in_line(
-    grid: RayGrid,
-) -> None:
-    replies = grid.send_and_receive([request(9, remember=True, sleep=0.02) for _ in range(6)])
-    assert [about(r)["calls"] for r in replies] == [1, 2, 3, 4, 5, 6]
-    assert list(grid.states) == [9]
-    grid.states_committed([9])
-    grid.send_and_receive([request(9)])  # reads its state only
-    assert grid.touched_states() == {}
-
-
-def test_a_client_that_raises_gives_an_error_reply(grid: RayGrid) -> None:
-    replies = grid.send_and_receive([request(1), request(2, **{"raise": True})])
-    assert replies[0].has_content()
-    assert replies[1].error.code == APP_RAISED
-    assert "ArithmeticError: as told" in str(replies[1].error.reason)
-
-
-def test_no_more_jobs_are_in_flight_than_workers(grid: RayGrid) -> None:
-    grid.ready()
-    ids = grid.push_messages([request(n) for n in range(1, 51)])
-    assert len(grid._queue) == 48
-    assert len(receive(grid, ids)) == 50
-
-
-# --- broadcast ---
-
-
-def test_shared_arrays_are_stored_once_a_push(
-    grid: RayGrid, session: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    puts = count_puts(session, monkeypatch)
-    shared = ArrayRecord([np.ones(50_000, np.float32)])
-    replies = grid.send_and_receive([request(n, shared) for n in range(1, 21)])
-    assert [about(r)["sum"] for r in replies] == [50_000.0] * 20
-    assert [record is shared for record in puts] == [True]
-    grid.send_and_receive([request(n, shared) for n in (1, 2)])
-    assert len(puts) == 2
-
-
-def test_arrays_of_one_message_and_small_ones_are_not_stored(
-    grid: RayGrid, session: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    puts = count_puts(session, monkeypatch)
-    own = [ArrayRecord([np.full(50_000, n, np.float32)]) for n in (1, 2)]
-    small = ArrayRecord([np.ones(10, np.float32)])
-    messages = [request(1, own[0]), request(2, own[1]), request(3, small), request(4, small)]
-    sums = [about(r)["sum"] for r in grid.send_and_receive(messages)]
-    assert sums == [50_000.0, 100_000.0, 10.0, 10.0]
-    assert puts == []
-
-
-# --- deaths and deadlines ---
-
-
-def test_a_job_whose_worker_is_killed_is_tried_once_more(grid: RayGrid, tmp_path: Path) -> None:
-    log, once = str(tmp_path / "log"), str(tmp_path / "once")
-    messages = [request(1, log=log, **{"die-once": once}), request(2)]
-    replies = grid.send_and_receive(messages, timeout=60)
-    assert [r.has_content() for r in replies] == [True, True]
-    pids = Path(log).read_text().split()
-    assert len(pids) == 2
-    assert pids[0] != pids[1], "the job went to a new worker"
-    assert grid.workers == 2
-    grid.ready()
-
-
-def test_a_job_that_kills_two_workers_gives_error_replies_and_the_others_go_on(
-    grid: RayGrid, tmp_path: Path
-) -> None:
-    log = str(tmp_path / "log")
-    ids = grid.push_jobs([[request(1, log=log, die=True), request(2)], [request(3)], [request(4)]])
-    replies = {r.metadata.src_node_id: r for r in receive(grid, ids, 60)}
-    assert {n: r.has_error() for n, r in replies.items()} == {1: True, 2: True, 3: False, 4: False}
-    assert replies[1].error.code == APP_CRASHED
-    assert len(Path(log).read_text().split()) == 2
-    assert grid.send_and_receive([request(1)])[0].has_content()
-
-
-def test_a_cancelled_message_is_not_answered_and_leaves_no_state(grid: RayGrid) -> None:
-    grid.ready()
-    late = request(1, sleep=0.5, remember=True)
-    replies = grid.send_and_receive([late, request(2)], timeout=0.3)
-    assert [r.metadata.src_node_id for r in replies] == [2]
-    (again,) = grid.send_and_receive([request(1, remember=True)])
-    time.sleep(0.5)
-    assert grid.pull_messages([late.metadata.message_id]) == []
-    assert about(again)["calls"] == 1
-    assert grid.states[1].config_records["calls"]["n"] == 1
-
-
-def test_a_worker_stuck_in_an_abandoned_job_is_replaced(
-    toy: str, session: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "_STUCK_S", 0.2)
-    with RayGrid(toy, 9, workers=1) as grid:
-        grid.ready()
-        assert grid.send_and_receive([request(1, sleep=600.0)], timeout=0.3) == []
-        assert grid.send_and_receive([request(2)], timeout=60)[0].has_content()
-
-
-def test_an_app_that_cannot_be_loaded_is_a_config_error(session: Cluster) -> None:
-    with (
-        RayGrid("no_such_module:app", 9, workers=1) as grid,
-        pytest.raises(ConfigError, match="'no_such_module:app' cannot be loaded"),
-    ):
-        grid.send_and_receive([request(1)], timeout=60)
 
 
 def test_workers_that_no_node_has_room_for_are_refused(toy: str, session: Cluster) -> None:
@@ -336,7 +96,7 @@ JOIN = """
     from server.grids.ray import RayGrid
     from fedft.core.errors import FedftError
     try:
-        with RayGrid("toy_ray_app:app", 3, workers=1, address=sys.argv[1]) as grid:
+        with RayGrid("toy_app:app", 3, workers=1, address=sys.argv[1]) as grid:
             from flwr.app import Message, RecordDict
             print(grid.send_and_receive([Message(RecordDict(), 1, "train")])[0].has_content())
     except FedftError as error:
@@ -388,7 +148,7 @@ DRIVER = """
     from server.grids.ray import RayGrid
 
     if __name__ == "__main__":
-        grid = RayGrid("toy_ray_app:app", 9, workers=1)
+        grid = RayGrid("toy_app:app", 9, workers=1)
         grid.ready()
         pids = reaper.children(os.getpid())
         print(grid._cluster._session.folder, *pids, flush=True)
