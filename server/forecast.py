@@ -25,9 +25,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
         first round (the base delta of some rules grows later), ``clients`` a list with one entry
         a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
-        many from the first on, and its peak memory in
-        MiB above what a process takes without a model; ``privacy`` where the run promises
-        any, see :func:`server.privacy.forecast_privacy`.
+        many from the first on, its peak memory by part, and the total with gradient
+        checkpointing and without, in MiB above what a process takes without a model; ``privacy`` where the run promises any, see
+        :func:`server.privacy.forecast_privacy`.
 
     Raises:
         FedftError: the run could not be started either, for example for want of memory.
@@ -44,8 +44,16 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     geometry = models.geometry(config.model, folder)
     pruning, _ = pruning_of(config, shapes, geometry)
     parts = [] if pruning is None else [pruning.named(range(k)) for k in pruning.sizes]
+
+    def needs(rank: int) -> tuple[Footprint, Footprint]:
+        plain, small = (
+            site_footprint(config, shapes, geometry, rank, checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        )
+        return plain, small
+
     clients = [
-        _client(config, site_footprint(config, shapes, geometry, rank), state, rank, layers)
+        _client(config, needs(rank), state, rank, layers)
         for rank in ranks
         for layers in (*parts, None)
     ]
@@ -84,11 +92,12 @@ def _privacy(config: RunConfig) -> dict[str, Any]:
 
 def _client(
     config: RunConfig,
-    needs: Footprint,
+    both: tuple[Footprint, Footprint],
     state: ServerState,
     rank: int,
     layers: tuple[Layer, ...] | None,
 ) -> dict[str, Any]:
+    needs = both[config.engine.gradient_checkpointing]
     mixed = len({*config.fleet.rank_choices}) > 1
     site = Site("example", 1, rank if mixed else None)
     plan = config.strategy.plan(state, site).without(config.frozen)
@@ -108,6 +117,7 @@ def _client(
             + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
         },
         "memory_mib": {name: value / MIB for name, value in needs.of(held).items()},
+        "checkpointing_mib": {"off": both[0].mib(held), "on": both[1].mib(held)},
     }
 
 
@@ -137,9 +147,12 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         layers = f"{granularity(config)}s"
         held, count = client[layers]
         part = f" with {held} of {count} {layers}" if held < count else ""
-        lines.append(
-            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']}{part} ({detail})"
-        )
+        other = "off" if config.engine.gradient_checkpointing else "on"
+        lines += [
+            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']}{part} ({detail})",
+            f"                      {client['checkpointing_mib'][other]:.0f} MiB with gradient "
+            f"checkpointing {other}",
+        ]
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
 

@@ -397,13 +397,22 @@ def _check_budget(least: float, needs: Footprint, spec: PruningSpec) -> None:
     what = f"one {spec.granularity} of the model" if prunes else "the whole model"
     raise ConfigError(
         f"[fleet] a site grants {least:.0f} MiB, and training {what} takes {needed:.0f} MiB ({parts})",
-        fix="Lower [training] batch-size or [data] max-length, or leave such sites out."
+        fix="Lower [training] batch-size or [data] max-length, set [engine] gradient-checkpointing, "
+        "or leave such sites out."
         if prunes
         else 'Let such sites hold a part of it: [pruning] selection = "cka".',
     )
 
 
-def site_footprint(config: Any, shapes: models.Schema, geometry: Geometry, rank: int) -> Footprint:
+def site_footprint(
+    config: Any,
+    shapes: models.Schema,
+    geometry: Geometry,
+    rank: int,
+    *,
+    checkpointing: bool | None = None,
+    limited: bool | None = None,
+) -> Footprint:
     """What a site of this rank needs, with every row as long as ``[data] max-length`` allows.
 
     Args:
@@ -411,6 +420,9 @@ def site_footprint(config: Any, shapes: models.Schema, geometry: Geometry, rank:
         shapes: of the model.
         geometry: of the model.
         rank: of the site.
+        checkpointing: whether blocks run again in the backward pass; None is as configured.
+        limited: whether it grants limited memory, and leaves tables in their file if it trains
+            plain LoRA; None is as the fleet.
     """
     tokens = geometry.patches or config.data.max_length
     load = models.load_of(
@@ -420,10 +432,22 @@ def site_footprint(config: Any, shapes: models.Schema, geometry: Geometry, rank:
         batch=config.training.batch_size,
         tokens=tokens,
         scored=tokens,
+        checkpointing=config.engine.gradient_checkpointing
+        if checkpointing is None
+        else checkpointing,
     )
     precision = config.engine.precision
     held_in = "fp32" if precision == "auto" else precision
+    if limited is None:
+        limited = _limited(config.fleet)
+    if not (limited and config.lora.method == "lora"):
+        geometry = replace(geometry, in_file={})
     return footprint(geometry, load, held_in, granularity(config))
+
+
+def _limited(fleet: Any) -> bool:
+    """Whether any site of a fleet grants limited memory."""
+    return bool(fleet.model_shares or _least_and_all(fleet, fleet.memory_budgets_mib))
 
 
 def granularity(config: Any) -> Granularity:

@@ -306,7 +306,7 @@ def _needed_mib(setting: Setting, rank: int) -> float:
     """With as few blocks as the run's pruning allows: all of them where it prunes nothing."""
     config = setting.config
     geometry = models.geometry(config.model, setting.folder)
-    found = site_footprint(config, setting.shapes, geometry, rank)
+    found = site_footprint(config, setting.shapes, geometry, rank, limited=True)
     return found.mib(1 if config.pruning.selection != "none" else None)
 
 

@@ -2,15 +2,17 @@
 
 Counted in bytes above what the process needs before it has any model:
 
-    base         weights of the parts that are held; lookup tables in full
+    base         weights of the parts that are held; no tables that stay in their file
     adapter      float32 weights, gradients, AdamW's two moments, and the start: 20 a parameter
     activations  what autograd keeps, and the widest place of the pass
 
 Autograd keeps of a block with frozen weights, for each token: the inputs of its two norms and of
 its adapted layers, queries, keys, values and the attention's output, and the input of the
-activation function (a gated feed-forward part: three such widths). A causal language model has its
-logits three times over, for the tokens that are scored. benchmarks/memory.py holds all of it
-against measured peaks.
+activation function (a gated feed-forward part: three such widths). With gradient checkpointing it
+keeps a block's input, and all the rest of one block at a time. A causal language model has a slice
+of its logits before the backward pass begins; one that scales or caps them has all of them, three
+times over, for the tokens that are scored. benchmarks/memory.py holds all of it against measured
+peaks.
 
 Every part is linear in the number of blocks, which is what a budget is solved for. Where halves of
 blocks are held one by one, the largest are counted first: whichever are drawn, the budget holds.
@@ -80,6 +82,7 @@ class Load:
         trainable_of_halves: that learn in attention, and in the feed-forward part, of each block.
         inputs_of_halves: widths of the inputs that adapted layers keep there; None takes layers of
             attention alone to be adapted, which have the block's input in common.
+        checkpointing: whether blocks run again in the backward pass, see :mod:`clients.recompute`.
     """
 
     batch: int
@@ -89,6 +92,7 @@ class Load:
     trainable_per_block: int
     trainable_of_halves: tuple[int, int] = (0, 0)
     inputs_of_halves: tuple[int, int] | None = None
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def footprint(
         return {
             "base": float(width * parameters),
             "adapter": 20.0 * trainable,
-            "activations": float(tokens * kept * width),
+            "activations": float(tokens * (d if load.checkpointing else kept) * width),
         }
 
     if granularity == "block":
@@ -161,20 +165,24 @@ def footprint(
         assert geometry.halves is not None, "the halves of these blocks cannot be told apart"
         halves = zip(geometry.halves, load.trainable_of_halves, (attended, fed), strict=True)
         units = sorted(starmap(layer, halves), key=lambda one: -sum(one.values()))
-    scored = load.batch * load.scored
-    if geometry.sliced:  # logits, and the rows of the output layer; four times a state
-        logits = 2 * WINDOW + 4 * 4 * d * scored
-    else:
-        logits = 3 * 4 * geometry.vocabulary * scored
+    inside = tokens * (widest + (attended + fed if load.checkpointing else 0)) * width
     in_file = geometry.in_file.get("bf16" if precision == "bf16" else "fp32", 0)
     return Footprint(
         fixed={
             "base": float(width * (geometry.other_parameters - in_file)),
             "adapter": 20.0 * load.trainable,
-            "activations": float(tokens * widest * width + logits),
+            "activations": float(_widest(geometry, load, inside)),
         },
         each=[one for one in units for _ in range(geometry.blocks)],
     )
+
+
+def _widest(geometry: Geometry, load: Load, inside: int) -> int:
+    """Bytes that come and go, ``inside`` of them in a block, above what is kept for long."""
+    scored = load.batch * load.scored
+    if geometry.sliced:  # a slice of the logits and of the output layer; four times a state
+        return max(inside, 2 * WINDOW + 16 * geometry.hidden * scored)
+    return inside + 3 * 4 * geometry.vocabulary * scored
 
 
 # ── this process ──────────────────────────────────────────────────────────────────────────────

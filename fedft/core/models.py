@@ -423,7 +423,14 @@ def _halves(sizes: Mapping[str, int], blocks: int) -> tuple[int, int]:
 
 
 def load_of(
-    shapes: Schema, blocks: int, rank: int, *, batch: int, tokens: int, scored: int
+    shapes: Schema,
+    blocks: int,
+    rank: int,
+    *,
+    batch: int,
+    tokens: int,
+    scored: int,
+    checkpointing: bool = False,
 ) -> Load:
     """A step of training in which every adapted layer and the head learn.
 
@@ -434,6 +441,7 @@ def load_of(
         batch: rows a step.
         tokens: of the longest row.
         scored: tokens of a row whose prediction has a loss.
+        checkpointing: blocks run again in the backward pass.
     """
     sizes = {module: rank * sum(shape) for module, shape in shapes.modules.items()}
     inner = sum(size for module, size in sizes.items() if block_of(module) is not None)
@@ -441,7 +449,7 @@ def load_of(
     outer += sum(math.prod(shape) for shape in (*shapes.head.values(), *shapes.tensors.values()))
     per_half = _halves(sizes, blocks)
     inputs = _inputs_of_halves(shapes) if any(per_half) else None
-    return Load(batch, tokens, scored, outer, -(-inner // blocks), per_half, inputs)
+    return Load(batch, tokens, scored, outer, -(-inner // blocks), per_half, inputs, checkpointing)
 
 
 def _inputs_of_halves(shapes: Schema) -> tuple[int, int]:

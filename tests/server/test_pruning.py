@@ -19,7 +19,7 @@ from fedft.core.memory import MIB, Footprint, Geometry, Load, footprint
 from fedft.core.models import geometry, initial_adapter, load_of, resolve, schema
 from fedft.core.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
-from fedft.core.sublayers import HALVES, Sublayer
+from fedft.core.sublayers import HALVES, Layer, Sublayer, children
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan, in_blocks
 from server.config import parse_config
 from server.forecast import as_text, forecast
@@ -170,6 +170,20 @@ def test_a_plan_is_narrowed_once_for_all_that_hold_the_same() -> None:
     assert not grown.delta
 
 
+def test_tables_stay_in_their_file_only_where_memory_is_limited(
+    tiny_table: Callable[..., dict[str, Any]],
+) -> None:
+    def base(**changes: Any) -> float:
+        return forecast(parse_config(tiny_table(**changes)))["clients"][-1]["memory_mib"]["base"]
+
+    words = 29 * 32 * 4 / MIB
+    limited = {"fleet": {"memory-budgets-mib": [99]}}
+    assert base() - base(**limited) == pytest.approx(words)
+    assert base(**limited, lora={"method": "dora"}) == pytest.approx(base())
+    held_in_bf16 = {"engine": {"precision": "bf16"}}
+    assert base(**limited, **held_in_bf16) == pytest.approx(base(**held_in_bf16))
+
+
 def test_a_budget_is_solved_for_blocks() -> None:
     own = Footprint({"base": 10.0 * MIB}, [{"base": 2.0 * MIB}] * 4)
     assert own.of(3) == {"base": 16 * MIB, "total": 16 * MIB}
@@ -191,7 +205,14 @@ def test_the_plan_says_what_each_kind_of_site_takes(
     assert part["trainable"] - head == (whole["trainable"] - head) / 2
     assert part["bytes"]["up"] == 4 * part["trainable"]
     assert part["memory_mib"]["total"] < whole["memory_mib"]["total"]
-    assert "with 1 of 2 blocks" in as_text(config, cost)
+    text = as_text(config, cost)
+    assert "with 1 of 2 blocks" in text
+    both = whole["checkpointing_mib"]
+    assert both["off"] == whole["memory_mib"]["total"] > both["on"]
+    assert text.count("MiB with gradient checkpointing on") == 2
+    small = forecast(parse_config(tiny_table(**changes, engine={"gradient-checkpointing": True})))
+    assert small["clients"][1]["memory_mib"]["total"] == both["on"]
+    assert small["clients"][1]["checkpointing_mib"] == both
     poor = parse_config(tiny_table(fleet={"memory-budgets-mib": [0.01]}))
     with pytest.raises(ConfigError, match="the whole model takes"):
         forecast(poor)
@@ -382,8 +403,9 @@ def test_sites_judge_the_part_that_they_hold(tiny_table: Table, tmp_path: Path) 
     assert lines(run.path)[-1]["sites"]["n"] == 4
 
 
-def test_a_site_that_holds_a_part_has_no_other_block_in_memory(
-    tiny_table: Table, tmp_path: Path
+@pytest.mark.parametrize("layers", [(1,), (Sublayer(1, "attention"),)])
+def test_a_site_that_holds_a_part_has_nothing_else_in_memory(
+    tiny_table: Table, tmp_path: Path, layers: tuple[Layer, ...]
 ) -> None:
     """The task of a site with a memory budget, through the client app: the same bytes come back."""
     answers: list[dict[str, torch.Tensor]] = []
@@ -394,7 +416,7 @@ def test_a_site_that_holds_a_part_has_no_other_block_in_memory(
             task = setting.task.model_copy(update={"lean": lean}).model_dump_json()
             initial = initial_adapter(setting.shapes, config.lora, 4, 0)
             name = setting.manifest.name_of(0)
-            plan = narrowed(TrainPlan(initial, round=1, site=name), (1,))
+            plan = narrowed(TrainPlan(initial, round=1, site=name), layers)
             with InlineGrid(CLIENT_APP, config.fleet.clients) as grid:
                 message = Message(
                     codec.Encoder(task).train(plan), 1, MessageType.TRAIN, group_id="1"
@@ -405,7 +427,9 @@ def test_a_site_that_holds_a_part_has_no_other_block_in_memory(
         answers.append(codec.tensors_from(reply.content.array_records["arrays"]))
         base = workbench(task).engine.base
         assert base.lean == lean
-        assert [next(b.parameters()).is_meta for b in base.blocks] == [lean, False]
+        halves = [children(block, half).values() for block in base.blocks for half in HALVES]
+        absent = [all(p.is_meta for m in half for p in m.parameters()) for half in halves]
+        assert absent == [lean, lean, False, lean and layers != (1,)]
     assert answers[0].keys() == answers[1].keys() == plan.sent().keys()
     assert all(torch.equal(answers[0][n], answers[1][n]) for n in answers[0])
 
