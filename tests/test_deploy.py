@@ -19,7 +19,7 @@ from fedft.cli import cli
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
-PAGES = [DEPLOY / "README.md", ROOT / "docs" / "deployment.md"]
+PAGES = [DEPLOY / "README.md", ROOT / "docs" / "deployment.md", ROOT / "README.md"]
 
 
 def check_command(words: list[str]) -> None:
@@ -42,7 +42,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                     yield words[words.index(command, words.index(program)) :]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_the_runbook_is_one(page: Path) -> None:
     found = list(commands(page))
     assert len(found) >= 3
