@@ -57,8 +57,8 @@ class FleetSpec(Table):
         clients: registered sites of a simulation.
         ranks: LoRA ranks of the sites; empty gives every site `[lora] rank`.
         memory_budgets_mib: memory that sites grant to training, in MiB.
-        model_shares: in place of that, what a share of the transformer blocks takes, dealt out by
-            seed; at least one block.
+        model_shares: in place of that, what a share of the transformer blocks (or of their halves,
+            see `[pruning] granularity`) takes, dealt out by seed; at least one.
         speeds: examples that sites train on in a second.
         up_mbps, down_mbps: bandwidth of the sites, in megabits a second.
         devices: a CSV of devices, or its rows, in place of all of the above; see

@@ -143,6 +143,17 @@ def test_all_halves_by_name_are_the_whole_model_bit_for_bit(engine: type, kind: 
 
 
 @engines
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_halves_that_run_again_in_the_backward_pass_are_the_same(engine: type, kind: str) -> None:
+    results: list[Adapter] = []
+    for checkpointing in (False, True):
+        trainer: Engine = engine(base_of(kind), LORA, checkpointing=checkpointing)
+        plan = plan_of(trainer.base, (*HELD[0], FEED_FORWARD[DEPTH - 1]))
+        results.append(trainer.train([plan], [batches_of(trainer.base)])[0].adapter)
+    assert same(*results)
+
+
+@engines
 @pytest.mark.parametrize("kind", ["bert", "llama", "dinov2"])
 def test_what_is_not_held_is_not_looked_at(engine: type, kind: str) -> None:
     trainer: Engine = engine(base_of(kind), LORA)
