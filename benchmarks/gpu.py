@@ -159,14 +159,10 @@ def _peak_mib(contender: Contender, device: torch.device) -> int | None:
     """Of one step, everything that the engine and this base hold; None without a GPU."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    idle = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    peak = memory.Peak(str(device))
     contender.warm_up()
-    torch.cuda.synchronize(device)
     own = sum(p.nbytes for p in contender.engine.base.model.parameters())
-    return round((torch.cuda.max_memory_allocated(device) - idle + own) / 2**20)
+    return round((peak.bytes() + own) / memory.MIB)
 
 
 def _modelled(shape: Shape, contender: Contender, length: int, batch: int) -> float:

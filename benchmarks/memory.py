@@ -123,8 +123,8 @@ def predicted(needs: memory.Footprint, layers: Sequence[Layer]) -> float:
     return replace(needs, each=[*needs.each[:fed], *smaller]).mib()
 
 
-def train(case: Case, rows: int, tokens: int, layers: tuple[Layer, ...]) -> None:
-    """Load a part of the model, train it for some steps, and let go of it."""
+def train(case: Case, batches: Sequence[Batch], layers: tuple[Layer, ...]) -> None:
+    """Load a part of the model, train it on some batches, and let go of it."""
     from clients.cohort import CohortEngine
 
     lora = LoraSpec(rank=RANK, target_modules=case.targets)
@@ -133,7 +133,7 @@ def train(case: Case, rows: int, tokens: int, layers: tuple[Layer, ...]) -> None
     engine = CohortEngine(base, lora, checkpointing=case.checkpointing)
     start = models.initial_adapter(engine.base.shapes, lora, RANK, 0).narrowed(layers)
     plan = TrainPlan(start, layers=layers, training=LocalTraining(lr=1e-3))
-    engine.train([plan], [[batch_of(case, rows, tokens, seed) for seed in range(STEPS)]])
+    engine.train([plan], [batches])
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
@@ -145,14 +145,15 @@ def measure(case: Case) -> list[dict[str, Any]]:
     lora = LoraSpec(rank=RANK, target_modules=case.targets)
     geometry = models.geometry(spec, models.resolve(spec))
     shapes = models.schema(spec, lora, CLASSES)
-    train(case, 1, 8, (0,))  # whatever is loaded and built on first use
+    train(case, [batch_of(case, 1, 8, 0)], (0,))  # whatever is loaded and built on first use
     rows_: list[dict[str, Any]] = []
     for rows in case.batches:
+        batches = [batch_of(case, rows, case.tokens, seed) for seed in range(STEPS)]
         for name, layers in holdings(case, geometry.blocks).items():
             gc.collect()
             memory.return_what_is_freed()
             peak = memory.Peak()
-            train(case, rows, case.tokens, layers)
+            train(case, batches, layers)
             measured = peak.bytes() / memory.MIB
             load = models.load_of(
                 shapes, geometry.blocks, RANK,

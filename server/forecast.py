@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedft.core import codec, models
-from fedft.core.memory import MIB, Footprint
+from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
@@ -26,7 +26,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         first round (the base delta of some rules grows later), ``clients`` a list with one entry
         a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
         many from the first on, its peak memory by part, and the total with gradient
-        checkpointing and without, in MiB above what a process takes without a model; ``privacy`` where the run promises any, see
+        checkpointing and without, in MiB above ``framework_mib``, which this process takes without
+        a model (None where it cannot be measured); ``privacy`` where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -62,6 +63,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         for way in ("up", "down")
     }
     trainable = max(c["trainable"] for c in clients)
+    framework = framework_bytes()
     return {
         "parameters": {
             "base": shapes.parameters,
@@ -72,6 +74,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         "rounds": config.rounds.count,
         "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()},
         "clients": clients,
+        "framework_mib": None if framework is None else framework / MIB,
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
         **_privacy(config),
@@ -153,6 +156,11 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             f"                      {client['checkpointing_mib'][other]:.0f} MiB with gradient "
             f"checkpointing {other}",
         ]
+    if cost["framework_mib"] is not None:
+        lines.append(
+            f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
+            "transformers and peft, and no model"
+        )
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
 

@@ -19,11 +19,15 @@ blocks are held one by one, the largest are counted first: whichever are drawn, 
 """
 
 import ctypes
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import starmap
 from pathlib import Path
+
+import torch
 
 from fedft.core.spec import Precision
 from fedft.core.tables import WINDOW
@@ -195,6 +199,43 @@ def resident_bytes(what: str = "VmRSS") -> int:
         if name == what:
             return 1024 * int(value.split()[0])
     raise KeyError(what)
+
+
+@cache
+def framework_bytes() -> int | None:
+    """Memory that this process takes without a model, measured at the first call; None off Linux.
+
+    What training needs is imported by then, and no model is loaded: a footprint comes on top of it.
+    """
+    for library in ("transformers", "peft"):
+        importlib.import_module(library)
+    return resident_bytes() if sys.platform == "linux" else None
+
+
+class Peak:
+    """Peak memory above what was taken when this was made: resident memory, or a device's tensors.
+
+    Args:
+        device: torch device. Resident memory is read on Linux, where the peak can be set back.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._before = resident_bytes()
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        """The peak since then."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return resident_bytes("VmHWM") - self._before
 
 
 _M_MMAP_THRESHOLD = -3

@@ -1,10 +1,12 @@
 """The memory model, by hand; benchmarks/memory.py holds it against what processes take."""
 
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from fedft.core.memory import Geometry, Load, footprint
+from fedft.core.memory import MIB, Geometry, Load, Peak, footprint, framework_bytes
 from fedft.core.tables import WINDOW
 
 D, F, V = 8, 32, 1000
@@ -55,3 +57,16 @@ def test_logits_count_in_full_only_where_the_model_makes_them(checkpointing: boo
     assert whole - silent == 3 * 4 * V * 8
     inside = 4 * 10 * (WIDEST + KEPT * checkpointing)
     assert sliced - silent == 2 * WINDOW + 16 * D * 8 - inside  # never both at once
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's process status")
+def test_a_peak_is_what_was_taken_on_top_and_given_back() -> None:
+    before = framework_bytes()
+    assert before is not None
+    assert before > 50 * MIB  # torch alone takes more
+    peak = Peak()
+    block = np.ones(40 * MIB, dtype=np.uint8)
+    del block
+    assert 40 * MIB <= peak.bytes() < 60 * MIB
+    assert Peak().bytes() < 20 * MIB
+    assert framework_bytes() == before

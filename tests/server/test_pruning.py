@@ -210,6 +210,8 @@ def test_the_plan_says_what_each_kind_of_site_takes(
     both = whole["checkpointing_mib"]
     assert both["off"] == whole["memory_mib"]["total"] > both["on"]
     assert text.count("MiB with gradient checkpointing on") == 2
+    if cost["framework_mib"] is not None:
+        assert f"{cost['framework_mib']:.0f} MiB that this process takes" in text
     small = forecast(parse_config(tiny_table(**changes, engine={"gradient-checkpointing": True})))
     assert small["clients"][1]["memory_mib"]["total"] == both["on"]
     assert small["clients"][1]["checkpointing_mib"] == both
