@@ -57,7 +57,6 @@ _LAYOUTS = (
     _Layout(("attention",), ("intermediate", "output"), pre_norm=False),  # BERT, RoBERTa, ELECTRA
     _Layout(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),  # Llama, Qwen
     _Layout(("ln_1", "attn"), ("ln_2", "mlp")),  # GPT-2
-    _Layout(("attn_norm", "attn"), ("mlp_norm", "mlp")),  # ModernBERT
     _Layout(("layernorm_before", "attention"), ("layernorm_after", "mlp")),  # ViT
     _Layout(("norm1", "attention", "layer_scale1"), ("norm2", "mlp", "layer_scale2")),  # DINOv2
 )
