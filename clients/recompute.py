@@ -4,7 +4,8 @@
     arXiv:1604.06174.
 
 Activations of all blocks become the inputs of all blocks and the activations of one. The blocks of
-the forward pass run twice, which is a third more work at most; the numbers are the same.
+the forward pass run twice: on a frozen base, whose backward pass is no longer than its forward
+pass, half as much work again. The numbers are the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence

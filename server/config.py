@@ -159,7 +159,7 @@ class EngineSpec(Table):
         cohort: sites trained in one pass; ``auto`` fills a token budget; 1 is the plain PEFT loop.
         precision: of the frozen base; ``auto`` takes what this machine does fast.
         gradient_checkpointing: keep of every block what enters it and run it again in the backward
-            pass: less memory, up to a third more time, the same numbers. Not with ``[training] dp``.
+            pass: less memory, up to half more time, the same numbers. Not with ``[training] dp``.
         wire: number format of tensors between server and sites.
         max_update_norm: largest norm of a site's change that is accepted; None accepts any.
     """
