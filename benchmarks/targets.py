@@ -50,6 +50,7 @@ def targets(folder: Path = RESULTS) -> list[Target]:
         *_engines(sections("engines", folder)),
         *_federation(sections("federation", folder)),
         *_registered(sections("registered", folder)),
+        *_memory(sections("memory", folder)),
     ]
 
 
@@ -110,6 +111,31 @@ def _federation(found: Sections) -> Iterator[Target]:
         ratio = found.get(batch, {}).get("over_loop", {}).get("worker + driver", {})
         what = f"CPU seconds of a round at K = 1 over the plain loop, batch {batch}"
         yield Target(what, 1.02, "≤", ratio.get("median"))
+
+
+def _memory(found: Sections) -> Iterator[Target]:
+    """A quarter of the blocks, rounded down: one of six, seven of thirty, three of twelve."""
+    whole = {n: own["rows"] for n, own in found.items() if "blocks" in own["rows"][0]}
+    plain = [rows for name, rows in whole.items() if not name.endswith("-checkpointing")]
+    by_batch = [[r for r in rows if r["batch"] == n] for rows in plain for n in batches(rows)]
+    worst = max((share for rows in by_batch if (share := smallest_share(rows))), default=None)
+    what = "memory of a client with a quarter of the blocks over the whole, the worst"
+    yield Target(what, 0.35, "≤", worst)
+    yield Target("the same memory, aim", 0.25, "≤", worst)
+    errors = [abs(row["error"]) for rows in whole.values() for row in rows]
+    what = "largest error of the memory predicted"
+    yield Target(what, 0.15, "≤", max(errors, default=None), "")
+
+
+def batches(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The batch sizes of a section, in order."""
+    return list(dict.fromkeys(row["batch"] for row in rows))
+
+
+def smallest_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Measured peak of the fewest blocks over that of all; None where halves are held."""
+    peaks = {row["blocks"]: row["measured_mib"] for row in rows if "blocks" in row}
+    return peaks[min(peaks)] / peaks[max(peaks)] if peaks else None
 
 
 def _registered(found: Sections) -> Iterator[Target]:

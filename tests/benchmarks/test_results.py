@@ -47,6 +47,19 @@ def folder(tmp_path: Path) -> Path:
     few = {"start_s": spread([2.0]), "round_s": spread([1.0]), "peak_mib": spread([600.0])}
     many = {"start_s": spread([2.5]), "round_s": spread([1.0]), "peak_mib": spread([660.0])}
     Results("registered", tmp_path).add("10", {"fleets": {"1000": few, "1000000": many}})
+
+    def peak(held: int | str, predicted: float, measured: float) -> dict[str, Any]:
+        own = {
+            "predicted_mib": predicted,
+            "measured_mib": measured,
+            "error": predicted / measured - 1,
+        }
+        return {"batch": 8, "held" if isinstance(held, str) else "blocks": held, **own}
+
+    memory = Results("memory", tmp_path)
+    memory.add("decoder", {"rows": [peak(1, 33.0, 30.0), peak(4, 100.0, 100.0)]})
+    memory.add("decoder-checkpointing", {"rows": [peak(1, 20.0, 25.0), peak(4, 50.0, 50.0)]})
+    memory.add("decoder-halves", {"rows": [peak("attention", 90.0, 60.0)]})
     return tmp_path
 
 
@@ -109,6 +122,10 @@ def test_targets_are_judged_by_the_figures(folder: Path) -> None:
     assert verdicts["the same, aim, batch 8"] == (5.0, "missed")
     assert verdicts["CPU seconds of a round at K = 1 over the plain loop, batch 8"] == (1.01, "met")
     assert verdicts["memory of a million registered over a thousand"] == (60.0, "met")
+    quarter = "memory of a client with a quarter of the blocks over the whole, the worst"
+    assert verdicts[quarter] == (0.3, "met")  # of halves, or with checkpointing, nothing is asked
+    assert verdicts["the same memory, aim"] == (0.3, "missed")
+    assert verdicts["largest error of the memory predicted"] == (pytest.approx(0.2), "missed")
 
 
 def test_without_results_every_target_is_open(tmp_path: Path) -> None:
@@ -127,6 +144,8 @@ def test_the_page_has_a_figure_and_a_table_for_each_benchmark(folder: Path) -> N
     assert "| minilm/qv/real/8 | cohort 16, bf16 | 4 (4–4) | 5.00× | 1.90× | 1.10× | 50% |" in text
     assert "| fedft, bf16, batch 8 | 8 sites | 4 (4–4) | 5.00× | – | 3.75× | 3.00× |" in text
     assert "| 10 of 1,000,000 | 2.5 (2.5–2.5) | 1 (1–1) | 660 (660–660) |" in text
+    assert "| decoder | 8 | 1 / 4 | 33 / 100 | 30 / 100 | +10% | 0.30 |" in text
+    assert "| decoder-halves | 8 | attention | 90 | 60 | +50% | – |" in text
 
 
 def test_only_what_stands_between_the_markers_is_rewritten() -> None:
