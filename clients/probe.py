@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.engine import Engine
+from clients.vocabulary import Vocabulary
 from fedft.core import similarity, sublayers
 from fedft.core.errors import MismatchError
 from fedft.core.models import effective
@@ -122,6 +123,8 @@ def _run(
         model = undo.enter_context(engine.bare())
         undo.enter_context(base.streaming(weights))
         undo.enter_context(torch.inference_mode())
+        if (vocabulary := Vocabulary.of(base)) is not None:  # nobody asks for logits here
+            undo.enter_context(vocabulary.entered())
         for index, block in enumerate(base.blocks):
             for module in [block] if parts == 1 else [block, sublayers.between(block)]:
                 undo.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)

@@ -19,6 +19,7 @@ from transformers import (
 from clients import vocabulary
 from clients.cohort import CohortEngine
 from clients.engine import Engine
+from clients.probe import compare
 from clients.train import PeftEngine
 from clients.vocabulary import Vocabulary
 from fedft.core.metrics import Tally
@@ -224,3 +225,17 @@ def test_an_output_layer_that_is_adapted_makes_its_logits() -> None:
     base = base_of(config, LoraSpec(rank=2, target_modules=("decoder",)))
     assert base.output is not None
     assert Vocabulary.of(base) is None
+
+
+def test_blocks_are_compared_without_any_logits() -> None:
+    base = base_of(LlamaConfig(**SIZES))
+    assert base.output is not None
+
+    def never(_: Tensor) -> Tensor:
+        raise AssertionError("the output layer runs")
+
+    vars(base.output.layer)["forward"] = never
+    start = initial_adapter(base.shapes, LORA, 2, seed=0)
+    found = compare(CohortEngine(base, LORA), start, {}, some_batches(), "block-influence")
+    assert found.importance.shape == (2,)
+    assert vars(base.output.layer)["forward"] is never  # put back
