@@ -67,6 +67,6 @@ def test_a_peak_is_what_was_taken_on_top_and_given_back() -> None:
     peak = Peak()
     block = np.ones(40 * MIB, dtype=np.uint8)
     del block
-    assert 40 * MIB <= peak.bytes() < 60 * MIB
+    assert 38 * MIB < peak.bytes() < 60 * MIB  # the kernel counts pages in batches
     assert Peak().bytes() < 20 * MIB
     assert framework_bytes() == before
