@@ -11,8 +11,8 @@ which does not count, and steady rounds at batch 8 and at batch 1; contenders ta
   for every message and trains with the ``Trainer`` of transformers. ``lean`` trains with the plain
   loop; ``kept`` does so too, and keeps what it loads; ``bf16`` has a bfloat16 base and eager
   attention.
-* ``fedft``: ``fedft simulate`` on Ray, with its default cohorts; ``K = 1`` is the plain loop under
-  fedft's rounds.
+* ``fedft``: ``fedft simulate`` on Ray, with its default cohorts; ``forked`` with forked workers
+  instead; ``K = 1`` is the plain loop under fedft's rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from server.run import Silent, open_grid, simulate
 
 ROWS, CLIENTS, WORKERS = 60, 32, 2
 SIZES = (8, 1)
-SECTIONS = {"8 sites": 8, "16 sites": 16}
+SECTIONS = {"8 sites": 8, "20 sites": 20}
 ROOT = Path(__file__).parent.parent
 
 
@@ -56,6 +56,7 @@ class Way:
         lean: of ``flower``: whether clients train with the plain loop.
         kept: of ``lean``: whether clients keep what they load.
         cohort: of ``fedft``.
+        backend: of ``fedft``.
     """
 
     engine: Literal["loops", "flower", "fedft"]
@@ -63,6 +64,7 @@ class Way:
     lean: bool = False
     kept: bool = False
     cohort: int | Literal["auto"] = "auto"
+    backend: Literal["ray", "processes"] = "ray"
 
 
 WAYS = {
@@ -76,9 +78,18 @@ WAYS = {
     "fedft, K = 1": Way("fedft", cohort=1),
     "fedft": Way("fedft"),
     "fedft, bf16": Way("fedft", "bf16"),
+    "fedft, forked, bf16": Way("fedft", "bf16", backend="processes"),
 }
 PEERS = ("flower", "flower, lean", "flower, kept, bf16", "loops")
-QUICK_WAYS = ["loops", "flower", "flower, lean", "flower, kept, bf16", "fedft", "fedft, bf16"]
+QUICK_WAYS = [
+    "loops",
+    "flower",
+    "flower, lean",
+    "flower, kept, bf16",
+    "fedft",
+    "fedft, bf16",
+    "fedft, forked, bf16",
+]
 
 
 def main() -> None:
@@ -164,7 +175,12 @@ def table(way: Way, sites: int, batch: int, rounds: int) -> dict[str, Any]:
         "fleet": {"clients": CLIENTS},
         "rounds": {"count": rounds, "per-round": sites, "evaluate-every": rounds},
         "training": {"batch-size": batch},
-        "engine": {"workers": WORKERS, "cohort": way.cohort, "precision": way.precision},
+        "engine": {
+            "backend": way.backend,
+            "workers": WORKERS,
+            "cohort": way.cohort,
+            "precision": way.precision,
+        },
     }
 
 

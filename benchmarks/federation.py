@@ -31,10 +31,12 @@ from fedft.core.quiet import quiet
 from fedft.core.rundir import RunDir
 from fedft.core.types import ServerState, TrainPlan
 from server.config import RunConfig, parse_config
+from server.grids.worker import RayServer
 from server.run import Silent, simulate
 
 FULL = ("8", "1")
 QUICK = ("8",)
+WORKER = f"ray::{RayServer.__name__}"
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def cpu_seconds() -> dict[str, float]:
     spent = {"worker": 0.0, "driver": _spent(psutil.Process()), "ray": 0.0}
     for process in psutil.Process().children(recursive=True):
         try:
-            part = "worker" if process.cmdline()[0].startswith("ray::Server") else "ray"
+            part = "worker" if process.cmdline()[0].startswith(WORKER) else "ray"
             spent[part] += _spent(process)
         except (psutil.Error, IndexError):  # it has just ended
             continue
