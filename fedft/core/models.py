@@ -738,7 +738,8 @@ def load_base(
     eager = precision == "bf16" and device == "cpu"
     options = {
         "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        "attn_implementation": "eager" if eager else "sdpa",
+        # None is SDPA, for all models that have it.
+        "attn_implementation": "eager" if eager else None,
         "use_safetensors": True,
         "ignore_mismatched_sizes": True,
     }

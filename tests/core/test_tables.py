@@ -150,3 +150,12 @@ def test_what_a_model_does_to_its_logits_is_known_before_it_is_loaded(
     assert geometry.sliced == KINDS[kind]
     assert (output_of(AutoModelForCausalLM.from_pretrained(tmp_path)) is not None) == KINDS[kind]
     assert geometry.in_file == {"fp32": WORDS * WIDTH if KINDS[kind] else 0, "bf16": 0}
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_a_model_that_knows_no_sdpa_has_its_own_attention(
+    tmp_path: Path, kind: str, attention: str
+) -> None:
+    """Gemma 2 caps its attention's logits, which SDPA cannot do."""
+    base = models.load_base(saved(tmp_path, kind), LoraSpec(target_modules=["q_proj"]), 0)
+    assert base.model.config._attn_implementation == attention
