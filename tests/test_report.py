@@ -19,7 +19,7 @@ import tomli_w
 
 from fedft.core.errors import ConfigError, FedftError, IntegrityError
 from fedft.report import charts, summarise, write_report
-from fedft.report.figures import short_names
+from fedft.report.figures import heat, short_names
 from fedft.report.formats import bias_text, bytes_text, seconds_text, significant
 from fedft.report.groups import Group
 from fedft.report.records import clean, load
@@ -598,6 +598,20 @@ def test_spaced_names_keep_order_gap_and_bounds() -> None:
     assert sorted(places[:3])[1] == pytest.approx(0.5)
     assert min(charts.spaced([-1.0, 0.0, 0.0], 0.1, 0.0, 1.0)) == 0.0
     assert max(charts.spaced([1.0, 1.0], 0.1, 0.0, 1.0)) == pytest.approx(1.0)
+
+
+def test_the_heat_map_has_the_layers_in_the_models_order_and_says_what_blank_is() -> None:
+    """Where sites hold some blocks only, the first round may have seen the last ones first."""
+    columns = {"first": {"layer.10.q": 0.1, "layer.10.v": 0.2}, "second": {"layer.2.q": 0.3}}
+    figure = heat(columns, name="heat", title="Bias", xlabel="", slanted=False)
+    assert figure is not None
+    drawn = "".join(ElementTree.fromstring(figure.svg).itertext())
+    assert drawn.index("2.q") < drawn.index("10.q") < drawn.index("10.v")
+    assert "Blank: nobody trained it." in figure.caption
+    full = {"first": {"layer.0.q": 0.1}, "second": {"layer.0.q": 0.3}}
+    other = heat(full, name="heat", title="Bias", xlabel="", slanted=False)
+    assert other is not None
+    assert "Blank" not in other.caption
 
 
 def test_short_names_keep_what_differs() -> None:

@@ -182,6 +182,11 @@ def layer_bias(layers: Mapping[str, object]) -> dict[str, float]:
     return {module: value for module, value in found.items() if value is not None}
 
 
+def _place(module: str) -> list[int]:
+    """The numbers in a module's path: of its block, if it is in one."""
+    return [int(part) for part in module.split(".") if part.isdigit()]
+
+
 def short_names(modules: Sequence[str]) -> list[str]:
     """Module paths without the components that all of them share: ``layer.0.query`` → ``0.query``."""
     paths = [module.split(".") for module in modules]
@@ -198,7 +203,9 @@ def heat(
 
     What is exact stays white, so that the shades are left for what differs.
     """
-    modules = list(dict.fromkeys(module for column in columns.values() for module in column))
+    seen = dict.fromkeys(module for column in columns.values() for module in column)
+    # Rounds in which nobody held the first blocks come first where sites hold some blocks only.
+    modules = sorted(seen, key=_place)
     values = [v for column in columns.values() for v in column.values()]
     biased = [v for v in values if v > EXACT]
     if not biased:
@@ -210,6 +217,7 @@ def heat(
         f"{bias_text(min(values))} and {bias_text(max(values))}; in the mean largest in {worst}."
     )
     caption = ["Darker is more."] + ["White: exact."] * (len(biased) < len(values))
+    caption += ["Blank: nobody trained it."] * (len(values) < len(modules) * len(columns))
     caption += ["Mean over rounds and seeds."] * slanted
     with charts.canvas(4.7, min(7.5, max(3.4, 1.3 + 0.19 * len(modules)))) as (figure, ax):
         _shades(figure, ax, [[c.get(m) for c in columns.values()] for m in modules], biased)
