@@ -83,7 +83,8 @@ class ProcessGrid(WorkerGrid[_Process]):
         self._control = ours
         with theirs:
             self._zygote = subprocess.Popen(
-                [sys.executable, "-m", "server.grids.zygote", str(theirs.fileno()), *imports],
+                # -P: a folder that happens to be called "server" here is not meant.
+                [sys.executable, "-P", "-m", "server.grids.zygote", str(theirs.fileno()), *imports],
                 env={
                     **os.environ,
                     **self._setting.environment,

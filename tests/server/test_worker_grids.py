@@ -293,6 +293,16 @@ def test_a_closed_grid_leaves_no_process(toy: str) -> None:
     assert gone(pids, 10)
 
 
+def test_folders_where_one_stands_are_not_taken_for_the_program(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with ProcessGrid(toy, 9, workers=1) as grid:
+        assert grid.send_and_receive([request(1)], timeout=30)[0].has_content()
+
+
 def test_what_workers_need_is_imported_once_for_all_of_them(tmp_path: Path) -> None:
     log = tmp_path / "imported-by"
     (tmp_path / "logged_app.py").write_text(
