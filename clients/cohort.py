@@ -38,6 +38,7 @@ from fedft.core import seeds
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import HEADS, Base, linears
+from fedft.core.overrides import overridden
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
@@ -274,8 +275,7 @@ class CohortEngine:
         """Put our arithmetic into the base's layers, and take it out again."""
         with ExitStack() as undo:
             for layer, forward in self._forwards(stack.adapters[0]):
-                layer.forward = forward
-                undo.callback(delattr, layer, "forward")
+                undo.enter_context(overridden(layer, forward))
             if (output := self._output_layer()) is not None:
                 undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
             if self._vocabulary is not None:

@@ -24,6 +24,7 @@ from clients.packing import Packing, Step
 from clients.recompute import first_adapted
 from fedft.core.batches import in_chunks
 from fedft.core.models import Base
+from fedft.core.overrides import overridden
 from fedft.core.types import Batch, Origin
 
 BUDGET = 1 << 30
@@ -146,8 +147,7 @@ class Prefix:
         with ExitStack() as undo:
             if entering is not None:
                 for block in self._packing.blocks[: self._depth]:
-                    block.forward = self._nothing
-                    undo.callback(delattr, block, "forward")
+                    undo.enter_context(overridden(block, self._nothing))
                 hook = self._packing.blocks[self._depth].register_forward_pre_hook(
                     lambda _, args: (entering, *args[1:])
                 )

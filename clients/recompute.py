@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base
+from fedft.core.overrides import overridden
 from fedft.core.types import block_of
 
 Surroundings = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -60,11 +61,8 @@ def recomputed(
     """
     with ExitStack() as undo:
         for block in blocks:
-            own = vars(block)
-            before = own.get("forward")
             again = partial(_kept_small, block.forward, surroundings)
-            own["forward"] = again
-            undo.callback(_restore, own, before)
+            undo.enter_context(overridden(block, again))
         yield
 
 
@@ -77,13 +75,6 @@ def _kept_small(
     if not torch.is_grad_enabled():
         return forward(*args, **options)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=surroundings, **options)
-
-
-def _restore(own: dict[str, Any], before: Any) -> None:
-    if before is None:
-        del own["forward"]
-    else:
-        own["forward"] = before
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from clients.stacked import frozen_linear
 from fedft.core.metrics import Tally
 from fedft.core.models import Base
+from fedft.core.overrides import overridden
 from fedft.core.tables import WINDOW
 
 _NARROWEST = 512
@@ -54,16 +55,8 @@ class Vocabulary:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """For the time of the context, the model's ``logits`` are what enters its output layer."""
-        own = vars(self._layer)
-        before = own.get("forward")
-        own["forward"] = _pass_on
-        try:
+        with overridden(self._layer, _pass_on):
             yield
-        finally:
-            if before is None:
-                del own["forward"]
-            else:
-                own["forward"] = before
 
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token, with a gradient for ``states``. [m] float32 or float64

@@ -32,6 +32,7 @@ from fedft.core import hydra, seeds, sublayers
 from fedft.core.algebra import stack, uniform_rows
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry, Load
+from fedft.core.overrides import overridden
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
@@ -580,8 +581,7 @@ class Base:
                 if len(lost) == 1:
                     undo.enter_context(sublayers.without(block, lost[0]))
                 else:
-                    block.forward = sublayers.pass_on
-                    undo.callback(delattr, block, "forward")
+                    undo.enter_context(overridden(block, sublayers.pass_on))
             yield
 
     @contextmanager

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from fedft.core.overrides import overridden
+
 Half = Literal["attention", "feed-forward"]
 HALVES: tuple[Half, Half] = ("attention", "feed-forward")
 """In the order in which a block runs them."""
@@ -93,9 +95,7 @@ def without(block: nn.Module, half: Half) -> Generator[None]:
     names = _known(block).children(half)
     with ExitStack() as undo:
         for name, forward in zip(names, _stand_ins(_known(block), half), strict=False):
-            module = getattr(block, name)
-            module.forward = forward
-            undo.callback(delattr, module, "forward")
+            undo.enter_context(overridden(getattr(block, name), forward))
         yield
 
 

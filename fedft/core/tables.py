@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedft.core.overrides import overridden
+
 WINDOW = 8 << 20
 """Bytes of a table that are in memory at a time."""
 
@@ -97,14 +99,8 @@ def output_of(model: nn.Module) -> nn.Linear | None:
     like = layer.weight
     ramp = torch.linspace(-1000, 1000, layer.out_features, device=like.device).to(like.dtype)
     # In place of its forward: a product would bring all its pages into memory.
-    vars(layer)["forward"] = lambda _: ramp.clone()[None, None]
-    try:
-        with torch.no_grad():
-            logits = asked(
-                input_ids=torch.zeros(1, 1, dtype=torch.int64, device=like.device)
-            ).logits
-    finally:
-        del vars(layer)["forward"]
+    with overridden(layer, lambda _: ramp.clone()[None, None]), torch.no_grad():
+        logits = asked(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=like.device)).logits
     same = logits.numel() == ramp.numel() and torch.equal(logits.flatten().to(ramp.dtype), ramp)
     return layer if same else None
 

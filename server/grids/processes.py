@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message
 
-from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.errors import EnvironmentFailure
 from server.grids import reaper
 from server.grids.base import Job
 from server.grids.cluster import own_paths
@@ -70,9 +70,7 @@ class ProcessGrid(WorkerGrid[_Process]):
         threads: int = 1,
         imports: Sequence[str] = (),
     ) -> None:
-        super().__init__(app, nodes, run_config, threads)
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {workers}")
+        super().__init__(app, nodes, run_config, workers, threads)
         if not hasattr(os, "fork"):
             raise EnvironmentFailure(
                 "this system cannot fork processes", fix="Set engine.backend to 'ray'."

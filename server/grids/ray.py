@@ -64,8 +64,8 @@ class RayGrid(WorkerGrid[_Actor]):
         gpus_per_worker: float = 0.0,
         address: str | None = None,
     ) -> None:
-        super().__init__(app, nodes, run_config, threads)
-        _check_numbers(workers, gpus_per_worker)
+        super().__init__(app, nodes, run_config, workers, threads)
+        _check_gpus(gpus_per_worker)
         self._needs = (threads, gpus_per_worker)
         self._cluster = _cluster(address, workers, threads, gpus_per_worker)
         try:
@@ -153,9 +153,7 @@ def _cluster(address: str | None, workers: int | None, threads: int, gpus: float
     return clusters.start(count * threads, gpus=gpus > 0)
 
 
-def _check_numbers(workers: int | None, gpus_per_worker: float) -> None:
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
+def _check_gpus(gpus_per_worker: float) -> None:
     if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
         raise ConfigError(
             f"GPUs of a worker must be a fraction of one, or a whole number; got {gpus_per_worker}"

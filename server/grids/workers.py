@@ -105,14 +105,24 @@ class WorkerGrid(SimulationGrid, Generic[W]):
         app: reference to the client app, such as ``"clients.app:app"``; loaded in the workers.
         nodes: how many nodes there are.
         run_config: what every client finds in ``context.run_config``.
+        workers: how many are wanted; None leaves it to the kind of grid.
         threads: CPU threads of a worker.
 
     Raises:
         ConfigError: the numbers make no sense.
     """
 
-    def __init__(self, app: str, nodes: int, run_config: RunConfig | None, threads: int) -> None:
+    def __init__(
+        self,
+        app: str,
+        nodes: int,
+        run_config: RunConfig | None,
+        workers: int | None,
+        threads: int,
+    ) -> None:
         super().__init__(nodes, run_config)
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {workers}")
         if threads < 1:
             raise ConfigError(f"threads must be at least 1, got {threads}")
         self._setting = Setting(

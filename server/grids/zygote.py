@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -58,11 +58,11 @@ def work(driver: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         driver.send(os.getpid())
         setting = driver.recv()
-        driver.send(_tried(lambda: server.load(setting)))
+        driver.send(_tried(server.load, setting))
         while True:
             parcels, states, arrays = driver.recv()
             server.sent = arrays
-            driver.send(_tried(lambda p=parcels, s=states: server.serve(p, s)))
+            driver.send(_tried(server.serve, parcels, states))
 
 
 class _SocketServer(Server):
@@ -80,9 +80,9 @@ Told = tuple[Sequence[Any] | None, BaseException | None]
 """What a worker says of a job: the answers, or what was raised."""
 
 
-def _tried(act: Any) -> Told:
+def _tried(act: Callable[..., Sequence[Any] | None], *what: Any) -> Told:
     try:
-        return act(), None
+        return act(*what), None
     except FedftError as error:
         return None, error
     except Exception as error:  # any other may not survive the way to the driver

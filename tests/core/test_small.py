@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedft.core import errors, seeds
 from fedft.core.metrics import Tally, better, mean_loss
+from fedft.core.overrides import overridden
 from fedft.core.types import Adapter, Factors, LocalTraining, factor_name, module_of, part_of
 
 
@@ -120,3 +121,16 @@ def test_a_rule_overlays_only_what_it_asks_for() -> None:
     assert table.overlaid(LocalTraining(proximal_mu=0.5)) == LocalTraining(
         lr=0.1, epochs=3, proximal_mu=0.5
     )
+
+
+def test_what_a_module_runs_is_put_back_whatever_it_was() -> None:
+    layer, x = torch.nn.Identity(), torch.ones(1)
+    with overridden(layer, lambda value: value + 1):
+        with overridden(layer, lambda value: value + 2):
+            assert layer(x) == 3
+        assert layer(x) == 2
+        with pytest.raises(ZeroDivisionError), overridden(layer, lambda _: 1 / 0):
+            layer(x)
+        assert layer(x) == 2
+    assert layer(x) == 1
+    assert "forward" not in vars(layer)

@@ -15,7 +15,7 @@ from fedft.core.errors import EnvironmentFailure, SecurityRefusal
 from server.grids import cluster as clusters
 from server.grids.cluster import Cluster
 from server.grids.ray import RayGrid
-from tests.server.toy_workers import gone, importable
+from tests.server.toy_workers import driving, gone, importable
 
 pytestmark = [
     pytest.mark.ray,
@@ -167,16 +167,8 @@ DRIVER = """
 def driver(toy: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     script = tmp_path / "driver.py"
     script.write_text(textwrap.dedent(DRIVER))
-    paths = os.pathsep.join([str(Path.cwd()), *(p for p in sys.path if "toy" in p)])
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
+    with driving(str(script)) as process:
+        yield process
 
 
 def started(driver: subprocess.Popen[str]) -> tuple[Path, list[int]]:

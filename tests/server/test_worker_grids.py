@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from server.grids.processes import ProcessGrid
 from server.grids.ray import RayGrid
 from server.grids.workers import WorkerGrid
 from server.run import simulate
-from tests.server.toy_workers import about, gone, importable, receive, request
+from tests.server.toy_workers import about, driving, gone, importable, receive, request
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -252,16 +251,8 @@ DRIVER = """
 @pytest.fixture
 def driver(toy: str) -> Iterator[subprocess.Popen[str]]:
     """A script without a guard: no worker ever imports it."""
-    paths = os.pathsep.join([str(Path.cwd()), *(p for p in sys.path if "toy" in p)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER)],
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
+    with driving("-c", textwrap.dedent(DRIVER)) as process:
+        yield process
 
 
 def test_no_process_outlives_a_driver_that_is_killed(driver: subprocess.Popen[str]) -> None:
@@ -329,6 +320,19 @@ def test_a_run_has_the_same_bytes_in_this_process_and_in_others(
         run = Run(simulate(parse_config(table), tmp_path / engine["backend"]).path)
         hashes.add(run.metrics["history_sha256"])
     assert len(hashes) == 1
+
+
+def test_numbers_that_make_no_sense_are_refused(make: Make, toy: str) -> None:
+    with pytest.raises(ConfigError, match="workers must be at least 1, got 0"):
+        make(toy, 9, workers=0)
+    with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
+        make(toy, 9, threads=0)
+
+
+def test_a_system_that_cannot_fork_is_told_so(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(EnvironmentFailure, match="cannot fork"):
+        ProcessGrid(toy, 9)
 
 
 def test_gpus_and_clusters_are_for_ray() -> None:

@@ -1,5 +1,7 @@
 """A client app that does what it is told, and what tests of worker processes ask of it."""
 
+import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -55,6 +57,23 @@ def importable(folder: Path) -> Iterator[str]:
     sys.path.insert(0, str(folder))
     yield "toy_app:app"
     sys.path.remove(str(folder))
+
+
+@contextmanager
+def driving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python program of its own that finds the toy app; killed at the end."""
+    paths = os.pathsep.join([str(Path.cwd()), *(p for p in sys.path if "toy" in p)])
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def request(node: int, arrays: ArrayRecord | None = None, **do: Any) -> Message:
