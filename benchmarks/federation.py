@@ -60,8 +60,15 @@ def table(batch: int, rounds: int) -> dict[str, Any]:
     return {
         "data": {"partition": {"kind": "bootstrap", "rows-per-client": 60}},
         "fleet": {"clients": 100},
-        # The test set would be scored after the last round, which is not what is asked here.
-        "rounds": {"count": 2 + rounds, "per-round": 10, "evaluate-every": 2 + rounds},
+        "rounds": {
+            "count": 2 + rounds,
+            "per-round": 10,
+            # The test set is scored after the last round, which is not what is asked here.
+            "evaluate-every": 2 + rounds,
+            # A run that may end early never begins a round before the last one is committed: the
+            # worker rests while the plain loop runs.
+            "patience": 2 + rounds,
+        },
         "training": {"batch-size": batch},
         "engine": {"workers": 1, "cohort": 1},
     }
