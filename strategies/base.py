@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
+from fedft.core.folding import RunningMean
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -153,20 +154,24 @@ def mean_of(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
 
     A tensor that some sites do not hold (layer-pruned clients) is averaged over those that do,
     with their weights renormalised.
+
+    Raises:
+        ValueError: the sites sent a tensor in different shapes.
     """
-    names = dict.fromkeys(name for u in updates for name in u.tensors)
-    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
+    mean = RunningMean()
+    for update in updates:
+        mean.add(update.tensors, update.examples)
+    return mean.tensors()
 
 
 def mean_head(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the fully trained tensors; empty where the sites sent none."""
-    names = dict.fromkeys(n for u in updates for n in u.tensors if part_of(n) == "head")
-    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
-
-
-def _mean(name: str, holders: Sequence[ClientUpdate]) -> Tensor:
-    tensors = [u.tensors[name] for u in holders]
-    return weighted_sum(tensors, weights(holders)).to(tensors[0].dtype)
+    return mean_of(
+        [
+            replace(u, tensors={n: t for n, t in u.tensors.items() if part_of(n) == "head"})
+            for u in updates
+        ]
+    )
 
 
 # ── layer by layer ────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedft.core import meters, seeds
+from fedft.core.folding import fold
 from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
     Adapter,
@@ -155,7 +156,7 @@ def test_mixed_holdings_do_not_depend_on_the_order_and_keep_every_shape(rule: St
     # And the state can be planned from, trained on and aggregated again.
     following = rule.aggregate(after, updates_of(rule, after, HOLDINGS[::-1]))
     assert following.round == state.round + 2
-    found = meters.measure(state, updates, after, personal=rule.personal)
+    found = meters.measure(state, fold(updates, rule.personal), after)
     assert found["drift"]["total"] is not None
 
 
