@@ -82,8 +82,9 @@ class Strategy(BaseModel, ABC):
     def mean_only(self) -> bool:
         """Whether the new state depends on the replies through the mean of what they sent alone.
 
-        Another summary of the replies (a median, a noisy mean) can then take the mean's place:
-        it is handed to ``combine`` as the one reply of the round.
+        The mean, or another summary of the replies (a median, a noisy mean), can then take their
+        place: it is handed to ``combine`` as the one reply of the round. The mean that
+        :meth:`fedft.core.folding.Folded.mean_update` makes gives the same bits as all replies do.
         """
         return False
 
@@ -166,12 +167,11 @@ def mean_of(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
 
 def mean_head(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the fully trained tensors; empty where the sites sent none."""
-    return mean_of(
-        [
-            replace(u, tensors={n: t for n, t in u.tensors.items() if part_of(n) == "head"})
-            for u in updates
-        ]
-    )
+    mean = RunningMean()
+    for update in updates:
+        head = {name: t for name, t in update.tensors.items() if part_of(name) == "head"}
+        mean.add(head, update.examples)
+    return mean.tensors()
 
 
 # ── layer by layer ────────────────────────────────────────────────────────────────────────────

@@ -84,6 +84,11 @@ class Flat:
         fits = self.names[i:end] == like.names and self.shapes[i:end] == like.shapes
         return self.values[self._ends[i] : self._ends[end]] if fits else None
 
+    def take(self, like: "Flat") -> Tensor:
+        """The entries of the tensors of ``like``, which are all here, in its order."""
+        entries = self.run(like)
+        return self.only(like.names).values if entries is None else entries
+
     def only(self, names: Sequence[str]) -> "Flat":
         """A copy of some of the tensors."""
         return Flat.of({name: self.tensor(name) for name in names})
@@ -120,7 +125,10 @@ class RunningMean:
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> Flat:
         """Fold one reply, of a weight above zero; returns it end to end."""
         reply = Flat.of(tensors)
-        self._blocks = [part for block in self._blocks for part in self._met(block, reply, weight)]
+        self._blocks = [part for block in self._blocks for part in self._parted(block, reply)]
+        for block in self._blocks:
+            if block.mean.names[0] in reply:
+                self._fold(block, reply.take(block.mean), weight)
         new = [name for name in tensors if name not in self._dtypes]
         for factors in (True, False):
             names = [name for name in new if (part_of(name) != "head") is factors]
@@ -150,25 +158,24 @@ class RunningMean:
             for name in block.mean.names
         }
 
-    def _met(self, block: _Block, reply: Flat, weight: float) -> Iterator[_Block]:
-        """What a block comes to: itself, or two blocks where the reply holds a part of it only."""
-        x = reply.run(block.mean)
-        if x is None:
-            mean, names = block.mean, block.mean.names
-            absent = [n for n in names if n not in reply]
-            alike = [n for n in names if n in reply and reply.shape(n) == mean.shape(n)]
-            self.mixed.update(set(names).difference(absent, alike))
-            if absent:
-                yield replace(block, mean=mean.only(absent))
-            if not alike:
-                return
-            block, x = replace(block, mean=mean.only(alike)), reply.only(alike).values
+    def _parted(self, block: _Block, reply: Flat) -> list[_Block]:
+        """The block, or two of which the reply holds one; less the tensors that are mixed now."""
+        mean, names = block.mean, block.mean.names
+        if reply.run(mean) is not None:
+            return [block]
+        absent = [n for n in names if n not in reply]
+        alike = [n for n in names if n in reply and reply.shape(n) == mean.shape(n)]
+        if len(names) in (len(absent), len(alike)):
+            return [block]
+        self.mixed.update(set(names).difference(absent, alike))
+        return [replace(block, mean=mean.only(part)) for part in (absent, alike) if part]
+
+    def _fold(self, block: _Block, x: Tensor, weight: float) -> None:
         before, block.weight = block.weight, block.weight + weight
         if self._spread and block.factors:
             share = before / block.weight
             self.squares += weight * share * squared_distance(x, block.mean.values)
         block.mean.values.lerp_(x, weight / block.weight)
-        yield block
 
 
 def squared_distance(x: Tensor, y: Tensor) -> float:
@@ -347,9 +354,7 @@ class Folded:
         self.examples += n
         frame = self._framed(update)
         reply = self._sent.add(update.tensors, n)
-        x = reply.run(frame.sent)
-        x = reply.only(frame.sent.names).values if x is None else x
-        self._moved += n * squared_distance(x, frame.sent.values)
+        self._moved += n * squared_distance(reply.take(frame.sent), frame.sent.values)
         if frame.kept:
             self._kept.add(frame.kept, n)
         if not self.hidden:

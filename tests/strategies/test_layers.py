@@ -160,6 +160,20 @@ def test_mixed_holdings_do_not_depend_on_the_order_and_keep_every_shape(rule: St
     assert found["drift"]["total"] is not None
 
 
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES_UNDER_TEST if r.mean_only], ids=lambda r: r.model_dump()["name"]
+)
+def test_the_mean_of_mixed_holdings_stands_for_all_replies(rule: Strategy) -> None:
+    """Bit for bit, although each tensor is a mean over other sites."""
+    state = warm(rule)
+    updates = updates_of(rule, state, HOLDINGS)
+    mean = fold(updates, rule.personal).mean_update(state.adapter)
+    handed = bits(rule.combine(replace(state, round=state.round + 1), [mean]))
+    expected = bits(rule.aggregate(state, updates))
+    assert list(handed) == list(expected)
+    assert all(torch.equal(handed[n], expected[n]) for n in expected)
+
+
 SELECTING = ("krum", "multi-krum", "norm-clip")
 """What these make of a layer depends on whole updates: who is near whom, how long each is."""
 
