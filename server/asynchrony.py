@@ -19,7 +19,7 @@ state says: the jobs that sites are at, and the versions that they started from,
 and a run that is killed goes on with the same jobs, to the same bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -30,16 +30,8 @@ from fedft.core import codec
 from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import ClientUpdate, ServerState, Site
 from server.clock import SimulatedClock, check_reachable, elapsed
-from server.rounds import (
-    Asked,
-    Completed,
-    Federation,
-    Ledger,
-    Stopwatch,
-    concluded,
-    plan_for,
-    train,
-)
+from server.federation import Asked, Completed, Federation, Ledger, Stopwatch
+from server.rounds import concluded, plan_for, train
 
 LOSSES = ("late", "left")
 """Why a job is lost: after the deadline, or because its site could no longer be reached."""
@@ -70,17 +62,26 @@ class Job:
         return self.ends - self.started
 
 
+def updates(federation: Federation, state: ServerState) -> Iterator[Completed]:
+    """Make the server updates that ``state`` has not seen yet; as :func:`server.rounds.rounds`."""
+    while state.round < federation.settings.count:
+        completed = one_update(federation, state)
+        state = completed.state
+        yield completed
+
+
 def one_update(federation: Federation, state: ServerState) -> Completed:
     """One server update, from the first reply that is waited for to the evaluation."""
     watch, ledger = Stopwatch(), Ledger(now=elapsed(state))
     flight = Flight(federation, state)
-    arrived, updates = _fill(federation, flight, watch, ledger)
+    arrived, replies = _fill(federation, flight, watch, ledger)
     age = {job.site.name: state.round - job.version for job in arrived}
-    updates = [replace(update, staleness=age[update.site]) for update in updates]
-    ages = [update.staleness for update in updates]
+    replies = [replace(update, staleness=age[update.site]) for update in replies]
+    ages = [update.staleness for update in replies]
     facts = {"staleness": {"mean": sum(ages) / len(ages), "max": max(ages)}}
     cohort = [job.site for job in arrived]
-    completed = concluded(federation, state, updates, cohort, watch, ledger, facts)
+    closing = concluded(federation, state, replies, cohort, watch, ledger, facts)
+    completed = closing.completed()
     # A line belongs to the update that commits it, whatever version its site started from.
     lines = [{**line, "round": completed.state.round} for line in completed.replies]
     for line in lines:

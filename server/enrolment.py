@@ -82,6 +82,9 @@ class EnrolledRoster:
         chosen = sorted([name for name in order if name in there][:size])
         return [clients[name].site for name in chosen]
 
+    def ready(self, count: int) -> bool:
+        return len(self.presence.connected & self._eligible().keys()) >= count
+
     def node_of(self, site: Site) -> int:
         return self.registry.client(site.name).node
 

@@ -26,6 +26,10 @@ class Roster(Protocol):
         """A cohort of different sites with data, in the order of their names."""
         ...
 
+    def ready(self, count: int) -> bool:
+        """Whether a cohort of so many sites can be drawn without waiting for any."""
+        ...
+
     def node_of(self, site: Site) -> int:
         """The grid's node id of a site."""
         ...
@@ -96,6 +100,9 @@ class SimulatedRoster:
             rank=device.rank,
             memory_mib=device.memory_mib,
         )
+
+    def ready(self, count: int) -> bool:
+        return True
 
     def node_of(self, site: Site) -> int:
         return self.manifest.index_of(site.name) + 1

@@ -35,16 +35,18 @@ from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.types import ServerState
-from server.asynchrony import one_update
+from server.asynchrony import updates
 from server.checkpoints import Checkpoints
 from server.clock import SimulatedClock
 from server.config import RunConfig, differences, parse_toml
+from server.courier import Courier
+from server.federation import Completed, Federation
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
 from server.privacy import PrivacyAccount, open_account, promises, resolved_privacy
 from server.pruning import pruning_of
 from server.roster import SimulatedRoster
-from server.rounds import Completed, Courier, Federation, one_round, rounds
+from server.rounds import rounds
 from server.validation import Limits
 
 CLIENT_APP = "clients.app:app"
@@ -161,7 +163,7 @@ def simulate(
         observer: is told about rounds as they are committed.
         stop: is asked between replies whether to stop.
         grid: workers to use and leave running; None starts its own and ends them.
-        evaluator: see :class:`~server.rounds.Federation`.
+        evaluator: see :class:`~server.federation.Federation`.
 
     Returns:
         The finished run.
@@ -583,8 +585,8 @@ def _until_patience(
     patience = federation.settings.patience
     if patience is not None and progress.stale >= patience:
         return
-    synchronous = federation.strategy.buffer is None
-    for completed in rounds(federation, state, one_round if synchronous else one_update):
+    steps = rounds if federation.strategy.buffer is None else updates
+    for completed in steps(federation, state):
         yield completed
         progress = progress.after(completed, federation.kind)
         if patience is not None and progress.stale >= patience:

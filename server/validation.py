@@ -18,8 +18,6 @@ from fedft.core.errors import UpdateRejected
 from fedft.core.types import ClientUpdate, Site, TrainPlan
 
 _FLOATS = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
-_NPY = "numpy.ndarray"
-_NPY_MAGIC = b"\x93NUMPY"
 _HEADER = 4096
 """Bytes of framing that an encoded array may have beyond its numbers."""
 
@@ -114,14 +112,16 @@ def _check_size(name: str, array: Array, elements: int, site: str) -> None:
     slack = 0 if array.stype == codec.BF16 else _HEADER
     if not numbers <= len(array.data) <= numbers + slack:
         raise UpdateRejected("size", f"{site}: {name} has {len(array.data)} bytes for {numbers}")
-    known = array.stype == codec.BF16 or (array.stype == _NPY and array.data.startswith(_NPY_MAGIC))
+    known = array.stype == codec.BF16 or (
+        array.stype == codec.NPY and array.data.startswith(codec.NPY_MAGIC)
+    )
     if not known:
         raise UpdateRejected("format", f"{site}: {name} is in no known serialisation format")
 
 
 def _decode(name: str, array: Array, site: str) -> Tensor:
     try:
-        tensor = codec.tensors_from(ArrayRecord({name: array}))[name]
+        tensor = codec.tensor_from(array)
     except Exception as error:  # any failure to decode hostile bytes is the same refusal
         raise UpdateRejected("format", f"{site}: {name} cannot be decoded: {error}") from error
     if tuple(tensor.shape) != tuple(array.shape) or not tensor.is_floating_point():

@@ -12,8 +12,11 @@ does not know, travels as raw little-endian bytes under a serialisation type of 
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import lru_cache
+from io import BytesIO
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -42,6 +45,13 @@ BF16 = "fedft.bfloat16"
 KEPT = "fedft.kept"
 """Under this name a site's own state holds the parts of its adapter that never leave it."""
 
+NPY = "numpy.ndarray"
+"""Serialisation type of Flower's NumPy format."""
+
+NPY_MAGIC = b"\x93NUMPY"
+_LONGEST_HEADER = 512
+"""Longest header of a NumPy array that is remembered; an honest one has 128 bytes."""
+
 _ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 
 
@@ -52,15 +62,37 @@ def arrays_from(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32") -> Arr
 
 def tensors_from(record: ArrayRecord) -> dict[str, Tensor]:
     """Decode a record. bfloat16 comes back as float32, the dtype in which all rules compute."""
-    return {name: _decode(array) for name, array in record.items()}
+    return {name: tensor_from(array) for name, array in record.items()}
+
+
+def tensor_from(array: Array) -> Tensor:
+    """Decode one array, as :func:`tensors_from` does.
+
+    Raises:
+        ValueError: the bytes are not what they say they are.
+    """
+    if array.stype == BF16:
+        raw = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
+        return torch.as_tensor(raw).view(torch.bfloat16).float().reshape(array.shape)
+    start = 10 + int.from_bytes(array.data[8:10], "little")
+    known = array.stype == NPY and array.data.startswith(NPY_MAGIC + b"\x01\x00")
+    if not known or start > _LONGEST_HEADER:
+        return torch.as_tensor(array.numpy())
+    shape, order, dtype = _npy_header(array.data[8:start])
+    numbers = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=start)
+    return torch.as_tensor(numbers.reshape(shape, order=order).copy())
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
+    """Shape, order and dtype of a NumPy array; a round has thousands, and few different ones."""
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(BytesIO(header))
+    return shape, "F" if fortran else "C", dtype
 
 
 def payload_bytes(record: ArrayRecord) -> int:
     """Bytes of the numbers in a record: elements x bytes each, without names and headers."""
-    return sum(
-        int(np.prod(array.shape, dtype=np.int64)) * _ITEMSIZE.get(array.dtype, 8)
-        for array in record.values()
-    )
+    return sum(math.prod(array.shape) * _ITEMSIZE.get(array.dtype, 8) for array in record.values())
 
 
 def plan_bytes(plan: TrainPlan, dtype: WireDtype = "fp32") -> tuple[int, int]:
@@ -83,13 +115,6 @@ def _encode(tensor: Tensor, dtype: WireDtype) -> Array:
         return Array(tensor.float().numpy())
     raw = tensor.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2", copy=False)
     return Array("bfloat16", tuple(tensor.shape), BF16, raw.tobytes())
-
-
-def _decode(array: Array) -> Tensor:
-    if array.stype != BF16:
-        return torch.as_tensor(array.numpy())
-    raw = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
-    return torch.as_tensor(raw).view(torch.bfloat16).float().reshape(array.shape)
 
 
 def delta_tensors(delta: Delta) -> dict[str, Tensor]:

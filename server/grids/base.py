@@ -36,6 +36,28 @@ class Job:
     def __post_init__(self) -> None:
         self.nodes = frozenset(m.metadata.dst_node_id for m in self.messages)
 
+    @property
+    def group(self) -> str:
+        """The group, which is the round, of its messages."""
+        return self.messages[0].metadata.group_id
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """What came of a message, until it is pulled.
+
+    Attributes:
+        node: that served it.
+        reply: what it answered.
+        state: what it left behind; None where it left what it found.
+        times: how often the reply came.
+    """
+
+    node: int
+    reply: Message
+    state: RecordDict | None
+    times: int
+
 
 class SimulationGrid(Grid, ABC):
     """A Flower Grid whose nodes are simulated.
@@ -58,8 +80,9 @@ class SimulationGrid(Grid, ABC):
         self._run = empty_run(adopt_identity())
         self._pushed = 0
         self._open: set[str] = set()  # ids that were neither answered nor cancelled
-        self._ready: dict[str, list[Message]] = {}  # in order of completion
+        self._ready: dict[str, Delivery] = {}  # in order of completion
         self._states: dict[int, RecordDict] = {}
+        self._ahead: dict[int, RecordDict] = {}  # left by what was delivered and not pulled yet
         self._touched: set[int] = set()
         self._closed = False
 
@@ -144,7 +167,7 @@ class SimulationGrid(Grid, ABC):
         self._collect()
         wanted = set(message_ids)
         ready = [message_id for message_id in self._ready if message_id in wanted]
-        return [reply for message_id in ready for reply in self._ready.pop(message_id)]
+        return [reply for message_id in ready for reply in self._take(message_id)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -181,8 +204,8 @@ class SimulationGrid(Grid, ABC):
         """
         ids = frozenset(message_ids)
         self._open -= ids
-        for message_id in ids:
-            self._ready.pop(message_id, None)
+        for message_id in ids & self._ready.keys():
+            self._forget_ahead(self._ready.pop(message_id))
         if ids:
             self._abandon(ids)
 
@@ -192,9 +215,26 @@ class SimulationGrid(Grid, ABC):
         if message_id not in self._open:
             return
         self._open.remove(message_id)
+        node = message.metadata.dst_node_id
         if answer.state is not None:
-            self._keep_state(message.metadata.dst_node_id, answer.state)
-        self._ready[message_id] = [answer.reply] * times
+            self._ahead[node] = answer.state
+        self._ready[message_id] = Delivery(node, answer.reply, answer.state, times)
+
+    def _take(self, message_id: str) -> list[Message]:
+        """A reply that is ready, and what its node left behind."""
+        delivery = self._ready.pop(message_id)
+        if delivery.state is not None:
+            self._keep_state(delivery.node, delivery.state)
+        self._forget_ahead(delivery)
+        return [delivery.reply] * delivery.times
+
+    def _forget_ahead(self, delivery: Delivery) -> None:
+        if delivery.state is not None and self._ahead.get(delivery.node) is delivery.state:
+            del self._ahead[delivery.node]
+
+    def _state_of(self, node: int) -> RecordDict | None:
+        """What a node works on: what its last job left, whether or not that was pulled."""
+        return (self._ahead[node] or None) if node in self._ahead else self._states.get(node)
 
     def _reachable(self, cohort: Sequence[Message]) -> tuple[Message, ...]:
         """Those to nodes that there are; the others get error replies, as on a real network."""
@@ -226,7 +266,7 @@ class SimulationGrid(Grid, ABC):
 
     @property
     def states(self) -> Mapping[int, RecordDict]:
-        """Node id → the state it left behind. Nodes without a state are not listed."""
+        """Node id → the state it left behind, by what was pulled. Only nodes that have one."""
         return self._states
 
     def touched_states(self) -> dict[int, RecordDict | None]:
@@ -240,6 +280,7 @@ class SimulationGrid(Grid, ABC):
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
         """Puts the states of a checkpoint in place of all present ones. They count as committed."""
         self._states = {node: state for node, state in states.items() if state}
+        self._ahead.clear()
         self._touched.clear()
 
     def _keep_state(self, node: int, state: RecordDict) -> None:

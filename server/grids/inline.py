@@ -211,7 +211,7 @@ class InlineGrid(SimulationGrid):
                 self.nodes,
                 self.run.run_id,
                 self.run_config,
-                copy.deepcopy(self._states.get(node)),
+                copy.deepcopy(self._state_of(node)),
             )
             for node in (message.metadata.dst_node_id for message in well)
         ]

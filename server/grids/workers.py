@@ -290,10 +290,15 @@ class WorkerGrid(SimulationGrid, Generic[W]):
             self._submit(worker, job)
 
     def _startable(self) -> list[Job]:
-        """The first jobs none of whose nodes is busy, or has an earlier job waiting."""
+        """The first jobs none of whose nodes is busy, or has an earlier job waiting.
+
+        They are of one group, which is a round: a round's last jobs go before the next one's.
+        """
         blocked = {n for w in self._workers if w.job and w.abandoned is None for n in w.job.nodes}
         found: list[Job] = []
         for job in self._queue:
+            if found and job.group != found[0].group:
+                break
             if blocked.isdisjoint(job.nodes):
                 found.append(job)
             if len(found) == _CHOICE:
@@ -314,7 +319,7 @@ class WorkerGrid(SimulationGrid, Generic[W]):
     def _load(self, job: Job) -> tuple[list[Parcel], list[RecordDict | None]]:
         """What a worker needs for a job: the messages, and the states of their nodes."""
         parcels = [self._parcels[m.metadata.message_id] for m in job.messages]
-        return parcels, [self._states.get(m.metadata.dst_node_id) for m in job.messages]
+        return parcels, [self._state_of(m.metadata.dst_node_id) for m in job.messages]
 
     def _settle(self, outcome: Outcome[W]) -> None:
         """Takes in what a worker has completed, or its death."""

@@ -1,10 +1,12 @@
 """What is encoded comes back, and counts as many bytes as the formula says."""
 
 from dataclasses import replace
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +55,43 @@ def test_bfloat16_round_trips_as_rounded_and_takes_half_the_bytes() -> None:
     assert torch.equal(codec.tensors_from(half)["x"], x.to(torch.bfloat16).float())
     assert codec.payload_bytes(full) == 7 * 3 * 4 == 2 * codec.payload_bytes(half)
     assert not torch.equal(codec.tensors_from(half)["x"], x)
+
+
+@given(
+    st.sampled_from(["<f4", "<f8", "<f2", "<i8", "<i4", "|u1", "|b1"]),
+    st.lists(st.integers(0, 4), max_size=3),
+    st.booleans(),
+    st.integers(0, 20),
+)
+def test_any_numpy_array_is_read_as_numpy_reads_it(
+    dtype: str, shape: list[int], fortran: bool, lost: int
+) -> None:
+    """The twin is NumPy's own reader, which takes ten times as long for the size of a factor."""
+    values = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    array = Array(np.asfortranarray(values) if fortran else values)
+    read, twin = codec.tensor_from(array), array.numpy()
+    assert read.is_contiguous()
+    assert (read.dtype, tuple(read.shape)) == (torch.as_tensor(twin).dtype, twin.shape)
+    assert np.array_equal(read.numpy(), twin)
+    if 0 < lost <= values.nbytes:
+        short = Array(array.dtype, array.shape, array.stype, array.data[:-lost])
+        with pytest.raises(ValueError, match=r"buffer|read"):
+            codec.tensor_from(short)
+
+
+@pytest.mark.parametrize("version", [(2, 0), (3, 0)])
+def test_other_versions_of_the_format_are_read_too(version: tuple[int, int]) -> None:
+    file = BytesIO()
+    np.lib.format.write_array(file, np.arange(6.0).reshape(2, 3), version=version)
+    array = Array("float64", (2, 3), codec.NPY, file.getvalue())
+    assert codec.tensor_from(array).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_pickled_objects_are_not_read() -> None:
+    file = BytesIO()
+    np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="OBJECT"):
+        codec.tensor_from(Array("object", (1,), codec.NPY, file.getvalue()))
 
 
 def test_integers_keep_their_dtype() -> None:

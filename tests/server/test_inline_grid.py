@@ -298,6 +298,28 @@ def test_states_are_loaded_back() -> None:
     assert about(reply)["calls"] == 42
 
 
+def test_a_state_counts_when_its_reply_is_pulled_and_the_node_goes_on_with_it() -> None:
+    with InlineGrid(echo, 10) as grid:
+        _, second = grid.push_messages([request(7, round_=1), request(7, round_=2)])
+        assert [about(r)["calls"] for r in pull_all(grid, [second])] == [2]
+        assert dict(grid.states[7].items()) == {"calls": ConfigRecord({"n": 2})}
+    with InlineGrid(echo, 10) as grid:
+        ids = grid.push_messages([request(7, round_=1), request(8)])
+        pull_all(grid, ids[1:])  # node 7 was served before it
+        assert list(grid.states) == list(grid.touched_states()) == [8]
+        pull_all(grid, ids[:1])
+        assert sorted(grid.touched_states()) == [7, 8]
+
+
+def test_what_a_cancelled_job_left_is_gone_though_it_was_done() -> None:
+    with InlineGrid(echo, 10) as grid:
+        done, other = grid.push_messages([request(7), request(8)])
+        pull_all(grid, [other])
+        grid.cancel([done])
+        (reply,) = grid.send_and_receive([request(7, round_=2)])
+        assert about(reply)["calls"] == 1
+
+
 # --- giving up ---
 
 

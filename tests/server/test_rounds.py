@@ -1,21 +1,26 @@
 """Participation and failure: rows 18-24 and 30 of the fault catalogue, on InlineGrid."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedft.core import codec
-from fedft.core.errors import QuorumFailure
+from fedft.core.digest import state_digest
+from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import Adapter, Factors, LocalTraining, ServerState, Site, TrainPlan
-from server.config import RoundsSpec
+from server.config import PruningSpec, RoundsSpec
+from server.federation import Completed, Federation
 from server.grids.inline import Fault, Faults, InlineGrid
-from server.rounds import Completed, Federation, grouped, one_round, rounds
+from server.pruning import Pruning
+from server.rounds import grouped, one_round, rounds
 from strategies import FedAvgLoRA
+from strategies.fedsa_lora import FedSALoRA
 
 CLIENTS = 6
 
@@ -30,6 +35,9 @@ class Everybody:
 
     def _site(self, index: int) -> Site:
         return Site(f"site-{index}", examples=10 * (index + 1))
+
+    def ready(self, count: int) -> bool:
+        return True
 
     def node_of(self, site: Site) -> int:
         return int(site.name.removeprefix("site-")) + 1
@@ -48,6 +56,8 @@ def train(message: Message, context: Context) -> Message:
     plan = codec.train_plan(message.content, initial(), 0)
     value = float(plan.site.removeprefix("site-")) + 1
     tensors = {name: torch.full_like(t, value) for name, t in plan.sent().items()}
+    if plan.keep:
+        context.state["left"] = ConfigRecord({"round": plan.round})
     return Message(codec.reply_content(tensors, int(10 * value), {"loss": value}), reply_to=message)
 
 
@@ -166,3 +176,154 @@ def test_passes_are_of_equal_size_and_hold_everybody_once(count: int, size: int)
 def test_plans_of_different_kinds_share_no_pass() -> None:
     mixed = plans(3) + plans(2, train=frozenset({"B"})) + plans(2, layers=(0,))
     assert grouped(mixed, 8) == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+# --- the next round is opened while this one is evaluated ---
+
+
+class Watched(InlineGrid):
+    """Notes which kind of message of which round is pushed, and when a round's scores are in."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.log: list[str] = []
+
+    def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:
+        jobs = list(jobs)
+        about = jobs[0][0].metadata
+        self.log.append(f"{about.message_type} {about.group_id}")
+        return super().push_jobs(jobs)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            self.log.append(f"{reply.metadata.message_type} {reply.metadata.group_id} answered")
+        return replies
+
+
+def watched(
+    count: int = 3, reorder: int | None = None, **changes: Any
+) -> tuple[Federation, list[str]]:
+    grid = Watched(app, CLIENTS, faults=Faults(reorder=reorder))
+    settings = {"count": count, "per-round": 3, "quorum": 2, "evaluate-every": 1}
+    federated = replace(
+        federation(), grid=grid, settings=RoundsSpec.model_validate(settings), **changes
+    )
+    return federated, grid.log
+
+
+def goes_ahead(log: list[str]) -> bool:
+    begins = next(i for i, line in enumerate(log) if line in ("train 2", "evaluate 2"))
+    return begins < log.index("evaluate 1 answered")
+
+
+def test_a_round_is_opened_before_the_last_one_is_evaluated() -> None:
+    federated, log = watched()
+    everything = list(rounds(federated, ServerState(initial())))
+    assert goes_ahead(log)
+    assert log.index("evaluate 1") < log.index("train 2")
+    assert "train 4" not in log
+    assert [completed.state.round for completed in everything] == [1, 2, 3]
+
+
+def test_going_ahead_changes_nothing() -> None:
+    def line(completed: Completed) -> dict[str, Any]:
+        return {key: value for key, value in completed.record.items() if key != "seconds"}
+
+    federated, log = watched()
+    ahead = list(rounds(federated, ServerState(initial())))
+    one_by_one, state = list[Completed](), ServerState(initial())
+    for _ in range(3):
+        one_by_one.append(one_round(watched()[0], state))
+        state = one_by_one[-1].state
+    assert goes_ahead(log)
+    assert [line(c) for c in ahead] == [line(c) for c in one_by_one]
+    assert [c.replies for c in ahead] == [c.replies for c in one_by_one]
+    for x, y in zip(ahead, one_by_one, strict=True):
+        assert state_digest(x.state) == state_digest(y.state)
+
+
+class NotThere(Everybody):
+    def ready(self, count: int) -> bool:
+        return False
+
+
+class Compared(Pruning):
+    def due(self, state: ServerState) -> bool:
+        return state.round == 1
+
+
+class Charged:
+    """An account that draws no cohort."""
+
+    poisson = False
+
+    def spend(self, round_: int, cohort: Sequence[Site]) -> None: ...
+
+    def guarantee(self) -> dict[str, Any]:
+        return {}
+
+    def of_sites(self, names: Sequence[str]) -> dict[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"roster": NotThere()},
+        {"privacy": Charged()},
+        {"pruning": Compared(PruningSpec(selection="stride"), lambda site: 1, 1, 0)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_has_to_wait_for_the_last_round_waits(change: dict[str, Any]) -> None:
+    federated, log = watched(**change)
+    generator = rounds(federated, ServerState(initial()))
+    with suppress(QuorumFailure):  # the toy app cannot compare blocks
+        next(generator)
+        next(generator)
+    assert not goes_ahead(log)
+
+
+def test_a_run_that_may_end_early_waits_for_its_scores() -> None:
+    federated, log = watched()
+    settings = federated.settings.model_copy(update={"patience": 5})
+    list(rounds(replace(federated, settings=settings), ServerState(initial())))
+    assert not goes_ahead(log)
+
+
+def test_states_of_the_next_round_are_not_in_this_ones_commit() -> None:
+    """Sites leave the round's number behind, and some are done before the last evaluation is."""
+    federated, log = watched(reorder=1, strategy=FedSALoRA(head="shared"))
+    grid = federated.grid
+    assert isinstance(grid, Watched)
+    for completed in rounds(federated, ServerState(initial())):
+        touched = grid.touched_states()
+        left = {int(state["left"]["round"]) for state in touched.values() if state}  # type: ignore
+        assert left == {completed.state.round}
+        grid.states_committed(touched)
+    assert goes_ahead(log)
+
+
+def test_who_stops_asking_leaves_nothing_under_way() -> None:
+    federated, log = watched()
+    generator = rounds(federated, ServerState(initial()))
+    next(generator)
+    assert log[-1] != "train 2 answered"
+    generator.close()
+    assert isinstance(federated.grid, Watched)
+    assert not federated.grid.wait(["any"], timeout=0)  # nothing is queued
+
+
+def test_an_error_of_the_next_round_does_not_cost_this_one() -> None:
+    class Failing(Everybody):
+        def sample(self, seed: int, round_: int, attempt: int, count: int) -> list[Site]:
+            if round_ == 2:
+                raise ConfigError("nobody")
+            return super().sample(seed, round_, attempt, count)
+
+    federated, _ = watched(roster=Failing())
+    generator = rounds(federated, ServerState(initial()))
+    assert next(generator).record["eval"] == {"loss": 0.5, "accuracy": 0.75}
+    with pytest.raises(ConfigError, match="nobody"):
+        next(generator)

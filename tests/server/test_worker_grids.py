@@ -120,6 +120,29 @@ def test_a_state_lives_from_message_to_message_and_messages_to_a_node_wait_in_li
     assert grid.touched_states() == {}
 
 
+def test_a_state_counts_when_its_reply_is_pulled_and_the_node_goes_on_with_it(grid: Grid) -> None:
+    _, second = grid.push_messages([request(9, remember=True) for _ in range(2)])
+    assert [about(r)["calls"] for r in receive(grid, [second])] == [2]
+    grid.states_committed([9])
+    third, other = grid.push_messages([request(9, remember=True), request(8, sleep=0.3)])
+    receive(grid, [other])
+    assert grid.wait([third])
+    assert grid.touched_states() == {}
+    grid.cancel([third])
+    (reply,) = grid.send_and_receive([request(9, remember=True)])
+    assert about(reply)["calls"] == 3
+
+
+def test_the_last_jobs_of_a_round_go_before_the_next_round(grid: Grid) -> None:
+    """Also where a worker knows a site of the next round."""
+    grid.ready()
+    receive(grid, grid.push_messages([request(1, sleep=0.2), request(2, sleep=0.2)]))
+    last = grid.push_messages([request(n, sleep=0.1) for n in (3, 4, 5, 6)])
+    following = grid.push_messages([request(n, round_=2, sleep=0.3) for n in (1, 2)])
+    order = [r.metadata.src_node_id for r in receive(grid, [*last, *following])]
+    assert sorted(order[:4]) == [3, 4, 5, 6]
+
+
 def test_a_client_that_raises_gives_an_error_reply(grid: Grid) -> None:
     replies = grid.send_and_receive([request(1), request(2, **{"raise": True})])
     assert replies[0].has_content()

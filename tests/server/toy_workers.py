@@ -76,11 +76,11 @@ def driving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def request(node: int, arrays: ArrayRecord | None = None, **do: Any) -> Message:
+def request(node: int, arrays: ArrayRecord | None = None, round_: int = 1, **do: Any) -> Message:
     content = RecordDict({"do": ConfigRecord(do)})
     if arrays is not None:
         content["arrays"] = arrays
-    return Message(content, node, "train", group_id="1")
+    return Message(content, node, "train", group_id=str(round_))
 
 
 def about(reply: Message) -> dict[str, Any]:

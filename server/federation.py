@@ -1,0 +1,160 @@
+"""What a run consists of apart from its state, and what is written down while a round goes on."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedft.core import codec
+from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
+from server.clock import SimulatedClock
+from server.config import RoundsSpec
+from server.courier import Courier
+from server.pruning import Pruning
+from server.roster import Roster
+from server.validation import Limits
+from strategies import Strategy
+
+
+class Account(Protocol):
+    """What the rounds ask of a privacy account; see :class:`~server.privacy.PrivacyAccount`."""
+
+    @property
+    def poisson(self) -> bool:
+        """Whether it draws the cohorts, of any size, and rounds are never retried."""
+        ...
+
+    def cohort(self) -> list[Site]:
+        """A Poisson sample of the sites, in the order of their names."""
+        ...
+
+    def spend(self, round_: int, cohort: Sequence[Site]) -> None:
+        """Enter an attempt at a round; when this returns, it is on disk."""
+        ...
+
+    def guarantee(self) -> dict[str, Any]:
+        """What has been spent so far."""
+        ...
+
+    def of_sites(self, names: Sequence[str]) -> dict[str, float]:
+        """What some sites have spent of their own, where sites do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What a run consists of, apart from its state.
+
+    Attributes:
+        strategy: the aggregation rule.
+        roster: the registered sites.
+        grid: how they are reached.
+        clock: the simulated clock of a fleet that has one; without it time is the machine's.
+        evaluator: what scores the global model on the server's test set, where the sites do not
+            hold it; None is the grid itself.
+        task: JSON of the :class:`~fedft.core.spec.TaskSpec`, sent with every message.
+        training: local optimisation.
+        settings: the `[rounds]` table.
+        seed: of the run.
+        kind: the model's task, which decides what is a score.
+        cohort: how many sites are trained in one pass.
+        wire: number format of tensors on the wire.
+        limits: bounds on replies.
+        pruning: which blocks sites hold that cannot hold them all; None where all can.
+        frozen: parts that no rule may train: they stay as the seed made them.
+        holdout: whether sites judge their own models on their own held-out examples.
+        stop: says whether the run was asked to stop.
+        privacy: the account of a run that promises privacy.
+    """
+
+    strategy: Strategy
+    roster: Roster
+    grid: Courier
+    task: str
+    training: LocalTraining
+    settings: RoundsSpec
+    seed: int
+    kind: str
+    cohort: int = 1
+    wire: codec.WireDtype = "fp32"
+    limits: Limits = field(default_factory=Limits)
+    holdout: bool = False
+    evaluator: Courier | None = None
+    clock: SimulatedClock | None = None
+    pruning: Pruning | None = None
+    frozen: frozenset[Part] = frozenset()
+    stop: Callable[[], bool] = field(default=lambda: False)
+    privacy: Account | None = None
+
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds of this machine's time for which replies are waited; None is as long as it takes.
+
+        Under a simulated clock the deadline is one of simulated time.
+        """
+        return self.settings.deadline_s if self.clock is None else None
+
+
+Asked = tuple[Site, TrainPlan]
+"""A site and what it is asked to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """One round: the state after it, its line for ``rounds.jsonl``, and its lines for ``clients.jsonl``."""
+
+    state: ServerState
+    record: dict[str, Any]
+    replies: list[dict[str, Any]]
+
+
+class Stopwatch:
+    """Seconds by phase, on this machine's monotonic clock."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+@dataclass
+class Ledger:
+    """What happened in the round in hand.
+
+    Attributes:
+        replies: lines for ``clients.jsonl``.
+        failures: reason → sites.
+        up, down: bytes.
+        now: simulated seconds since the beginning of the run.
+        busy: seconds that the devices of the cohort in hand spent on the simulated clock.
+        spent: the same of all cohorts, summed.
+    """
+
+    replies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    failures: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    up: int = 0
+    down: int = 0
+    now: float = 0.0
+    busy: Mapping[str, float] = field(default_factory=dict[str, float])
+    spent: float = 0.0
+
+    def failed(self, round_: int, site: str, reason: str, why: str) -> None:
+        """Count a site that gave no usable reply."""
+        self.failures.setdefault(reason, []).append(site)
+        line = {"kind": "train", "round": round_, "site": site, "status": reason, "reason": why}
+        self.replies.append({**line, **self.timing(site)})
+
+    def timing(self, site: str) -> dict[str, float]:
+        """What a line on a site says of its device's time; nothing where there is no clock."""
+        return {"device_seconds": self.busy[site]} if site in self.busy else {}
+
+    def took(self, busy: Mapping[str, float]) -> None:
+        """Devices of the next cohort spent that many seconds."""
+        self.busy = busy
+        self.spent += sum(busy.values())
