@@ -249,7 +249,7 @@ def _gaps(
 
 
 def _gap(x: Factors, y: Factors) -> _Gap:
-    """Norms of two products and of their difference, without their squares cancelling.
+    """Norms of two products of scale 1 and of their difference, whose squares do not cancel.
 
     For an orthonormal Q that spans the stacked left factors, ||Q^T X|| = ||X||, and Q^T [B_x B_y]
     is the triangle of a QR. The narrower side is taken as the left one; a stack at least as wide
@@ -257,7 +257,7 @@ def _gap(x: Factors, y: Factors) -> _Gap:
     """
     if x.shape[0] > x.shape[1]:
         x, y = _transposed(x), _transposed(y)
-    left = _isometric(torch.cat([x.scale * x.B, y.scale * y.B], dim=1))
+    left = _isometric(torch.cat([x.B, y.B], dim=1))
     total = _Gap()
     for start in range(0, x.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -271,7 +271,7 @@ def _dense_gap(x: Tensor, y: Factors) -> _Gap:
     total = _Gap()
     for start in range(0, x.shape[0], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        total += _compared(x[rows], (y.scale * y.B[rows]) @ y.A)
+        total += _compared(x[rows], y.B[rows] @ y.A)
     return total
 
 

@@ -106,6 +106,20 @@ def test_bias_of_averaged_factors_equals_the_dense_twin(sites: int) -> None:
     assert measured["relative"] > 1e-3
 
 
+@many
+def test_a_layer_is_read_alike_in_blocks_of_any_size(
+    sites: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = adapter(0)
+    updates = cohort(start, sites)
+    folded, after = fold(updates), FedAvgLoRA().aggregate(ServerState(start), updates)
+    whole = meters.measure(ServerState(start), folded, after)["bias"]
+    monkeypatch.setattr(meters, "_BLOCK", 5)  # leaves a narrower block at the end of most
+    parted = meters.measure(ServerState(start), folded, after)["bias"]
+    for module in SHAPES:
+        assert parted["layers"][module] == pytest.approx(whole["layers"][module], rel=1e-12)
+
+
 def test_bias_by_hand() -> None:
     """Two sites, one number a factor: B A = 1*1 and 3*3; mean 5, product of the means 2*2 = 4."""
     shapes = {"w": (1, 1)}
