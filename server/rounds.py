@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from torch import Tensor
 
-from fedft.core import codec, meters
+from fedft.core import codec, folding, meters
 from fedft.core.errors import FedftError, QuorumFailure, UpdateRejected
 from fedft.core.types import ClientUpdate, EvalPlan, ServerState, Site, TrainPlan
 from server import evaluation
@@ -184,13 +184,9 @@ def concluded(
     """
     with watch.phase("aggregate"):
         after = federation.strategy.aggregate(state, updates)
-        measured = meters.measure(
-            state,
-            updates,
-            after,
-            personal=federation.strategy.personal,
-            following=_next_starts(federation, after, cohort),
-        )
+        folded = folding.fold(updates, federation.strategy.personal)
+        following = _next_starts(federation, after, cohort)
+        measured = meters.measure(state, folded, after, following=following)
     if federation.pruning is not None:
         facts = {**facts, "pruning": federation.pruning.facts(state, cohort)}
     record: dict[str, Any] = {
@@ -198,7 +194,7 @@ def concluded(
         "cohort": [site.name for site in cohort],
         "failures": ledger.failures,
         **facts,
-        "train": {"loss": _mean_loss(updates)},
+        "train": {"loss": folded.loss},
         "bytes": {"up": ledger.up, "down": ledger.down},
         **measured,
     }
@@ -214,7 +210,7 @@ def concluded(
     if _evaluation_due(federation.settings, after.round):
         if federation.settings.spectrum:
             with watch.phase("aggregate"):
-                record["spectrum"] = meters.spectrum(updates, federation.strategy.personal)
+                record["spectrum"] = meters.spectrum(folded)
         with watch.phase("evaluate"):
             asked = evaluation.asked(federation, after, cohort)
     return Closing(after, record, asked, watch, ledger)
@@ -468,9 +464,3 @@ def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
 
 def _evaluation_due(settings: RoundsSpec, round_: int) -> bool:
     return round_ % settings.evaluate_every == 0 or round_ == settings.count
-
-
-def _mean_loss(updates: Sequence[ClientUpdate]) -> float | None:
-    known = [(u.examples, u.metrics["loss"]) for u in updates if "loss" in u.metrics]
-    total = sum(examples for examples, _ in known)
-    return sum(examples * loss for examples, loss in known) / total if total else None

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
+from fedft.core.folding import RunningMean
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -81,8 +82,9 @@ class Strategy(BaseModel, ABC):
     def mean_only(self) -> bool:
         """Whether the new state depends on the replies through the mean of what they sent alone.
 
-        Another summary of the replies (a median, a noisy mean) can then take the mean's place:
-        it is handed to ``combine`` as the one reply of the round.
+        The mean, or another summary of the replies (a median, a noisy mean), can then take their
+        place: it is handed to ``combine`` as the one reply of the round. The mean that
+        :meth:`fedft.core.folding.Folded.mean_update` makes gives the same bits as all replies do.
         """
         return False
 
@@ -153,20 +155,23 @@ def mean_of(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
 
     A tensor that some sites do not hold (layer-pruned clients) is averaged over those that do,
     with their weights renormalised.
+
+    Raises:
+        ValueError: the sites sent a tensor in different shapes.
     """
-    names = dict.fromkeys(name for u in updates for name in u.tensors)
-    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
+    mean = RunningMean()
+    for update in updates:
+        mean.add(update.tensors, update.examples)
+    return mean.tensors()
 
 
 def mean_head(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the fully trained tensors; empty where the sites sent none."""
-    names = dict.fromkeys(n for u in updates for n in u.tensors if part_of(n) == "head")
-    return {name: _mean(name, [u for u in updates if name in u.tensors]) for name in names}
-
-
-def _mean(name: str, holders: Sequence[ClientUpdate]) -> Tensor:
-    tensors = [u.tensors[name] for u in holders]
-    return weighted_sum(tensors, weights(holders)).to(tensors[0].dtype)
+    mean = RunningMean()
+    for update in updates:
+        head = {name: t for name, t in update.tensors.items() if part_of(name) == "head"}
+        mean.add(head, update.examples)
+    return mean.tensors()
 
 
 # ── layer by layer ────────────────────────────────────────────────────────────────────────────

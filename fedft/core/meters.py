@@ -16,13 +16,18 @@ M is a rule's whole answer: for FedAvg-LoRA the product of the averaged factors,
 FedEx-LoRA also what was merged into the base. A rule that weighs sites otherwise (HetLoRA) or steps
 (FedAdam) is held to the same dW, so that its deliberate departure reads as bias too.
 
-Precision: ||dW - M||^2 is never computed as ||dW||^2 - 2 <dW, M> + ||M||^2, whose rounding hides
-everything below 1e-8. Both products are expressed in one orthonormal basis of their stacked left
-factors (a thin QR, in float64) and subtracted there, entry by entry. What is left is the rounding
-of the stored factors themselves: 1e-7 for float32.
+What comes of the sites is read from the round's :class:`~fedft.core.folding.Folded` alone: the
+meters see no reply.
 
-Cost per layer, with R = sum_k r_k and d the smaller of d_in and d_out: one QR of [d, R] and one
-product [min(d, R), R] x [R, d'], in blocks of columns. Where all A_k (or all B_k) agree, as under
+Precision: ||dW - M||^2 is never computed as ||dW||^2 - 2 <dW, M> + ||M||^2, whose rounding hides
+everything below 1e-8. Few sites leave dW as a stack of factors: both products are then expressed in
+one orthonormal basis of their stacked left factors (a thin QR, in float64) and subtracted there,
+entry by entry. Many sites leave it as a dense matrix, from which M is subtracted as it is multiplied
+out. What is left is the rounding of the stored factors themselves: 1e-7 for float32.
+
+Cost per layer, with R the ranks of dW and M together and d the smaller of d_in and d_out: one QR of
+[d, R] and one product [min(d, R), R] x [R, d'], in blocks of columns; where dW is dense, M's own
+product and one pass over the matrix, in blocks of rows. Where all A_k (or all B_k) agree, as under
 FFA-LoRA, R falls to r.
 
 Definitions of lag and drift are this project's own where the papers give none; see
@@ -32,7 +37,7 @@ Definitions of lag and drift are this project's own where the papers give none; 
 # torch is typed in part; its values are annotated where they enter.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import NotRequired, TypedDict
@@ -41,22 +46,11 @@ import torch
 from torch import Tensor
 
 from fedft.core import algebra, hydra
-from fedft.core.types import (
-    Adapter,
-    ClientUpdate,
-    Delta,
-    Factors,
-    Part,
-    ServerState,
-    TrainPlan,
-    module_of,
-    part_of,
-)
+from fedft.core.folding import MATRICES, Folded
+from fedft.core.types import Adapter, Delta, Factors, ServerState, TrainPlan
 
 _BLOCK = 2048
-"""Columns of the difference held at a time: bounds the memory at [min(d, R), 2048] float64."""
-
-_MATRICES: frozenset[Part] = frozenset({"A", "B", "R"})
+"""Columns (rows, of a dense matrix) of the difference held at a time: bounds the memory."""
 
 
 class LayerBias(TypedDict):
@@ -129,75 +123,68 @@ class Meters(TypedDict):
 
 def measure(
     before: ServerState,
-    updates: Sequence[ClientUpdate],
+    folded: Folded,
     after: ServerState,
     *,
-    personal: Iterable[Part] = (),
     following: Mapping[str, TrainPlan] | None = None,
 ) -> Meters:
-    """All meters of one round. Reads its arguments only; sites without examples are left out.
+    """All meters of one round. Reads its arguments only.
+
+    Where a factor stays at the sites (FedSA-LoRA keeps B), the server never learns the products
+    B_k A_k: bias and function jump are then None, not a guess; displacement and drift cover the
+    parts that were sent.
 
     Args:
         before: the state the sites were sent.
-        updates: what came back, in any order.
+        folded: what came back.
         after: what the rule made of it.
-        personal: the parts that stay at the sites (``strategy.personal``). Where a factor does
-            (FedSA-LoRA keeps B), the server never learns the products B_k A_k: bias and function
-            jump are then None, not a guess; displacement and drift cover the parts that were sent.
         following: what the same sites would be sent next, by site name. Needed only where a site
             starts from something else than ``after`` (mixed ranks). None takes ``after`` for all.
     """
-    usable = sorted((u for u in updates if u.examples > 0), key=lambda u: u.site)
-    hidden = frozenset(personal) & _MATRICES
     bias_, jump = _empty_bias(), None
-    if usable and not hidden:
-        plans = _distinct(usable, following or {})
+    if folded.sites and not folded.hidden:
+        plans = _distinct(folded.sites, following or {})
         starts = [(plan.start, plan.delta) for plan, _ in plans]
         first, *others = _gaps(
-            _mean_updates(usable, _weights(usable)),
+            folded.mean_updates(),
             [_applied(before.delta, *new) for new in [(after.adapter, after.delta), *starts]],
         )
         bias_ = _read(first)
         jump = _function_jump(others, plans) if plans else bias_["relative"]
     lag = Lag(
         function_jump=jump,
-        dead_start=_dead_start(usable),
-        displacement=_displacement(usable, after.adapter, hidden),
+        dead_start=folded.dead_start,
+        displacement=_displacement(folded.mean_factors(), after.adapter),
     )
-    measured = Meters(bias=bias_, lag=lag, drift=_drift(usable))
+    drift = Drift(total=folded.moved, between=folded.spread)
+    measured = Meters(bias=bias_, lag=lag, drift=drift)
     if hydra.head_count(after.adapter) > 1:
         measured["heads"] = _separation(after.adapter)
     return measured
 
 
-def bias(
-    updates: Sequence[ClientUpdate], p: Sequence[float], applied: Mapping[str, Sequence[Factors]]
-) -> Bias:
+def bias(folded: Folded, applied: Mapping[str, Sequence[Factors]]) -> Bias:
     """The bias of any applied update against ``sum_k p_k s_k B_k A_k``.
 
     Args:
-        updates: what the sites returned; all of their factors must be known to the server.
-        p: their weights; renormalised in each layer over the sites that sent it.
+        folded: what the sites returned; all of their factors must be known to the server.
         applied: module path → terms whose sum takes the place of the mean update. Modules that
             no site sent are ignored; one that is missing here counts as an applied zero.
     """
-    (gaps,) = _gaps(_mean_updates(updates, p), [applied])
+    (gaps,) = _gaps(folded.mean_updates(), [applied])
     return _read(gaps)
 
 
-def spectrum(
-    updates: Sequence[ClientUpdate], personal: Iterable[Part] = ()
-) -> dict[str, list[float]]:
+def spectrum(folded: Folded) -> dict[str, list[float]]:
     """Singular values of dW by module path, descending; at most sum_k r_k of them are not zero.
 
-    Empty where a factor stays at the sites (``personal``): the server never knows dW then.
+    Empty where a factor stays at the sites: the server never knows dW then.
     """
-    if frozenset(personal) & _MATRICES:
-        return {}
-    usable = [u for u in updates if u.examples > 0]
     return {
-        module: algebra.singular_values(factors).tolist()
-        for module, factors in _mean_updates(usable, _weights(usable))
+        module: (
+            torch.linalg.svdvals(x) if isinstance(x, Tensor) else algebra.singular_values(x)
+        ).tolist()
+        for module, x in folded.mean_updates()
     }
 
 
@@ -249,18 +236,20 @@ def _read(gaps: Mapping[str, _Gap]) -> Bias:
 
 
 def _gaps(
-    ideal: Iterable[tuple[str, Factors]], targets: Sequence[Mapping[str, Sequence[Factors]]]
+    ideal: Iterable[tuple[str, Factors | Tensor]],
+    targets: Sequence[Mapping[str, Sequence[Factors]]],
 ) -> list[dict[str, _Gap]]:
     """For each target, module path → its gap. One layer in float64 at a time: that is the memory."""
     gaps: list[dict[str, _Gap]] = [{} for _ in targets]
     for module, x in ideal:
         for found, target in zip(gaps, targets, strict=True):
-            found[module] = _gap(x, _sum(target.get(module, ()), x))
+            y = _sum(target.get(module, ()), (x.shape[0], x.shape[1]))
+            found[module] = _dense_gap(x, y) if isinstance(x, Tensor) else _gap(x, y)
     return gaps
 
 
 def _gap(x: Factors, y: Factors) -> _Gap:
-    """Norms of two products and of their difference, without their squares cancelling.
+    """Norms of two products of scale 1 and of their difference, whose squares do not cancel.
 
     For an orthonormal Q that spans the stacked left factors, ||Q^T X|| = ||X||, and Q^T [B_x B_y]
     is the triangle of a QR. The narrower side is taken as the left one; a stack at least as wide
@@ -268,14 +257,27 @@ def _gap(x: Factors, y: Factors) -> _Gap:
     """
     if x.shape[0] > x.shape[1]:
         x, y = _transposed(x), _transposed(y)
-    left = _isometric(torch.cat([x.scale * x.B, y.scale * y.B], dim=1))
+    left = _isometric(torch.cat([x.B, y.B], dim=1))
     total = _Gap()
     for start in range(0, x.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_y), block]
-        Y = left[:, x.rank :] @ y.A[:, block]
-        total += _Gap(_square(X), _square(Y), float((X * Y).sum()), _square(X - Y))
+        total += _compared(X, left[:, x.rank :] @ y.A[:, block])
     return total
+
+
+def _dense_gap(x: Tensor, y: Factors) -> _Gap:
+    """The same for an ideal that is known entry by entry, [d_out, d_in]."""
+    total = _Gap()
+    for start in range(0, x.shape[0], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        total += _compared(x[rows], y.B[rows] @ y.A)
+    return total
+
+
+def _compared(X: Tensor, Y: Tensor) -> _Gap:
+    x, y = X.reshape(-1), Y.reshape(-1)
+    return _Gap(_square(x), _square(y), float(x.dot(y)), _square(x - y))
 
 
 def _isometric(x: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ def _isometric(x: Tensor) -> Tensor:
 
 
 def _square(x: Tensor) -> float:
-    return float(x.square().sum())
+    return float(x.dot(x))
 
 
 def _transposed(x: Factors) -> Factors:
@@ -297,52 +299,15 @@ def _double(x: Factors) -> Factors:
     return folded.folded()
 
 
-def _sum(terms: Sequence[Factors], like: Factors) -> Factors:
-    """The exact sum in float64; an empty one is a product of rank 0 with the shape of ``like``."""
+def _sum(terms: Sequence[Factors], shape: tuple[int, int]) -> Factors:
+    """The exact sum in float64; an empty one is a product of rank 0 of ``shape`` (d_out, d_in)."""
     if terms:
         return algebra.stack([_double(term) for term in terms])
-    d_out, d_in = like.shape
-    return Factors(like.A.new_zeros(0, d_in), like.B.new_zeros(d_out, 0), 1.0)
+    A, B = torch.zeros(0, shape[1]), torch.zeros(shape[0], 0)
+    return _double(Factors(A, B, 1.0))
 
 
-# ── what the sites asked for, and what they get ───────────────────────────────────────────────
-
-
-def _weights(updates: Sequence[ClientUpdate]) -> list[float]:
-    total = sum(u.examples for u in updates)
-    return [u.examples / total for u in updates]
-
-
-def _senders(updates: Sequence[ClientUpdate]) -> dict[str, list[int]]:
-    """Module path → the indices of the updates that bring a factor of it, in the model's order."""
-    sent = [{module_of(name) for name in u.tensors if part_of(name) != "head"} for u in updates]
-    modules = dict.fromkeys(module for u in updates for module in u.start.factors)
-    held = {module: [k for k, names in enumerate(sent) if module in names] for module in modules}
-    return {module: indices for module, indices in held.items() if indices}
-
-
-def _mean_updates(
-    updates: Sequence[ClientUpdate], p: Sequence[float]
-) -> Iterator[tuple[str, Factors]]:
-    """(module, its mean update in float64), weights renormalised over the senders of the layer."""
-    adapters = [u.adapter for u in updates]
-    for module, indices in _senders(updates).items():
-        total = sum(p[k] for k in indices)
-        parts = [_double(adapters[k].factors[module]) for k in indices]
-        yield module, _weighted_sum(parts, [p[k] / total for k in indices])
-
-
-def _weighted_sum(parts: Sequence[Factors], p: Sequence[float]) -> Factors:
-    """``sum_k p_k s_k B_k A_k``, stacked, or added up where one factor is common to all."""
-    w = [p_k * part.scale for p_k, part in zip(p, parts, strict=True)]
-    first = parts[0]
-    if all(torch.equal(part.A, first.A) for part in parts):
-        B = sum((w_k * part.B for w_k, part in zip(w, parts, strict=True)), first.B.new_zeros(()))
-        return Factors(first.A, B, 1.0)
-    if all(torch.equal(part.B, first.B) for part in parts):
-        A = sum((w_k * part.A for w_k, part in zip(w, parts, strict=True)), first.A.new_zeros(()))
-        return Factors(A, first.B, 1.0)
-    return algebra.stack(parts, p)
+# ── what the sites get ────────────────────────────────────────────────────────────────────────
 
 
 def _applied(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:
@@ -384,7 +349,7 @@ def _function_jump(
 
     Only layers that a site holds count: of the others it has no function.
     """
-    if any(plan.keep & _MATRICES for plan, _ in plans):
+    if any(plan.keep & MATRICES for plan, _ in plans):
         return None
     held = [
         (weight, gap)
@@ -396,13 +361,14 @@ def _function_jump(
 
 
 def _distinct(
-    updates: Sequence[ClientUpdate], following: Mapping[str, TrainPlan]
+    sites: Sequence[tuple[str, int]], following: Mapping[str, TrainPlan]
 ) -> list[tuple[TrainPlan, float]]:
     """Plans that start alike, once each, with the weight of their sites: they cost a QR apiece."""
     groups: list[tuple[TrainPlan, float]] = []
-    known = [u for u in updates if u.site in following]
-    for update, p in zip(known, _weights(known), strict=True):
-        plan = following[update.site]
+    known = [(following[name], examples) for name, examples in sites if name in following]
+    total = sum(examples for _, examples in known)
+    for plan, examples in known:
+        p = examples / total
         for index, (seen, weight) in enumerate(groups):
             if _same_start(plan, seen):
                 groups[index] = (seen, weight + p)
@@ -430,80 +396,18 @@ def _same(x: Delta, y: Delta) -> bool:
     )
 
 
-def _dead_start(updates: Sequence[ClientUpdate]) -> float | None:
-    """Mean of ||grad_A|| / ||grad_B|| over the sites that report both and have a gradient in B."""
-    pairs = [
-        (u.examples, u.metrics["grad_A_norm"], u.metrics["grad_B_norm"])
-        for u in updates
-        if u.metrics.keys() >= {"grad_A_norm", "grad_B_norm"}
-    ]
-    ratios = [(n, a / b) for n, a, b in pairs if b > 0 and isfinite(a / b)]
-    total = sum(n for n, _ in ratios)
-    return sum(n * ratio for n, ratio in ratios) / total if ratios else None
-
-
-def _displacement(
-    updates: Sequence[ClientUpdate], start: Adapter, hidden: frozenset[Part]
-) -> float | None:
+def _displacement(means: Mapping[str, Tensor | None], start: Adapter) -> float | None:
     """Relative distance of the server's new factors from the mean of those that came back."""
-    parts = _MATRICES - hidden
-    adapters = [u.adapter.tensors(parts) for u in updates]
-    following = start.tensors(parts)
-    p = _weights(updates)
+    following = start.tensors(MATRICES)
     moved = length = 0.0
-    for name, holders in _holders(updates, parts).items():
-        tensors = [adapters[k][name] for k in holders]
+    for name, mean in means.items():
         target = following.get(name)
-        if target is None or any(t.shape != target.shape for t in tensors):
+        if target is None or mean is None or mean.shape != target.shape:
             return None
-        mean = _mean(tensors, [p[k] for k in holders])
-        moved += _square(target.double() - mean)
-        length += _square(mean)
+        flat = mean.reshape(-1)
+        moved += _square(target.double().reshape(-1) - flat)
+        length += _square(flat)
     return _ratio(moved, length)
-
-
-def _holders(updates: Sequence[ClientUpdate], parts: Iterable[Part]) -> dict[str, list[int]]:
-    """Tensor name → the updates whose site holds that layer, for the chosen parts."""
-    senders = _senders(updates)
-    names = dict.fromkeys(name for u in updates for name in u.start.tensors(parts))
-    return {name: senders[module_of(name)] for name in names if module_of(name) in senders}
-
-
-def _mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
-    """Mean in float64 by weights that need not add up to one."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor, weight in zip(tensors, p, strict=True):
-        total.add_(tensor, alpha=weight / sum(p))
-    return total
-
-
-# ── client drift ──────────────────────────────────────────────────────────────────────────────
-
-
-def _drift(updates: Sequence[ClientUpdate]) -> Drift:
-    """Squared movement of the factors that were sent; tensors that did not travel have none."""
-    p = _weights(updates)
-    names = dict.fromkeys(n for u in updates for n in u.tensors if part_of(n) != "head")
-    if not names:
-        return Drift(total=None, between=None)
-    total, between = 0.0, 0.0
-    comparable = True
-    for name in names:
-        holders = [k for k, u in enumerate(updates) if name in u.tensors]
-        tensors = [updates[k].tensors[name] for k in holders]
-        starts = [updates[k].start.tensors()[name] for k in holders]
-        w = [p[k] for k in holders]
-        total += sum(
-            w_k * _square(t.double() - s.double())
-            for w_k, t, s in zip(w, tensors, starts, strict=True)
-        )
-        comparable = comparable and len({t.shape for t in tensors}) == 1
-        if comparable:
-            mean = _mean(tensors, w)
-            between += sum(
-                w_k * _square(t.double() - mean) for w_k, t in zip(w, tensors, strict=True)
-            )
-    return Drift(total=total, between=between if comparable else None)
 
 
 # ── HydraLoRA ─────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedft.core import algebra, meters
+from fedft.core.folding import fold
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -85,7 +86,7 @@ def applied(state, module) -> Tensor:
 
 
 def bias(updates, after, before=None) -> float:
-    measured = meters.measure(before or ServerState(updates[0].start), updates, after)
+    measured = meters.measure(before or ServerState(updates[0].start), fold(updates), after)
     value = measured["bias"]["relative"]
     assert value is not None
     return value

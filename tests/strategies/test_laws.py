@@ -1,6 +1,7 @@
 """The laws that every rule keeps, as one table. A new rule is a file and a row here."""
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 import strategies
 from fedft.core import codec, hydra, meters, seeds
 from fedft.core.errors import ConfigError
+from fedft.core.folding import fold
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -52,7 +54,6 @@ from strategies import (
     Strategy,
     TrimmedMean,
 )
-from strategies.base import mean_of
 
 RANK, ALPHA = 3, 6.0
 SHAPES = {"layer.0.q": (10, 8), "layer.1.v": (6, 12)}  # (d_out, d_in)
@@ -267,10 +268,10 @@ def initial(rule: Strategy, dtype: torch.dtype) -> ServerState:
 
 def fleet(rule: Strategy, count: int = 4) -> list[Site]:
     """Sites of unequal size; of unequal rank where the rule takes that."""
-    ranks = [3, 1, 2, 3]
+    ranks = itertools.cycle([3, 1, 2, 3])
     return [
-        Site(f"site-{k}", examples=5 + 3 * k, rank=ranks[k] if rule.mixed_ranks else None)
-        for k in range(count)
+        Site(f"site-{k}", examples=5 + 3 * k, rank=rank if rule.mixed_ranks else None)
+        for k, rank in zip(range(count), ranks, strict=False)
     ]
 
 
@@ -457,7 +458,7 @@ def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
     for _ in range(2):  # both rounds of an alternation
         updates = [reply(rule, state, site) for site in fleet(rule)]
         after = rule.aggregate(state, updates)
-        relative = meters.measure(state, updates, after)["bias"]["relative"]
+        relative = meters.measure(state, fold(updates), after)["bias"]["relative"]
         assert relative is not None
         assert relative < (1e-6 if dtype == torch.float32 else 1e-12)
         state = after
@@ -468,14 +469,33 @@ def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
     [r for r in TABLE.values() if r.rule.mean_only],
     ids=[k for k, r in TABLE.items() if r.rule.mean_only],
 )
-def test_a_rule_of_the_mean_takes_the_mean_for_a_reply(row: Row) -> None:
-    """What rules that hand over one summary (a median, a noisy mean) rely on."""
-    rule, state = row.rule, warm(row.rule)
-    updates = [reply(rule, state, site) for site in fleet(rule)]
-    mean = ClientUpdate("mean", 1, mean_of(updates), updates[0].start)
+@dtypes
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_a_rule_of_the_mean_takes_the_mean_for_a_reply(
+    row: Row, count: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit: the server folds the replies as they come, and hands over their mean.
+
+    Rules that put one summary (a median, a noisy mean) in its place rely on it too.
+    """
+    rule, state = row.rule, warm(row.rule, dtype)
+    for _ in range(2):  # both rounds of an alternation
+        updates = [reply(rule, state, site) for site in fleet(rule, count)]
+        mean = fold(updates, rule.personal).mean_update(state.adapter)
+        whole = rule.aggregate(state, updates)
+        assert same(rule.combine(replace(state, round=state.round + 1), [mean]), whole)
+        state = whole
+
+
+def test_a_rule_of_more_than_the_mean_is_told_from_one_of_the_mean_alone() -> None:
+    """Without it, the test above would hold of anything."""
+    rule = FlexLoRA()
+    state = warm(rule)
+    updates = [reply(rule, state, Site(f"site-{k}", 4 + k)) for k in range(4)]
+    mean = fold(updates).mean_update(state.adapter)
     lone, whole = rule.aggregate(state, [mean]), rule.aggregate(state, updates)
     x, y = (function(state.adapter, state.delta) for state in (lone, whole))
-    assert distance(x, y) < 1e-10
+    assert distance(x, y) > 1e-2
 
 
 def test_the_yardstick_sees_a_bias() -> None:
@@ -483,7 +503,9 @@ def test_the_yardstick_sees_a_bias() -> None:
     rule = FedAvgLoRA()
     state = warm(rule)
     updates = [reply(rule, state, site) for site in fleet(rule)]
-    relative = meters.measure(state, updates, rule.aggregate(state, updates))["bias"]["relative"]
+    relative = meters.measure(state, fold(updates), rule.aggregate(state, updates))["bias"][
+        "relative"
+    ]
     assert relative is not None
     assert relative > 0.05
 

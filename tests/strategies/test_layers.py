@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedft.core import meters, seeds
+from fedft.core.folding import fold
 from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
     Adapter,
@@ -155,8 +156,22 @@ def test_mixed_holdings_do_not_depend_on_the_order_and_keep_every_shape(rule: St
     # And the state can be planned from, trained on and aggregated again.
     following = rule.aggregate(after, updates_of(rule, after, HOLDINGS[::-1]))
     assert following.round == state.round + 2
-    found = meters.measure(state, updates, after, personal=rule.personal)
+    found = meters.measure(state, fold(updates, rule.personal), after)
     assert found["drift"]["total"] is not None
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES_UNDER_TEST if r.mean_only], ids=lambda r: r.model_dump()["name"]
+)
+def test_the_mean_of_mixed_holdings_stands_for_all_replies(rule: Strategy) -> None:
+    """Bit for bit, although each tensor is a mean over other sites."""
+    state = warm(rule)
+    updates = updates_of(rule, state, HOLDINGS)
+    mean = fold(updates, rule.personal).mean_update(state.adapter)
+    handed = bits(rule.combine(replace(state, round=state.round + 1), [mean]))
+    expected = bits(rule.aggregate(state, updates))
+    assert list(handed) == list(expected)
+    assert all(torch.equal(handed[n], expected[n]) for n in expected)
 
 
 SELECTING = ("krum", "multi-krum", "norm-clip")

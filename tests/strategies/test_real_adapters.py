@@ -11,6 +11,7 @@ from clients.train import PeftEngine
 from fedft.core import algebra, meters, models, seeds
 from fedft.core.batches import batches
 from fedft.core.data import prepare
+from fedft.core.folding import fold
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec
 from fedft.core.types import Adapter, ClientUpdate, LocalTraining, ServerState, Site
 from strategies import (
@@ -77,7 +78,7 @@ def bench() -> Bench:
 def relative_bias(
     before: ServerState, updates: Sequence[ClientUpdate], after: ServerState
 ) -> float:
-    value = meters.measure(before, updates, after)["bias"]["relative"]
+    value = meters.measure(before, fold(updates), after)["bias"]["relative"]
     assert value is not None
     return value
 

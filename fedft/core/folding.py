@@ -1,0 +1,475 @@
+"""The replies of one round, folded one by one: the server never needs to hold them all.
+
+What rules and meters ask of the replies of a round are sums over the sites. Each is brought up to
+date by one reply, which can then be dropped:
+
+    mean       x_bar += (w / W) (x - x_bar), W the weight so far with w in it (West, 1979): exact
+               where all replies are equal, and as accurate as the two-pass formula
+    between    M_2 += w (W - w) / W ||x - x_bar||^2, with x_bar as it was before (West, 1979)
+    dW         sum_k n_k s_k B_k A_k / sum_k n_k of every layer: its rank grows with the sites, so it
+               is stacked while that is smaller than the dense matrix; see :class:`MeanUpdate`
+
+Memory, whatever the number of sites: three times one reply, in float64, and of every adapted layer
+at most the dense matrix and as much again.
+
+Everything is taken in float64. The order of the replies decides the last bits: whoever folds keeps
+to one order, that of the sites' names.
+
+D. H. D. West, Updating mean and variance estimates: an improved method, Communications of the ACM
+22(9), 1979.
+"""
+
+# torch is typed in part; its values are annotated where they enter.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from fedft.core.types import Adapter, ClientUpdate, Factors, Part, factor_name, module_of, part_of
+
+MATRICES: frozenset[Part] = frozenset({"A", "B", "R"})
+"""The parts that make up a layer's update."""
+
+
+# ── means of tensors ──────────────────────────────────────────────────────────────────────────
+
+
+class Flat:
+    """Named tensors end to end, in float64: one operation for all of them instead of one apiece.
+
+    Attributes:
+        names: of the tensors, in order.
+        shapes: of each.
+        values: their entries, [n] float64; a copy.
+    """
+
+    def __init__(self, names: Iterable[str], shapes: Iterable[torch.Size], values: Tensor) -> None:
+        self.names, self.shapes, self.values = tuple(names), tuple(shapes), values
+        self._ends = [0, *accumulate(shape.numel() for shape in self.shapes)]
+        self._index = {name: i for i, name in enumerate(self.names)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Flat":
+        """The tensors in the order of the mapping."""
+        parts = [t.reshape(-1) for t in tensors.values()]
+        values = torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
+        return cls(tensors, (t.shape for t in tensors.values()), values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def shape(self, name: str) -> torch.Size:
+        """Of one tensor."""
+        return self.shapes[self._index[name]]
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, as a view."""
+        i = self._index[name]
+        return self.values[self._ends[i] : self._ends[i + 1]].view(self.shapes[i])
+
+    def run(self, like: "Flat") -> Tensor | None:
+        """The entries of the tensors of ``like``, as a view.
+
+        None unless they stand here next to each other, in the same order and shapes.
+        """
+        i = self._index.get(like.names[0]) if like.names else None
+        if i is None:
+            return None
+        end = i + len(like.names)
+        fits = self.names[i:end] == like.names and self.shapes[i:end] == like.shapes
+        return self.values[self._ends[i] : self._ends[end]] if fits else None
+
+    def take(self, like: "Flat") -> Tensor:
+        """The entries of the tensors of ``like``, which are all here, in its order."""
+        entries = self.run(like)
+        return self.only(like.names).values if entries is None else entries
+
+    def only(self, names: Sequence[str]) -> "Flat":
+        """A copy of some of the tensors."""
+        return Flat.of({name: self.tensor(name) for name in names})
+
+
+@dataclass(eq=False)
+class _Block:
+    """Tensors that came together in every reply so far, and so have one weight."""
+
+    mean: Flat
+    weight: float
+    factors: bool
+
+
+class RunningMean:
+    """The weighted mean of tensors by name, one reply at a time.
+
+    A tensor that only some replies bring (layer-pruned sites) is averaged over those. One whose
+    shape differs among them (mixed ranks) has no mean.
+
+    Attributes:
+        mixed: the names of the latter.
+        squares: sum_k w_k ||x_k - x_bar||^2 over all but the heads. Kept where the constructor's
+            ``spread`` asks for it; means nothing where a tensor is ``mixed``.
+    """
+
+    def __init__(self, *, spread: bool = False) -> None:
+        self.mixed: set[str] = set()
+        self.squares = 0.0
+        self._spread = spread
+        self._blocks: list[_Block] = []
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, tensors: Mapping[str, Tensor], weight: float) -> Flat:
+        """Fold one reply, of a weight above zero; returns it end to end."""
+        reply = Flat.of(tensors)
+        self._blocks = [part for block in self._blocks for part in self._parted(block, reply)]
+        for block in self._blocks:
+            if block.mean.names[0] in reply:
+                self._fold(block, reply.take(block.mean), weight)
+        new = [name for name in tensors if name not in self._dtypes]
+        for factors in (True, False):
+            names = [name for name in new if (part_of(name) != "head") is factors]
+            if names:
+                self._blocks.append(_Block(reply.only(names), weight, factors))
+        self._dtypes |= {name: tensors[name].dtype for name in new}
+        return reply
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → mean, in the dtype that was sent first and in the order in which names came.
+
+        Raises:
+            ValueError: the sites sent a tensor in different shapes.
+        """
+        if self.mixed:
+            raise ValueError(
+                f"{min(self.mixed)} has no mean: its shape is not the same at all sites"
+            )
+        means = self.means()
+        return {n: means[n][0].to(dtype, copy=True) for n, dtype in self._dtypes.items()}
+
+    def means(self) -> dict[str, tuple[Tensor, float]]:
+        """Name → its mean, a view in float64, and its weight. What is mixed is missing."""
+        return {
+            name: (block.mean.tensor(name), block.weight)
+            for block in self._blocks
+            for name in block.mean.names
+        }
+
+    def _parted(self, block: _Block, reply: Flat) -> list[_Block]:
+        """The block, or two of which the reply holds one; less the tensors that are mixed now."""
+        mean, names = block.mean, block.mean.names
+        if reply.run(mean) is not None:
+            return [block]
+        absent = [n for n in names if n not in reply]
+        alike = [n for n in names if n in reply and reply.shape(n) == mean.shape(n)]
+        if len(names) in (len(absent), len(alike)):
+            return [block]
+        self.mixed.update(set(names).difference(absent, alike))
+        return [replace(block, mean=mean.only(part)) for part in (absent, alike) if part]
+
+    def _fold(self, block: _Block, x: Tensor, weight: float) -> None:
+        before, block.weight = block.weight, block.weight + weight
+        if self._spread and block.factors:
+            share = before / block.weight
+            self.squares += weight * share * squared_distance(x, block.mean.values)
+        block.mean.values.lerp_(x, weight / block.weight)
+
+
+def squared_distance(x: Tensor, y: Tensor) -> float:
+    """``||x - y||^2`` of two vectors."""
+    difference = x - y
+    return float(difference.dot(difference))
+
+
+# ── the mean update of a layer ────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """``weight * B A``, [d_out, r] and [r, d_in]."""
+
+    A: Tensor
+    B: Tensor
+    weight: float
+
+    def merged(self, other: "_Term") -> "_Term | None":
+        """The sum of two that share a factor, at no higher rank; None where they do not."""
+        if torch.equal(self.A, other.A):
+            return _Term(self.A, _sum(self.B, self.weight, other.B, other.weight), 1.0)
+        if torch.equal(self.B, other.B):
+            return _Term(_sum(self.A, self.weight, other.A, other.weight), self.B, 1.0)
+        return None
+
+    def owned(self) -> "_Term":
+        """The same, sharing no memory: a view would keep a whole reply alive."""
+        return replace(self, A=self.A.clone(), B=self.B.clone())
+
+
+class MeanUpdate:
+    """``dW = sum_k w_k s_k B_k A_k / sum_k w_k`` of one layer, one site at a time.
+
+    Its rank grows with the sites: the products are stacked as they come, not multiplied out, up to
+    where the stack would take more numbers than the dense matrix, at rank
+    d_in d_out / (d_in + d_out). There it is added to one, by a single matrix product, and a new
+    stack begins. Memory is the dense matrix in float64 and one stack, in the dtype that was sent,
+    at most.
+
+    A product that shares A, or B, with the one before it is added to that one's other factor: under
+    FFA-LoRA or RoLoRA the rank stays r.
+
+    Attributes:
+        weight: the sum of the weights.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._terms: list[_Term] = []
+        self._rank = 0
+        self._dense: Tensor | None = None  # [d_out, d_in] float64, not yet divided by the weight
+
+    def add(self, x: Factors, weight: float) -> None:
+        """Fold one site's factors, of a weight above zero."""
+        self.weight += weight
+        down = x.A if x.R is None else x.R.double() @ x.A.double()
+        term = _Term(down, x.B, weight * x.scale)
+        both = self._terms[-1].merged(term) if self._terms else None
+        if both is not None:
+            self._terms[-1] = both
+            return
+        self._terms.append(term.owned())
+        self._rank += x.rank
+        d_out, d_in = x.shape
+        if self._rank * (d_out + d_in) >= d_out * d_in:
+            A, B = self._stacked(1.0)
+            self._dense = B @ A if self._dense is None else self._dense.addmm_(B, A)
+            self._terms, self._rank = [], 0
+
+    def value(self) -> Factors | Tensor:
+        """The mean update in float64: factors of scale 1 while these are smaller, else [d_out, d_in]."""
+        if self._dense is not None and not self._terms:
+            return self._dense / self.weight
+        A, B = self._stacked(1 / self.weight)
+        if self._dense is None:
+            return Factors(A, B, 1.0)
+        return torch.addmm(self._dense, B, A, beta=1 / self.weight)
+
+    def _stacked(self, share: float) -> tuple[Tensor, Tensor]:
+        """A [sum_k r_k, d_in] and B [d_out, sum_k r_k] in float64, the weights times ``share`` in A."""
+        weights = torch.tensor([share * t.weight for t in self._terms], dtype=torch.float64)
+        ranks = torch.tensor([term.A.shape[0] for term in self._terms])
+        A = torch.cat([term.A for term in self._terms]).double()
+        B = torch.cat([term.B for term in self._terms], dim=1).double()
+        return A * weights.repeat_interleave(ranks)[:, None], B
+
+
+def _sum(x: Tensor, v: float, y: Tensor, w: float) -> Tensor:
+    """``v x + w y`` in float64."""
+    return (x.double() if v == 1 else v * x.double()).add(y, alpha=w)
+
+
+# ── a round ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """What consecutive replies of one start and one set of names have in common.
+
+    Attributes:
+        start: the adapter these sites trained from.
+        names: what they sent.
+        sent: of ``start``, the tensors that were sent, without the heads.
+        kept: of ``start``, the factors that were not sent, of layers that were; without those that
+            nobody knows.
+        layers: (module, names of its A, B and R) of layers that were sent.
+    """
+
+    start: Adapter
+    names: tuple[str, ...]
+    sent: Flat
+    kept: Mapping[str, Tensor]
+    layers: Sequence[tuple[str, tuple[str, str, str]]]
+
+    @classmethod
+    def of(cls, update: ClientUpdate, hidden: frozenset[Part]) -> "_Frame":
+        sent = {module_of(name) for name in update.tensors if part_of(name) != "head"}
+        held = [module for module in update.start.factors if module in sent]
+        layers = [
+            (m, (factor_name(m, "A"), factor_name(m, "B"), factor_name(m, "R"))) for m in held
+        ]
+        start, known = update.start.tensors(), update.start.tensors(MATRICES - hidden)
+        factors = {name for _, names in layers for name in names}
+        return cls(
+            start=update.start,
+            names=tuple(update.tensors),
+            sent=Flat.of({n: start[n] for n in update.tensors if part_of(n) != "head"}),
+            kept={n: t for n, t in known.items() if n in factors and n not in update.tensors},
+            layers=layers,
+        )
+
+
+class _Average:
+    """A weighted mean of numbers; None of none."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float, weight: float) -> None:
+        self._sum += weight * value
+        self._weight += weight
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
+
+
+class Folded:
+    """The replies of one round, folded one by one in the order of the sites' names.
+
+    Attributes:
+        hidden: the factors that stay at the sites (FedSA-LoRA keeps B). The server never learns the
+            products B_k A_k then, and keeps no mean update.
+        sites: name and examples of every site that counts, in order.
+        examples: of all of them.
+    """
+
+    def __init__(self, personal: Iterable[Part] = ()) -> None:
+        self.hidden = frozenset(personal) & MATRICES
+        self.sites: list[tuple[str, int]] = []
+        self.examples = 0
+        self._sent, self._kept = RunningMean(spread=True), RunningMean()
+        self._updates: dict[str, MeanUpdate] = {}
+        self._frame: _Frame | None = None
+        self._factors_sent, self._moved = False, 0.0
+        self._loss, self._dead_start = _Average(), _Average()
+
+    def add(self, update: ClientUpdate) -> None:
+        """Fold one reply. That of a site without examples counts for nothing."""
+        n = update.examples
+        if n <= 0:
+            return
+        self.sites.append((update.site, n))
+        self.examples += n
+        frame = self._framed(update)
+        reply = self._sent.add(update.tensors, n)
+        self._moved += n * squared_distance(reply.take(frame.sent), frame.sent.values)
+        if frame.kept:
+            self._kept.add(frame.kept, n)
+        if not self.hidden:
+            self._add_products(frame, update, n)
+        self._add_metrics(update.metrics, n)
+
+    # What the rules and the record need.
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss by examples, over the sites that report one."""
+        return self._loss.value
+
+    def mean_update(self, start: Adapter) -> ClientUpdate:
+        """The one reply that a rule with ``mean_only`` is handed in place of all of them.
+
+        Args:
+            start: what the sites trained from, at the rank of the server.
+
+        Raises:
+            ValueError: no site counts, or the ranks are mixed.
+        """
+        if not self.sites:
+            raise ValueError("no reply has been folded, so there is no mean of them")
+        return ClientUpdate("mean", self.examples, self._sent.tensors(), start)
+
+    # What the meters need.
+
+    def mean_updates(self) -> Iterator[tuple[str, Factors | Tensor]]:
+        """(module, its dW) in the order of the model; see :meth:`MeanUpdate.value`."""
+        for module, update in self._updates.items():
+            if update.weight:
+                yield module, update.value()
+
+    def mean_factors(self) -> dict[str, Tensor | None]:
+        """Name → mean in float64 of each factor of the layers that were sent; hidden ones left out.
+
+        A factor that a site did not send is the one it started with. None for mixed ranks.
+        """
+        sent, kept = self._sent.means(), self._kept.means()
+        mixed = self._sent.mixed | self._kept.mixed
+        names = [factor_name(module, part) for module in self._updates for part in ("A", "R", "B")]
+        return {
+            name: None if name in mixed else _pooled(sent.get(name), kept.get(name))
+            for name in names
+            if name in sent or name in kept or name in mixed
+        }
+
+    @property
+    def moved(self) -> float | None:
+        """``sum_k p_k ||theta_k - theta_start||^2`` over what was sent, heads left out."""
+        return self._moved / self.examples if self._factors_sent else None
+
+    @property
+    def spread(self) -> float | None:
+        """``sum_k p_k ||theta_k - theta_bar||^2`` over the same; None for mixed ranks."""
+        comparable = self._factors_sent and not self._sent.mixed
+        return self._sent.squares / self.examples if comparable else None
+
+    @property
+    def dead_start(self) -> float | None:
+        """Mean of ||grad_A|| / ||grad_B|| by examples.
+
+        Over the sites that report both and have a gradient in B; None without any.
+        """
+        return self._dead_start.value
+
+    # One reply.
+
+    def _framed(self, update: ClientUpdate) -> _Frame:
+        """What the reply shares with the one before, or its own."""
+        old = self._frame
+        if old is not None and old.start is update.start and old.names == tuple(update.tensors):
+            return old
+        self._frame = frame = _Frame.of(update, self.hidden)
+        for module in update.start.factors:
+            self._updates.setdefault(module, MeanUpdate())
+        self._factors_sent = self._factors_sent or bool(frame.sent.names)
+        return frame
+
+    def _add_products(self, frame: _Frame, update: ClientUpdate, n: int) -> None:
+        sent = update.tensors
+        for module, (name_A, name_B, name_R) in frame.layers:
+            x = frame.start.factors[module]
+            R = None if x.R is None else sent.get(name_R, x.R)
+            x = Factors(sent.get(name_A, x.A), sent.get(name_B, x.B), x.scale, R)
+            self._updates[module].add(x, n)
+
+    def _add_metrics(self, metrics: Mapping[str, float], n: int) -> None:
+        if "loss" in metrics:
+            self._loss.add(metrics["loss"], n)
+        if metrics.keys() >= {"grad_A_norm", "grad_B_norm"} and metrics["grad_B_norm"] > 0:
+            ratio = metrics["grad_A_norm"] / metrics["grad_B_norm"]
+            if isfinite(ratio):
+                self._dead_start.add(ratio, n)
+
+
+def _pooled(x: tuple[Tensor, float] | None, y: tuple[Tensor, float] | None) -> Tensor | None:
+    """The mean of two groups from their means and weights; None where their shapes differ."""
+    if x is None or y is None:
+        known = x or y
+        return None if known is None else known[0]
+    if x[0].shape != y[0].shape:
+        return None
+    return x[0].lerp(y[0], y[1] / (x[1] + y[1]))
+
+
+def fold(updates: Iterable[ClientUpdate], personal: Iterable[Part] = ()) -> Folded:
+    """All replies of a round, in the order of the sites' names.
+
+    Args:
+        updates: in any order.
+        personal: the parts that stay at the sites (``strategy.personal``).
+    """
+    folded = Folded(personal)
+    for update in sorted(updates, key=lambda u: u.site):
+        folded.add(update)
+    return folded
