@@ -31,6 +31,7 @@ from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import ClientUpdate, ServerState, Site
 from server.clock import SimulatedClock, check_reachable, elapsed
 from server.federation import Asked, Completed, Federation, Ledger, Stopwatch
+from server.intake import Intake
 from server.rounds import concluded, plan_for, train
 
 LOSSES = ("late", "left")
@@ -80,7 +81,8 @@ def one_update(federation: Federation, state: ServerState) -> Completed:
     ages = [update.staleness for update in replies]
     facts = {"staleness": {"mean": sum(ages) / len(ages), "max": max(ages)}}
     cohort = [job.site for job in arrived]
-    closing = concluded(federation, state, replies, cohort, watch, ledger, facts)
+    intake = Intake(federation.strategy).add(replies)
+    closing = concluded(federation, state, intake, cohort, watch, ledger, facts)
     completed = closing.completed()
     # A line belongs to the update that commits it, whatever version its site started from.
     lines = [{**line, "round": completed.state.round} for line in completed.replies]

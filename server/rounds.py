@@ -12,6 +12,7 @@ come of it, and a run that is killed in between goes on as if the next round had
 """
 
 import itertools
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from torch import Tensor
 
-from fedft.core import codec, folding, meters
+from fedft.core import codec, meters
 from fedft.core.errors import FedftError, QuorumFailure, UpdateRejected
 from fedft.core.types import ClientUpdate, EvalPlan, ServerState, Site, TrainPlan
 from server import evaluation
@@ -28,6 +29,7 @@ from server.config import RoundsSpec
 from server.courier import messages, replies
 from server.evaluation import Evaluation
 from server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
+from server.intake import Intake
 from server.pruning import narrowed
 from server.validation import REPLY_REFUSED, comparison, validate
 
@@ -38,7 +40,8 @@ class Sent:
 
     Attributes:
         cohort: all of it.
-        asked: the sites that are to answer, by the id of the message to each.
+        asked: the sites that are to answer, and their plans as they read them, by the id of the
+            message to each; in the order in which they are worked on.
     """
 
     cohort: Sequence[Site]
@@ -162,16 +165,16 @@ def opened(federation: Federation, state: ServerState) -> Opening:
 
 def answered(federation: Federation, opening: Opening) -> Closing:
     """Take in what the sites of a round answer, aggregate, and have the model evaluated."""
-    updates, cohort, attempts = _gather(federation, opening)
+    intake, cohort, attempts = _gather(federation, opening)
     facts = {"attempts": attempts}
     state, watch, ledger = opening.state, opening.watch, opening.ledger
-    return concluded(federation, state, updates, cohort, watch, ledger, facts)
+    return concluded(federation, state, intake, cohort, watch, ledger, facts)
 
 
 def concluded(
     federation: Federation,
     state: ServerState,
-    updates: Sequence[ClientUpdate],
+    intake: Intake,
     cohort: Sequence[Site],
     watch: Stopwatch,
     ledger: Ledger,
@@ -183,10 +186,9 @@ def concluded(
     and ``facts`` further entries of its line.
     """
     with watch.phase("aggregate"):
-        after = federation.strategy.aggregate(state, updates)
-        folded = folding.fold(updates, federation.strategy.personal)
+        after = federation.strategy.aggregate(state, intake.replies(state.adapter))
         following = _next_starts(federation, after, cohort)
-        measured = meters.measure(state, folded, after, following=following)
+        measured = meters.measure(state, intake.folded, after, following=following)
     if federation.pruning is not None:
         facts = {**facts, "pruning": federation.pruning.facts(state, cohort)}
     record: dict[str, Any] = {
@@ -194,7 +196,7 @@ def concluded(
         "cohort": [site.name for site in cohort],
         "failures": ledger.failures,
         **facts,
-        "train": {"loss": folded.loss},
+        "train": {"loss": intake.folded.loss},
         "bytes": {"up": ledger.up, "down": ledger.down},
         **measured,
     }
@@ -210,7 +212,7 @@ def concluded(
     if _evaluation_due(federation.settings, after.round):
         if federation.settings.spectrum:
             with watch.phase("aggregate"):
-                record["spectrum"] = meters.spectrum(folded)
+                record["spectrum"] = meters.spectrum(intake.folded)
         with watch.phase("evaluate"):
             asked = evaluation.asked(federation, after, cohort)
     return Closing(after, record, asked, watch, ledger)
@@ -234,26 +236,24 @@ def _add_spent(account: Account, ledger: Ledger) -> None:
             line["epsilon"] = spent[line["site"]]
 
 
-def _gather(
-    federation: Federation, opening: Opening
-) -> tuple[list[ClientUpdate], Sequence[Site], int]:
+def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[Site], int]:
     """Take in answers, and ask further cohorts until one of them meets the quorum."""
     settings, state = federation.settings, opening.state
     sent, stays, watch, ledger = opening.sent, opening.stays, opening.watch, opening.ledger
-    updates: list[ClientUpdate] = []
+    intake = Intake(federation.strategy)
     for attempt in range(settings.retries + 1):
         if attempt > 0:
             sent, stays = _ask(federation, state, attempt, stays, watch, ledger)
         with watch.phase("train"):
-            updates = _received(federation, sent, ledger)
-        if len(updates) >= _needed(federation):
-            return updates, sent.cohort, attempt + 1
+            intake = Intake(federation.strategy).add(_received(federation, sent, ledger))
+        if len(intake) >= _needed(federation):
+            return intake, sent.cohort, attempt + 1
     if federation.clock is not None and settings.deadline_s is not None:
         check_reachable(stays, settings.deadline_s)
     reasons = ", ".join(f"{len(sites)} {reason}" for reason, sites in ledger.failures.items())
     first = next((r["reason"] for r in ledger.replies if r["status"] != "ok"), "")
     raise QuorumFailure(
-        f"round {state.round + 1}: {len(updates)} usable replies of {settings.per_round}, "
+        f"round {state.round + 1}: {len(intake)} usable replies of {settings.per_round}, "
         f"{_needed(federation)} needed, after {settings.retries + 1} attempts ({reasons}; the "
         f"first: {first})",
         fix="The model is as it was after the last completed round.",
@@ -381,11 +381,11 @@ def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPla
 
 def train(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> list[ClientUpdate]:
     """Send the plans, take what comes back until all have answered or nobody waits any longer."""
-    return _received(federation, Sent([], _send(federation, asked, ledger)), ledger)
+    return list(_received(federation, Sent([], _send(federation, asked, ledger)), ledger))
 
 
 def _send(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> dict[str, Asked]:
-    """Send the plans; who was asked, by the id of the message."""
+    """Send the plans; the sites, and their plans as they read them, by the id of the message."""
     encoder = codec.Encoder(federation.task, federation.wire)
     groups = grouped([plan for _, plan in asked], federation.cohort)
     jobs: list[list[Message]] = []
@@ -395,21 +395,34 @@ def _send(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> dic
         nodes = [federation.roster.node_of(asked[i][0]) for i in group]
         jobs.append(messages(MessageType.TRAIN, asked[0][1].round, contents, nodes))
     ids = federation.grid.push_jobs(jobs)
+    starts = {id(plan.start): plan.start for _, plan in asked}
+    read = {key: codec.on_the_wire(start, federation.wire) for key, start in starts.items()}
+    plans = [(site, replace(plan, start=read[id(plan.start)])) for site, plan in asked]
     order = itertools.chain.from_iterable(groups)
-    return {id_: asked[i] for id_, i in zip(ids, order, strict=True)}
+    return {id_: plans[i] for id_, i in zip(ids, order, strict=True)}
 
 
-def _received(federation: Federation, sent: Sent, ledger: Ledger) -> list[ClientUpdate]:
-    """The usable replies of a cohort, in the order of the sites' names."""
+def _received(
+    federation: Federation, sent: Sent, ledger: Ledger
+) -> Generator[ClientUpdate, None, None]:
+    """The usable replies of a cohort, in the order in which it was asked.
+
+    A reply waits for those that were asked for before it, so that the order of arrival decides
+    nothing. Passes are worked on in the same order: it is replies of the passes under way that wait.
+    """
     open_ = dict(sent.asked)
-    updates: list[ClientUpdate] = []
-    for reply in replies(federation.grid, open_, federation.patience_s, federation.stop):
-        site, plan = open_.pop(reply.metadata.reply_to_message_id)
-        if (update := _accept(federation, reply, site, plan, ledger)) is not None:
-            updates.append(update)
+    order = deque(open_)
+    arrived: dict[str, ClientUpdate | None] = {}
+    for reply in replies(federation.grid, order, federation.patience_s, federation.stop):
+        id_ = reply.metadata.reply_to_message_id
+        arrived[id_] = _accept(federation, reply, *open_.pop(id_), ledger)
+        while order and order[0] in arrived:
+            if (update := arrived.pop(order.popleft())) is not None:
+                yield update
     for site, plan in open_.values():
         ledger.failed(plan.round, site.name, "timeout", "no answer before the deadline")
-    return sorted(updates, key=lambda update: update.site)
+    late = (arrived.get(id_) for id_ in order)
+    yield from (update for update in late if update is not None)
 
 
 def _accept(
@@ -421,8 +434,7 @@ def _accept(
         ledger.failed(plan.round, site.name, word, why)
         return None
     try:
-        sent = replace(plan, start=codec.on_the_wire(plan.start, federation.wire))
-        update = validate(reply.content, sent, site, federation.limits)
+        update = validate(reply.content, plan, site, federation.limits)
     except UpdateRejected as rejected:
         ledger.failed(plan.round, site.name, rejected.reason, rejected.what)
         return None

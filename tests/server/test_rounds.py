@@ -1,9 +1,10 @@
 """Participation and failure: rows 18-24 and 30 of the fault catalogue, on InlineGrid."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -13,13 +14,22 @@ from flwr.clientapp import ClientApp
 from fedft.core import codec
 from fedft.core.digest import state_digest
 from fedft.core.errors import ConfigError, QuorumFailure
-from fedft.core.types import Adapter, Factors, LocalTraining, ServerState, Site, TrainPlan
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    Factors,
+    LocalTraining,
+    ServerState,
+    Site,
+    TrainPlan,
+)
 from server.config import PruningSpec, RoundsSpec
-from server.federation import Completed, Federation
+from server.federation import Completed, Federation, Ledger
 from server.grids.inline import Fault, Faults, InlineGrid
+from server.intake import Intake
 from server.pruning import Pruning
-from server.rounds import grouped, one_round, rounds
-from strategies import FedAvgLoRA
+from server.rounds import _received, grouped, one_round, opened, rounds
+from strategies import FedAvgLoRA, Strategy
 from strategies.fedsa_lora import FedSALoRA
 
 CLIENTS = 6
@@ -176,6 +186,78 @@ def test_passes_are_of_equal_size_and_hold_everybody_once(count: int, size: int)
 def test_plans_of_different_kinds_share_no_pass() -> None:
     mixed = plans(3) + plans(2, train=frozenset({"B"})) + plans(2, layers=(0,))
     assert grouped(mixed, 8) == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+# --- replies are folded as they come ---
+
+
+class OneByOne(FedAvgLoRA):
+    """The same rule, but it says that it needs every reply."""
+
+    @property
+    def mean_only(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_folding_replies_as_they_come_gives_the_bits_of_all_of_them(wire: Any) -> None:
+    def outcome(rule: Strategy) -> tuple[list[str], list[dict[str, Any]]]:
+        federated, _ = watched(reorder=3, strategy=rule, wire=wire)
+        completed = list(rounds(federated, ServerState(initial())))
+        lines = [{k: v for k, v in c.record.items() if k != "seconds"} for c in completed]
+        return [state_digest(c.state) for c in completed], lines
+
+    assert outcome(FedAvgLoRA()) == outcome(OneByOne())
+
+
+def alive(rule: Strategy, count: int) -> int:
+    """The most replies that live at one time while so many are taken in."""
+    living: WeakSet[ClientUpdate] = WeakSet()
+    most = 0
+
+    def arriving() -> Iterator[ClientUpdate]:
+        nonlocal most
+        start = initial()
+        for site in range(count):
+            tensors = {n: torch.full_like(t, float(site)) for n, t in start.tensors().items()}
+            update = ClientUpdate(f"site-{site:03d}", 1, tensors, start)
+            living.add(update)
+            yield update
+            most = max(most, len(living))
+
+    intake = Intake(rule).add(arriving())
+    assert len(intake) == count
+    return most
+
+
+def test_a_rule_of_the_mean_holds_no_reply_however_many_come() -> None:
+    assert alive(FedAvgLoRA(), 50) <= 2
+    assert alive(OneByOne(), 50) == 50
+
+
+def received(delay_s: float) -> tuple[Generator[ClientUpdate, None, None], Ledger]:
+    """The replies of six sites, each alone, of which the third is late."""
+    faults = Faults((Fault("delay", node=3, seconds=delay_s),))
+    federated = replace(
+        federation(),
+        grid=InlineGrid(app, CLIENTS, faults=faults),
+        settings=RoundsSpec.model_validate({"per-round": CLIENTS, "deadline-s": 5}),
+    )
+    opening = opened(federated, ServerState(initial()))
+    return _received(federated, opening.sent, opening.ledger), opening.ledger
+
+
+def test_a_reply_waits_for_those_before_it() -> None:
+    updates, _ = received(0.1)
+    assert [update.site for update in updates] == [f"site-{k}" for k in range(CLIENTS)]
+
+
+def test_a_reply_does_not_wait_for_those_after_it() -> None:
+    updates, ledger = received(60)
+    assert [next(updates).site for _ in range(2)] == ["site-0", "site-1"]
+    assert ledger.failures == {}  # nobody has waited until the deadline
+    assert [update.site for update in updates] == ["site-3", "site-4", "site-5"]
+    assert ledger.failures == {"timeout": ["site-2"]}
 
 
 # --- the next round is opened while this one is evaluated ---
