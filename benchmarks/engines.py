@@ -3,8 +3,9 @@
     python -m benchmarks.engines [--full] [--only "8 sites"] [--resume] [--repeats 2]
 
 MiniLM, LoRA r = 8 on queries and values, WordNet definitions, 60 rows a site, one local epoch; two
-worker processes of one thread each. Every contender is a fresh process that runs a first round,
-which does not count, and steady rounds at batch 8 and at batch 1; contenders take turns.
+worker processes of one thread each, but where it says otherwise. Every contender is a fresh process
+that runs a first round, which does not count, and steady rounds at batch 8 and at batch 1;
+contenders take turns.
 
 * ``loops``: the plain PEFT loop of :mod:`clients.train`, twice at once, half of the sites each.
 * ``flower``: Flower's simulation engine with a client as FlowerTune has it: it loads everything
@@ -12,7 +13,7 @@ which does not count, and steady rounds at batch 8 and at batch 1; contenders ta
   loop; ``kept`` does so too, and keeps what it loads; ``bf16`` has a bfloat16 base and eager
   attention.
 * ``fedft``: ``fedft simulate`` on Ray, with its default cohorts; ``forked`` with forked workers
-  instead; ``K = 1`` is the plain loop under fedft's rounds.
+  instead; ``one worker`` has all threads; ``K = 1`` is the plain loop under fedft's rounds.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from fedft.core.spec import Precision, TaskSpec
 from server.config import parse_config
 from server.run import Silent, open_grid, simulate
 
-ROWS, CLIENTS, WORKERS = 60, 32, 2
+ROWS, CLIENTS, THREADS = 60, 32, 2
 SIZES = (8, 1)
 SECTIONS = {"8 sites": 8, "20 sites": 20}
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,7 @@ class Way:
         kept: of ``lean``: whether clients keep what they load.
         cohort: of ``fedft``.
         backend: of ``fedft``.
+        workers: processes; they share the threads.
     """
 
     engine: Literal["loops", "flower", "fedft"]
@@ -65,6 +67,7 @@ class Way:
     kept: bool = False
     cohort: int | Literal["auto"] = "auto"
     backend: Literal["ray", "processes"] = "ray"
+    workers: int = THREADS
 
 
 WAYS = {
@@ -79,6 +82,7 @@ WAYS = {
     "fedft": Way("fedft"),
     "fedft, bf16": Way("fedft", "bf16"),
     "fedft, forked, bf16": Way("fedft", "bf16", backend="processes"),
+    "fedft, one worker, bf16": Way("fedft", "bf16", backend="processes", workers=1),
 }
 PEERS = ("flower", "flower, lean", "flower, kept, bf16", "loops")
 QUICK_WAYS = [
@@ -89,6 +93,7 @@ QUICK_WAYS = [
     "fedft",
     "fedft, bf16",
     "fedft, forked, bf16",
+    "fedft, one worker, bf16",
 ]
 
 
@@ -130,7 +135,7 @@ def section(ways: Sequence[str], sites: int, rounds: int, repeats: int) -> Mappi
         for way, own in measured.items()
         for size, values in own.items()
     ]
-    return {"sites": sites, "workers": WORKERS, "rows_a_site": ROWS, "rows": over(rows)}
+    return {"sites": sites, "threads": THREADS, "rows_a_site": ROWS, "rows": over(rows)}
 
 
 def over(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,7 +182,8 @@ def table(way: Way, sites: int, batch: int, rounds: int) -> dict[str, Any]:
         "training": {"batch-size": batch},
         "engine": {
             "backend": way.backend,
-            "workers": WORKERS,
+            "workers": way.workers,
+            "threads": THREADS // way.workers,
             "cohort": way.cohort,
             "precision": way.precision,
         },
@@ -214,7 +220,7 @@ def _flower(way: Way, sites: int, rounds: int) -> dict[int, list[float]]:
     from benchmarks import flower_peer
 
     sizes = [SIZES[0], *SIZES * rounds]
-    how = {"lean": way.lean, "cached": way.kept, "workers": WORKERS}
+    how = {"lean": way.lean, "cached": way.kept, "workers": way.workers}
     seconds = flower_peer.run(_task(way), sites, sizes, **how)
     return _by_size(sizes[1:], seconds[1:])
 
@@ -227,14 +233,14 @@ def _by_size(sizes: Sequence[int], seconds: Sequence[float]) -> dict[int, list[f
 def _loops(way: Way, sites: int, rounds: int) -> dict[int, list[float]]:
     sizes = [SIZES[0], *SIZES * rounds]
     context = multiprocessing.get_context("spawn")
-    barrier, marks = context.Barrier(WORKERS), context.SimpleQueue()
-    share = math.ceil(sites / WORKERS)
+    barrier, marks = context.Barrier(way.workers), context.SimpleQueue()
+    share = math.ceil(sites / way.workers)
     workers = [
         context.Process(
             target=_loop,
             args=(way, range(sites)[w * share : (w + 1) * share], sizes, barrier.wait, marks.put),
         )
-        for w in range(WORKERS)
+        for w in range(way.workers)
     ]
     for worker in workers:
         worker.start()

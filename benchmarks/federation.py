@@ -2,11 +2,12 @@
 
     python -m benchmarks.federation [--full] [--resume] [--rounds 5]
 
-``fedft simulate`` on Ray at K = 1 in float32, one worker of one thread, 10 sites a round. After
-each round the plain loop of :mod:`clients.train` trains the same sites on the same batches, one
-after another in one process, so that both see the same machine. Counted are the CPU seconds of the
-worker and of the driver (rounds, aggregation, bias meters, checkpoints) within the round; Ray's own
-servers are told apart. A section is a batch size.
+``fedft simulate`` at K = 1 in float32, one worker of one thread, 10 sites a round, with a worker
+forked on this machine and with Ray's. After each round the plain loop of :mod:`clients.train`
+trains the same sites on the same batches, one after another in one process, so that both see the
+same machine. Counted are the CPU seconds of the worker and of the driver (rounds, aggregation, bias
+meters, checkpoints) within the round; Ray's own servers are told apart. A section is a backend and
+a batch size.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from server.config import RunConfig, parse_config
 from server.grids.worker import RayServer
 from server.run import Silent, simulate
 
-FULL = ("8", "1")
-QUICK = ("8",)
+FULL = ("processes-8", "ray-8", "processes-1", "ray-1")
+QUICK = FULL[:2]
 WORKER = f"ray::{RayServer.__name__}"
 
 
@@ -46,17 +47,16 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    measure_sections(
-        "federation",
-        arguments,
-        QUICK,
-        FULL,
-        lambda key: section(table(int(key), arguments.rounds)),
-    )
+
+    def measured(key: str) -> Mapping[str, Any]:
+        backend, _, batch = key.partition("-")
+        return section(table(backend, int(batch), arguments.rounds))
+
+    measure_sections("federation", arguments, QUICK, FULL, measured)
 
 
-def table(batch: int, rounds: int) -> dict[str, Any]:
-    """The configuration, as of a TOML file; one round more than counts."""
+def table(backend: str, batch: int, rounds: int) -> dict[str, Any]:
+    """The configuration, as of a TOML file; two rounds more than count."""
     return {
         "data": {"partition": {"kind": "bootstrap", "rows-per-client": 60}},
         "fleet": {"clients": 100},
@@ -70,7 +70,7 @@ def table(batch: int, rounds: int) -> dict[str, Any]:
             "patience": 2 + rounds,
         },
         "training": {"batch-size": batch},
-        "engine": {"workers": 1, "cohort": 1},
+        "engine": {"backend": backend, "workers": 1, "cohort": 1},
     }
 
 
@@ -115,15 +115,18 @@ class Watch(Silent):
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
         # Of one site a pass: its engine is the plain loop.
         self._bench = workbench(config.task(precision="fp32", cohort=1).model_dump_json())
-        self._before = cpu_seconds()
+        self._before = self._spent()
 
     def completed(self, record: Mapping[str, Any]) -> None:
-        now = cpu_seconds()
+        now = self._spent()
         self.rounds.append({part: now[part] - self._before[part] for part in now})
         start = time.process_time()
         self._train(record)
         self.loops.append(time.process_time() - start)
-        self._before = cpu_seconds()
+        self._before = self._spent()
+
+    def _spent(self) -> dict[str, float]:
+        return cpu_seconds(self._config.engine.backend)
 
     def _train(self, record: Mapping[str, Any]) -> None:
         assert self._bench is not None
@@ -136,13 +139,13 @@ class Watch(Silent):
             bench.engine.train([TrainPlan(start=start, training=training, site=site)], [own])
 
 
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds so far of the workers, of this process, and of Ray's servers."""
+def cpu_seconds(backend: str) -> dict[str, float]:
+    """CPU seconds so far of the workers, of this process, and of what else Ray runs."""
     spent = {"worker": 0.0, "driver": _spent(psutil.Process()), "ray": 0.0}
     for process in psutil.Process().children(recursive=True):
         try:
-            part = "worker" if process.cmdline()[0].startswith(WORKER) else "ray"
-            spent[part] += _spent(process)
+            ours = backend == "processes" or process.cmdline()[0].startswith(WORKER)
+            spent["worker" if ours else "ray"] += _spent(process)
         except (psutil.Error, IndexError):  # it has just ended
             continue
     return spent

@@ -152,12 +152,12 @@ def _cohort_rows(found: Sections) -> str:
 def _federation_rows(found: Sections) -> str:
     rows = [
         [
-            f"batch {batch}",
+            key.replace("-", ", batch "),
             _spread(own["loop_cpu_s"]),
             *(_spread(own["round_cpu_s"][part]) for part in ("worker", "driver", "ray")),
             *(f"{own['over_loop'][n]['median']:.3f}" for n in ("worker", "worker + driver")),
         ]
-        for batch, own in found.items()
+        for key, own in found.items()
     ]
     head = [
         "CPU s a round",

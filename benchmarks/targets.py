@@ -3,6 +3,7 @@
 python -m benchmarks.targets
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,10 @@ def largest(found: Sections) -> Mapping[str, Any]:
 
 
 def _federation(found: Sections) -> Iterator[Target]:
-    for batch in ("8", "1"):
-        ratio = found.get(batch, {}).get("over_loop", {}).get("worker + driver", {})
-        what = f"CPU seconds of a round at K = 1 over the plain loop, batch {batch}"
+    for backend, batch in itertools.product(("processes", "ray"), ("8", "1")):
+        own = found.get(f"{backend}-{batch}", {})
+        ratio = own.get("over_loop", {}).get("worker + driver", {})
+        what = f"CPU seconds of a round at K = 1 over the plain loop, {backend}, batch {batch}"
         yield Target(what, 1.02, "≤", ratio.get("median"))
 
 

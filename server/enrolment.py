@@ -6,7 +6,7 @@ there, the cohorts are those that a simulation of the same sites would have.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,7 +83,8 @@ class EnrolledRoster:
         return [clients[name].site for name in chosen]
 
     def ready(self, count: int) -> bool:
-        return len(self.presence.connected & self._eligible().keys()) >= count
+        there, names = self.presence.connected, self._eligible().keys()
+        return len(there & names) >= count and not self._expected_back(names)
 
     def node_of(self, site: Site) -> int:
         return self.registry.client(site.name).node
@@ -117,11 +118,13 @@ class EnrolledRoster:
 
     def _wait_for(self, drawn: list[str]) -> None:
         """Give sites that went away just now the time to come back."""
-        while any(
-            name not in self.presence.connected and self.presence.away_s(name) < self.grace_s
-            for name in drawn
-        ):
+        while self._expected_back(drawn):
             self._sleep()
+
+    def _expected_back(self, names: Iterable[str]) -> bool:
+        """Whether one of these sites went away just now."""
+        there = self.presence.connected
+        return any(n not in there and self.presence.away_s(n) < self.grace_s for n in names)
 
     def _sleep(self) -> None:
         if self.stop():

@@ -5,7 +5,7 @@ commits each round before asking for the next. Flower's own loop cannot be resum
 stopped early or seeded, which is why this one exists; it talks to clients through Flower's
 ``Grid`` all the same.
 
-The next round is opened while the model of the last one is evaluated and committed, where nothing
+The next round is opened before the last one is measured, evaluated and committed, where nothing
 stands against it (:func:`_may_go_ahead`): sites get to work as soon as there is a model for them to
 start from. What they answer is not looked at before the last round is committed: the same bytes
 come of it, and a run that is killed in between goes on as if the next round had not been opened.
@@ -68,34 +68,78 @@ class Opening:
 
 @dataclass(frozen=True, eq=False)
 class Closing:
-    """A round that is aggregated; its model is being evaluated, where that is due.
+    """A round whose replies are aggregated; its model is being evaluated, where that is due.
 
     Attributes:
-        state: after the round.
-        record: its line so far.
-        evaluation: what was asked of the model.
+        federation: of which sites.
+        before, after: the states around the round.
+        intake: the replies.
+        cohort: the sites that were asked.
+        facts: entries of the round's line that say how it went.
+        evaluation: what was asked of the model; None where no evaluation is due.
         watch, ledger: of the round.
     """
 
-    state: ServerState
-    record: Mapping[str, Any]
+    federation: Federation
+    before: ServerState
+    after: ServerState
+    intake: Intake
+    cohort: Sequence[Site]
+    facts: Mapping[str, Any]
     evaluation: Evaluation | None
     watch: Stopwatch
     ledger: Ledger
 
     def completed(self) -> Completed:
-        """Wait for the evaluation.
+        """Measure, wait for the evaluation, and say what happened.
 
         Raises:
-            QuorumFailure: a part of it is missing.
+            QuorumFailure: a part of the evaluation is missing.
             Interrupted: the run was asked to stop.
         """
-        scores: dict[str, Any] = {}
+        ledger, after = self.ledger, self.after
+        record: dict[str, Any] = {
+            "round": after.round,
+            "cohort": [site.name for site in self.cohort],
+            "failures": ledger.failures,
+            **self.facts,
+            "train": {"loss": self.intake.folded.loss},
+            "bytes": {"up": ledger.up, "down": ledger.down},
+        }
+        with self.watch.phase("aggregate"):
+            record |= self._measured()
+        record |= self._accounts()
         if self.evaluation is not None:
             with self.watch.phase("evaluate"):
-                scores = self.evaluation.scores(self.ledger)
-        record = {**self.record, **scores, "seconds": self.watch.seconds}
-        return Completed(self.state, record, self.ledger.replies)
+                record |= self.evaluation.scores(ledger)
+        record["seconds"] = self.watch.seconds
+        return Completed(after, record, ledger.replies)
+
+    def _measured(self) -> Mapping[str, Any]:
+        """The meters, and what pruning has to say."""
+        federation, folded = self.federation, self.intake.folded
+        following = _next_starts(federation, self.after, self.cohort)
+        measured = dict[str, Any](
+            meters.measure(self.before, folded, self.after, following=following)
+        )
+        if self.evaluation is not None and federation.settings.spectrum:
+            measured["spectrum"] = meters.spectrum(folded)
+        if federation.pruning is not None:
+            measured["pruning"] = federation.pruning.facts(self.before, self.cohort)
+        return measured
+
+    def _accounts(self) -> Mapping[str, Any]:
+        """What the round cost, in privacy and in simulated time, where these are kept."""
+        federation, ledger = self.federation, self.ledger
+        accounts: dict[str, Any] = {}
+        if federation.privacy is not None:
+            _add_spent(federation.privacy, ledger)
+            if self.evaluation is not None:
+                accounts["privacy"] = federation.privacy.guarantee()
+        if federation.clock is not None:
+            spent = {"seconds": ledger.now - elapsed(self.before), "elapsed": ledger.now}
+            accounts["clock"] = {**spent, "device_seconds": ledger.spent}
+        return accounts
 
 
 def rounds(federation: Federation, state: ServerState) -> Generator[Completed, None, None]:
@@ -133,7 +177,7 @@ def _ahead(federation: Federation, closing: Closing) -> Opening | None:
     if not _may_go_ahead(federation, closing):
         return None
     try:
-        return opened(federation, closing.state)
+        return opened(federation, closing.after)
     except FedftError:
         return None  # this round is to be committed first; the next one then meets it again
 
@@ -147,10 +191,10 @@ def _may_go_ahead(federation: Federation, closing: Closing) -> bool:
     """
     settings = federation.settings
     return (
-        closing.state.round < settings.count
+        closing.after.round < settings.count
         and settings.patience is None
         and federation.privacy is None
-        and (federation.pruning is None or not federation.pruning.due(closing.state))
+        and (federation.pruning is None or not federation.pruning.due(closing.after))
         and federation.roster.ready(settings.per_round)
     )
 
@@ -180,42 +224,26 @@ def concluded(
     ledger: Ledger,
     facts: Mapping[str, Any],
 ) -> Closing:
-    """Aggregate, measure and, where it is due, have the model evaluated.
+    """Aggregate and, where it is due, have the model evaluated.
 
-    ``cohort`` are the sites that were asked, ``watch`` and ``ledger`` those of the round so far,
-    and ``facts`` further entries of its line.
+    Args:
+        federation: of which sites.
+        state: that the round started from.
+        intake: the replies.
+        cohort: the sites that were asked.
+        watch: of the round so far.
+        ledger: of the round so far.
+        facts: further entries of its line.
     """
     with watch.phase("aggregate"):
         after = federation.strategy.aggregate(state, intake.replies(state.adapter))
-        following = _next_starts(federation, after, cohort)
-        measured = meters.measure(state, intake.folded, after, following=following)
-    if federation.pruning is not None:
-        facts = {**facts, "pruning": federation.pruning.facts(state, cohort)}
-    record: dict[str, Any] = {
-        "round": after.round,
-        "cohort": [site.name for site in cohort],
-        "failures": ledger.failures,
-        **facts,
-        "train": {"loss": intake.folded.loss},
-        "bytes": {"up": ledger.up, "down": ledger.down},
-        **measured,
-    }
-    if federation.privacy is not None:
-        _add_spent(federation.privacy, ledger)
-        if _evaluation_due(federation.settings, after.round):
-            record["privacy"] = federation.privacy.guarantee()
-    if federation.clock is not None:
-        after = at_time(after, ledger.now)
-        spent = {"seconds": ledger.now - elapsed(state), "elapsed": ledger.now}
-        record["clock"] = {**spent, "device_seconds": ledger.spent}
+        if federation.clock is not None:
+            after = at_time(after, ledger.now)
     asked: Evaluation | None = None
     if _evaluation_due(federation.settings, after.round):
-        if federation.settings.spectrum:
-            with watch.phase("aggregate"):
-                record["spectrum"] = meters.spectrum(intake.folded)
         with watch.phase("evaluate"):
             asked = evaluation.asked(federation, after, cohort)
-    return Closing(after, record, asked, watch, ledger)
+    return Closing(federation, state, after, intake, cohort, facts, asked, watch, ledger)
 
 
 def _next_starts(
@@ -408,7 +436,7 @@ def _received(
     """The usable replies of a cohort, in the order in which it was asked.
 
     A reply waits for those that were asked for before it, so that the order of arrival decides
-    nothing. Passes are worked on in the same order: it is replies of the passes under way that wait.
+    nothing. Passes are worked on in about the same order, so that few replies wait.
     """
     open_ = dict(sent.asked)
     order = deque(open_)

@@ -13,7 +13,7 @@ Memory, whatever the number of sites: three times one reply, in float64, and of 
 at most the dense matrix and as much again.
 
 Everything is taken in float64. The order of the replies decides the last bits: whoever folds keeps
-to one order, that of the sites' names.
+to one that has nothing to do with when they arrive.
 
 D. H. D. West, Updating mean and variance estimates: an improved method, Communications of the ACM
 22(9), 1979.
@@ -326,7 +326,7 @@ class _Average:
 
 
 class Folded:
-    """The replies of one round, folded one by one in the order of the sites' names.
+    """The replies of one round, folded one by one.
 
     Attributes:
         hidden: the factors that stay at the sites (FedSA-LoRA keeps B). The server never learns the

@@ -11,9 +11,9 @@ from clients.train import PeftEngine
 Table = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.ray
+@pytest.mark.parametrize("backend", ["processes", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_round_and_the_loop_are_counted_over_the_same_work(
-    tiny_table: Table, monkeypatch: pytest.MonkeyPatch
+    tiny_table: Table, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     trained: list[tuple[str, int]] = []
     engine = PeftEngine
@@ -25,7 +25,7 @@ def test_a_round_and_the_loop_are_counted_over_the_same_work(
     monkeypatch.setattr(engine, "train", train)
     table = tiny_table(
         rounds={"count": 4, "evaluate-every": 4},
-        engine={"backend": "ray", "workers": 1},
+        engine={"backend": backend, "workers": 1},
         training={"steps": 3},
     )
     result = federation.section(table)

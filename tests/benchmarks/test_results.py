@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     cost = {"worker": spread([1.0]), "driver": spread([0.01]), "ray": spread([0.1])}
     ratios = {"worker": spread([1.0]), "worker + driver": spread([1.01])}
     section = {"loop_cpu_s": spread([1.0]), "round_cpu_s": cost, "over_loop": ratios}
-    Results("federation", tmp_path).add("8", section)
+    Results("federation", tmp_path).add("ray-8", section)
     few = {"start_s": spread([2.0]), "round_s": spread([1.0]), "peak_mib": spread([600.0])}
     many = {"start_s": spread([2.5]), "round_s": spread([1.0]), "peak_mib": spread([660.0])}
     Results("registered", tmp_path).add("10", {"fleets": {"1000": few, "1000000": many}})
