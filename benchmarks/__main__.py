@@ -2,7 +2,7 @@
 
     python -m benchmarks [--full] [--resume] [--only cohort engines]
 
-Quick is about twelve minutes on two idle cores, full about three hours. What is on disk stays when
+Quick is about a quarter of an hour on two idle cores, full about three hours. What is on disk stays when
 it is interrupted; ``--resume`` goes on from there. Each benchmark has a command of its own as well.
 """
 

@@ -191,7 +191,7 @@ def _draw_registered(found: Sections) -> tuple[str, str]:
         ax.minorticks_off()
         ax.set_xlabel("Clients a round; filled: 1,000 registered, hollow: 1,000,000")
         ax.set_ylabel("Seconds a round", color=PALETTE[0])
-        right.set_ylabel("Peak memory of the process, MiB", color=PALETTE[1])
+        right.set_ylabel("Peak memory of the driver, MiB", color=PALETTE[1])
         alt = "Seconds and peak memory of a round, for a thousand and a million registered clients."
         return _standing(figure, "registered", alt), alt
 
