@@ -168,7 +168,7 @@ def rounds(federation: Federation, state: ServerState) -> Generator[Completed, N
 
 
 def one_round(federation: Federation, state: ServerState) -> Completed:
-    """One round, from sampling to evaluation."""
+    """One round by itself, from sampling to evaluation: the definition of :func:`rounds`."""
     return answered(federation, opened(federation, state)).completed()
 
 
