@@ -116,7 +116,7 @@ class RoundsSpec(Table):
         per_round: sites sampled each round.
         quorum: usable replies without which the model stays as it is; None is 70 % of ``per_round``.
         deadline_s: seconds after which a round closes with what has arrived, on the simulated clock
-            where the fleet has one; None waits for all.
+            where the fleet has one, else from when the last round is committed; None waits for all.
         spares: sites asked beyond ``per_round``; the round closes without the slowest. Needs the
             simulated clock.
         retries: further tries with a fresh cohort before the run pauses.

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 
 from fedft.core.errors import Interrupted
 
@@ -43,6 +43,14 @@ def messages(
         Message(content, node, kind, group_id=str(round_))
         for content, node in zip(contents, nodes, strict=True)
     ]
+
+
+def ask_to_evaluate(
+    grid: Courier, round_: int, contents: Sequence[RecordDict], nodes: Sequence[int]
+) -> list[str]:
+    """An evaluation for each of some nodes, each on its own; the ids of the messages."""
+    alone = messages(MessageType.EVALUATE, round_, contents, nodes)
+    return grid.push_jobs([[message] for message in alone])
 
 
 def replies(

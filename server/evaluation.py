@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import MessageType, RecordDict
+from flwr.app import RecordDict
 
 from fedft.core import codec
 from fedft.core.errors import QuorumFailure
 from fedft.core.metrics import Tally
 from fedft.core.sublayers import Layer
 from fedft.core.types import EvalPlan, ServerState, Site
-from server.courier import Courier, messages, replies
+from server.courier import Courier, ask_to_evaluate, replies
 from server.federation import Federation, Ledger
 from server.pruning import submodel
 
@@ -50,12 +50,22 @@ class Evaluation:
             QuorumFailure: a slice of the test set was not evaluated.
             Interrupted: the run was asked to stop.
         """
-        found: dict[str, Any] = {"eval": self._central(self.whole)}
-        if self.submodels is not None:
-            found["submodels"] = {str(k): self._central(ids) for k, ids in self.submodels.items()}
-        if self.sites is not None:
-            found["sites"] = self._of_sites(self.sites, ledger)
+        try:
+            found: dict[str, Any] = {"eval": self._central(self.whole)}
+            if (submodels := self.submodels) is not None:
+                found["submodels"] = {str(k): self._central(ids) for k, ids in submodels.items()}
+            if self.sites is not None:
+                found["sites"] = self._of_sites(self.sites, ledger)
+        except BaseException:
+            self._give_up()
+            raise
         return found
+
+    def _give_up(self) -> None:
+        """Nobody waits for the rest: what was asked for later is under way all the same."""
+        for ids in (self.submodels or {}).values():
+            _scorer(self.federation).cancel(ids)
+        self.federation.grid.cancel(self.sites or ())
 
     def _central(self, ids: Sequence[str]) -> dict[str, float]:
         tallies = self._tallies(_scorer(self.federation), ids, None)
@@ -128,8 +138,7 @@ def _ask_central(
     plans = [replace(whole, shard=(shard, SHARDS)) for shard in range(SHARDS)]
     nodes = [1 + shard % federation.settings.per_round for shard in range(SHARDS)]
     contents = [encoder.evaluate(plan) for plan in plans]
-    slices = messages(MessageType.EVALUATE, state.round, contents, nodes)
-    return _scorer(federation).push_jobs([[message] for message in slices])
+    return ask_to_evaluate(_scorer(federation), state.round, contents, nodes)
 
 
 def _ask_sites(federation: Federation, state: ServerState, cohort: Sequence[Site]) -> list[str]:
@@ -149,8 +158,7 @@ def _ask_sites(federation: Federation, state: ServerState, cohort: Sequence[Site
         for site, layers in zip(cohort, parts, strict=True)
     ]
     nodes = [federation.roster.node_of(site) for site in cohort]
-    sheets = messages(MessageType.EVALUATE, state.round, contents, nodes)
-    return federation.grid.push_jobs([[message] for message in sheets])
+    return ask_to_evaluate(federation.grid, state.round, contents, nodes)
 
 
 def _tally(content: RecordDict) -> Tally | None:

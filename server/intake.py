@@ -11,8 +11,8 @@ class Intake:
     """The usable replies of a round, taken in one by one.
 
     Each is folded. A rule that goes by their mean is given that mean, and the replies are let go
-    of: the memory of a round is then that of one adapter, whatever the number of sites. Other rules
-    (those that stack factors, compare sites or take medians) are given all of them.
+    of: the memory of a round does not grow with its sites then. Other rules (those that stack
+    factors, compare sites or take medians) are given all of them.
 
     Args:
         strategy: the rule.

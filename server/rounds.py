@@ -26,7 +26,7 @@ from fedft.core.types import ClientUpdate, EvalPlan, ServerState, Site, TrainPla
 from server import evaluation
 from server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from server.config import RoundsSpec
-from server.courier import messages, replies
+from server.courier import ask_to_evaluate, messages, replies
 from server.evaluation import Evaluation
 from server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
 from server.intake import Intake
@@ -380,8 +380,7 @@ def _compared(
         contents = [encoder.evaluate(replace(asked, site=site.name)) for site in cohort]
         ledger.down += sum(map(codec.content_bytes, contents))
         nodes = [federation.roster.node_of(site) for site in cohort]
-        questions = messages(MessageType.EVALUATE, round_, contents, nodes)
-        ids = federation.grid.push_jobs([[question] for question in questions])
+        ids = ask_to_evaluate(federation.grid, round_, contents, nodes)
         found: dict[str, tuple[Tensor, Tensor, int]] = {}
         for reply in replies(federation.grid, ids, federation.patience_s, federation.stop):
             answer = None if reply.has_error() else comparison(reply.content, pruning.count)

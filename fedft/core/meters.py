@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from fedft.core import algebra, hydra
-from fedft.core.folding import MATRICES, Folded
+from fedft.core.folding import MATRICES, Folded, squared_distance
 from fedft.core.types import Adapter, Delta, Factors, ServerState, TrainPlan
 
 _BLOCK = 2048
@@ -277,7 +277,7 @@ def _dense_gap(x: Tensor, y: Factors) -> _Gap:
 
 def _compared(X: Tensor, Y: Tensor) -> _Gap:
     x, y = X.reshape(-1), Y.reshape(-1)
-    return _Gap(_square(x), _square(y), float(x.dot(y)), _square(x - y))
+    return _Gap(_square(x), _square(y), float(x.dot(y)), squared_distance(x, y))
 
 
 def _isometric(x: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ def _displacement(means: Mapping[str, Tensor | None], start: Adapter) -> float |
         if target is None or mean is None or mean.shape != target.shape:
             return None
         flat = mean.reshape(-1)
-        moved += _square(target.double().reshape(-1) - flat)
+        moved += squared_distance(target.double().reshape(-1), flat)
         length += _square(flat)
     return _ratio(moved, length)
 

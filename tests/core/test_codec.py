@@ -87,6 +87,26 @@ def test_other_versions_of_the_format_are_read_too(version: tuple[int, int]) -> 
     assert codec.tensor_from(array).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def numbers_under(header_bytes: int) -> bytes:
+    """Three numbers in NumPy's format, under a header padded to so many bytes."""
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }".ljust(header_bytes - 1)
+    head = codec.NPY_MAGIC + b"\x01\x00" + header_bytes.to_bytes(2, "little")
+    return head + f"{header}\n".encode() + np.arange(3, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize(("header_bytes", "remembered"), [(118, True), (9000, False)])
+def test_long_headers_are_read_and_not_remembered(header_bytes: int, remembered: bool) -> None:
+    codec._npy_header.cache_clear()
+    array = Array("float32", (3,), codec.NPY, numbers_under(header_bytes))
+    assert codec.tensor_from(array).tolist() == [0, 1, 2]
+    assert codec._npy_header.cache_info().currsize == remembered
+
+
+def test_another_serialisation_is_not_taken_for_numpys() -> None:
+    with pytest.raises(TypeError, match="serialization"):
+        codec.tensor_from(Array("float32", (3,), "somebody.elses", numbers_under(118)))
+
+
 def test_pickled_objects_are_not_read() -> None:
     file = BytesIO()
     np.save(file, np.array([print], dtype=object), allow_pickle=True)

@@ -162,6 +162,14 @@ def test_a_lost_slice_of_the_test_set_is_no_score() -> None:
         run([Fault("raise", ordinal=1, message_type="evaluate", node=1)])
 
 
+def test_a_failed_evaluation_leaves_nothing_under_way() -> None:
+    """The sites' own evaluations were asked for with it."""
+    lost = federation([Fault("raise", ordinal=1, message_type="evaluate", node=1)])
+    with pytest.raises(QuorumFailure, match="slices of the test set"):
+        one_round(replace(lost, holdout=True), ServerState(initial()))
+    assert not lost.grid.wait(["any"], timeout=0)
+
+
 def test_arrival_order_changes_nothing() -> None:
     digests = set[float]()
     for reorder in (None, 1, 2, 3):
