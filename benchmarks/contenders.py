@@ -20,7 +20,8 @@ from clients.train import PeftEngine
 from fedft.core.batches import batches
 from fedft.core.examples import Examples, TokenExamples
 from fedft.core.metrics import IGNORED
-from fedft.core.models import HEADS, Base, block_of, initial_adapter, linears, weight_shape
+from fedft.core.checkpoint import HEADS
+from fedft.core.models import Base, block_of, initial_adapter, linears, weight_shape
 from fedft.core.seeds import torch_generator
 from fedft.core.spec import LoraSpec, Precision
 from fedft.core.types import Batch, LocalTraining, TrainPlan

@@ -37,7 +37,7 @@ from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
-from fedft.core.models import HEADS, Base, linears
+from fedft.core.models import Base, linears
 from fedft.core.overrides import overridden
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
@@ -289,13 +289,13 @@ class CohortEngine:
         for path, linear in linears(self.base.model):
             if id(linear) in adapted:
                 yield linear, partial(self._adapted, path, linear, _weight(linear))
-            elif path.split(".")[0] not in HEADS:
+            elif not self.base.head.holds(path):
                 yield linear, partial(_frozen, linear, _weight(linear))
-        for name in HEADS:
-            head = getattr(self.base.model, name, None)
-            own = [n for n in adapter.head if n.startswith(f"{PREFIX}{name}.")]
-            if isinstance(head, nn.Module) and own:
-                yield head, partial(self._head, copy.copy(head), own)
+        for path in self.base.head.modules:
+            head = self.base.model.get_submodule(path)
+            own = [n for n in adapter.head if n.startswith(f"{PREFIX}{path}.")]
+            if own:
+                yield head, partial(self._head, copy.copy(head), path, own)
 
     def _adapted(self, path: str, linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
         now = self._current()
@@ -318,10 +318,10 @@ class CohortEngine:
         each = x[..., 0].numel() // sum(step.rows)
         return tuple(each * rows for rows in step.rows)
 
-    def _head(self, head: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
-        """The head on each site's rows with that site's own tensors. x: [n, …]"""
+    def _head(self, head: nn.Module, path: str, names: Sequence[str], x: Tensor) -> Tensor:
+        """A head module on each site's rows with that site's own tensors. x: [n, …]"""
         now = self._current()
-        stacked = {n.removeprefix(PREFIX).split(".", 1)[1]: now.leaves[n] for n in names}
+        stacked = {n.removeprefix(f"{PREFIX}{path}."): now.leaves[n] for n in names}
         x = x.to(self._dtype)
         rows = now.step.rows
         if isinstance(head, nn.Linear) and len(set(rows)) == 1:

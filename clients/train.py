@@ -23,7 +23,7 @@ from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally, loss_targets, mean_loss
-from fedft.core.models import HEADS, Base
+from fedft.core.models import Base
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.types import (
@@ -65,9 +65,7 @@ class LoopEngine(ABC):
         self._vocabulary = Vocabulary.of(base)
         self._recomputed = recomputable(base) if checkpointing else ()
         self._head = {
-            PREFIX + name: parameter
-            for name, parameter in base.model.named_parameters()
-            if name.split(".")[0] in HEADS
+            PREFIX + name: base.model.get_parameter(name) for name in base.head.parameters
         }
 
     @abstractmethod

@@ -28,7 +28,6 @@ def load_mixture(
     from clients.hydra import mixture
     from fedft.core import hydra, models, peft_io
     from fedft.core.spec import LoraSpec, ModelSpec
-    from fedft.core.types import part_of
 
     adapter, about = peft_io.load_mixture(Path(folder))
     spec = ModelSpec(source=base or about["base"], task=about["task"])
@@ -39,6 +38,5 @@ def load_mixture(
         alpha=about["scale"] * about["rank"],
         target_modules=tuple(hydra.modules(adapter)),
     )
-    classes = max((t.shape[0] for n, t in adapter.head.items() if part_of(n) == "head"), default=0)
-    loaded = models.load_base(spec, lora, classes, device=device)
+    loaded = models.load_base(spec, lora, about["classes"], device=device)
     return cast("PreTrainedModel", mixture(loaded, lora, adapter))

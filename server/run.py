@@ -605,7 +605,7 @@ def _commit(
     start = time.monotonic()
     state = completed.state
     if "eval" in completed.record:
-        export(setting.config, state, run.adapter(state.round))
+        export(setting, state, run.adapter(state.round))
     touched = grid.touched_states()
     sites = {
         setting.manifest.name_of(node - 1): codec.tensors_from(record.array_records[codec.KEPT])
@@ -636,24 +636,29 @@ def _drop_superseded(setting: Setting, run: RunDir, progress: Progress) -> None:
             shutil.rmtree(run.adapter(round_))
 
 
-def export(config: RunConfig, state: ServerState, folder: Path) -> None:
-    """Write a state's global adapter as PEFT does."""
-    base = str(models.resolve(config.model))
-    about: dict[str, Any] = {"model": config.model, "lora": config.lora, "base": base}
+def export(setting: Setting, state: ServerState, folder: Path) -> None:
+    """Write a state's global adapter as PEFT does, with a card that says what it is."""
+    config, head = setting.config, setting.shapes.saved
+    classes = len(setting.data.classes)
+    about: dict[str, Any] = {
+        "base": config.model.source,
+        "head": head,
+        "beside": models.frozen_values(config.model, classes, head),
+    }
+    whole: dict[str, Any] = {"model": config.model, "lora": config.lora}
     if config.lora.method == "hydralora":
-        save_mixture(folder, state.adapter, **about)
-        return
-    if config.lora.whole:
-        save_whole(folder, state.adapter, seed=config.seed, **about)
-        return
-    save_adapter(
-        folder,
-        state.adapter,
-        state.delta,
-        task=config.model.task,
-        base=base,
-        revision=config.model.revision,
-    )
+        save_mixture(folder, state.adapter, classes=classes, **whole, **about)
+    elif config.lora.whole:
+        save_whole(folder, state.adapter, seed=config.seed, **whole, **about)
+    else:
+        save_adapter(
+            folder,
+            state.adapter,
+            state.delta,
+            task=config.model.task,
+            revision=config.model.revision,
+            **about,
+        )
 
 
 def _finish(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fedft.core import hydra, seeds, sublayers
 from fedft.core.algebra import stack, uniform_rows
+from fedft.core.checkpoint import AUTO, Head, empty, head_of, refusing
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry, Load
 from fedft.core.overrides import overridden
@@ -42,14 +43,6 @@ from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_block
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HEADS = ("classifier", "score")
-"""Top-level modules that are a task head, new and random; peft's own list for classification."""
-
-_AUTO = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-}
 PEFT_TASK: dict[str, str | None] = {
     "classification": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
@@ -226,6 +219,7 @@ class Schema:
     Attributes:
         modules: path of each adapted linear layer → (d_out, d_in).
         head: PEFT name of each head tensor → shape.
+        saved: of the head, what peft has to be told of it; see :class:`~fedft.core.checkpoint.Head`.
         parameters: all parameters of the frozen base, head not counted.
         blocks: number of transformer blocks.
         tensors: PEFT name of each tensor of the adapted layers → shape, where the method is not
@@ -237,25 +231,24 @@ class Schema:
     parameters: int
     blocks: int
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    saved: Head = Head()
 
 
 def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
     """Read the schema from the model's configuration; no weight is loaded."""
     folder = resolve(spec)
     with torch.device("meta"):
-        model = _empty(spec, folder, classes)
-    return schema_of(model, lora)
+        model = empty(spec, folder, classes)
+    return schema_of(model, lora, head_of(spec, folder, classes))
 
 
-def schema_of(model: nn.Module, lora: LoraSpec) -> Schema:
-    """The schema of a model in memory."""
-    heads = {
-        PREFIX + name: tuple(p.shape)
-        for name, p in model.named_parameters()
-        if name.split(".")[0] in HEADS
-    }
-    modules = {path: weight_shape(m) for path, m in targets(model, lora).items()}
-    size = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] not in HEADS)
+def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Schema:
+    """The schema of a model in memory, whose head, unless told, is known by its name."""
+    head = Head.by_name(model) if head is None else head
+    named = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    heads = {PREFIX + name: named[name] for name in head.parameters}
+    modules = {path: weight_shape(m) for path, m in targets(model, lora, head).items()}
+    size = sum(math.prod(shape) for name, shape in named.items() if PREFIX + name not in heads)
     indices = [i for path, _ in linears(model) if (i := block_of(path)) is not None]
     tensors: Mapping[str, tuple[int, ...]] = {}
     if lora.heads is not None:
@@ -264,7 +257,8 @@ def schema_of(model: nn.Module, lora: LoraSpec) -> Schema:
         from fedft.core import methods  # peft takes a second to import
 
         tensors = methods.shapes(model, lora, modules)
-    return Schema(modules, heads, size, max(indices, default=-1) + 1, tensors)
+    blocks = max(indices, default=-1) + 1
+    return Schema(modules, heads, size, blocks, tensors, head)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -286,14 +280,16 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
     return columns, rows
 
 
-def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
-    """The adapted layers by path.
+def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[str, nn.Module]:
+    """The adapted layers by path; none of the head's.
 
     Raises:
         ConfigError: a name in ``target-modules`` or an index in ``layers`` matches nothing.
     """
-    outputs = (*HEADS, "lm_head")
-    candidates = {p: m for p, m in linears(model) if p.split(".")[0] not in outputs}
+    head = Head.by_name(model) if head is None else head
+    candidates = {
+        p: m for p, m in linears(model) if not head.holds(p) and p.split(".")[0] != "lm_head"
+    }
     if lora.target_modules != "all-linear":
         present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
         for name in lora.target_modules:
@@ -329,7 +325,7 @@ def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Ada
     """The adapter that training starts from: the same at the server and at every site.
 
     A is uniform in ±1/sqrt(d_in) (Kaiming with a = sqrt(5), as peft), B is zero, and a head's
-    weights are normal with standard deviation 0.02, its biases zero. The rows of A at a smaller
+    weights are normal with standard deviation 0.02, its biases zero and its norms' scales one. The rows of A at a smaller
     rank are the first rows of A at a larger one.
 
     The tensors of another peft method are zeros of the right shape here: they are drawn by peft
@@ -357,7 +353,7 @@ def _initial_head(shapes: Schema, seed: int) -> dict[str, Tensor]:
     return {
         name: torch.randn(shape, generator=seeds.torch_generator(seed, "head", name)) * 0.02
         if len(shape) > 1
-        else torch.zeros(shape)
+        else torch.full(shape, float(name.endswith(".weight")))  # of one dimension: a norm's scale
         for name, shape in shapes.head.items()
     }
 
@@ -365,10 +361,11 @@ def _initial_head(shapes: Schema, seed: int) -> dict[str, Tensor]:
 def geometry(spec: ModelSpec, folder: Path) -> Geometry:
     """The sizes that decide about memory, from the model's configuration; no weight is loaded."""
     with torch.device("meta"):
-        model: Any = _empty(spec, folder, classes=2)
+        model: Any = empty(spec, folder, classes=2)
+    head = head_of(spec, folder, classes=2)
     config = model.config
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    named = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in HEADS}
+    named = {n: p for n, p in model.named_parameters() if n not in head.parameters}
     inner = sum(p.numel() for n, p in named.items() if block_of(n) is not None)
     blocks = int(config.num_hidden_layers)
     causal = spec.task == "causal-lm"
@@ -476,6 +473,7 @@ class Base:
         model: in evaluation mode; no parameter requires a gradient.
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
+        head: what of the model is new: an adapter brings it.
         output: of a causal language model, the layer that gives its logits; None where they are
             made otherwise.
 
@@ -483,6 +481,7 @@ class Base:
         model: as above.
         lora: which of its layers are adapted.
         task: as above.
+        head: as above; known by its name where None.
         load: gives a model of some blocks, or halves of blocks, alone. Where set, ``model`` came
             without the weights of its blocks: they are on the meta device, and only those that
             :meth:`holding` names are ever in memory.
@@ -498,16 +497,18 @@ class Base:
         lora: LoraSpec,
         task: str,
         *,
+        head: Head | None = None,
         load: Callable[[Sequence[Layer]], nn.Module] | None = None,
         output: Output | None = None,
     ) -> None:
         self.model = model
         self.task = task
+        self.head = Head.by_name(model) if head is None else head
         if task == "causal-lm" and load is None and (layer := output_of(model)) is not None:
             output = Output(layer)
         self.output = output
-        self.shapes = schema_of(model, lora)
-        self.adapted = targets(model, lora)
+        self.shapes = schema_of(model, lora, self.head)
+        self.adapted = targets(model, lora, self.head)
         self._load = load
         self._held: frozenset[Layer] = frozenset()
         self._pristine: dict[str, Tensor] = {}
@@ -744,16 +745,17 @@ def load_base(
         "ignore_mismatched_sizes": True,
     }
     folder = resolve(spec)
+    head = head_of(spec, folder, classes)
     if lean:
-        load = partial(_of_blocks, spec, folder, classes, options, device)
+        load = partial(_of_blocks, spec, folder, classes, head, options, device)
         bare = load(())
         output = output_of(bare) if spec.task == "causal-lm" else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
-        return Base(model, lora, spec.task, load=load, output=known)
-    auto: Any = getattr(transformers, _AUTO[spec.task])
+        return Base(model, lora, spec.task, head=head, load=load, output=known)
+    auto: Any = getattr(transformers, AUTO[spec.task])
     if spec.load_in is not None:
-        options |= _quantization(spec.load_in, options["dtype"], device)
+        options |= _quantization(spec.load_in, options["dtype"], device, head)
     load = partial(
         auto.from_pretrained,
         trust_remote_code=spec.trust_remote_code,
@@ -762,7 +764,9 @@ def load_base(
     )
     if shared and precision == "bf16" and device == "cpu" and not spec.trust_remote_code:
         folder = _in_bfloat16(folder, load)
-    return Base(_ready(load(folder), device), lora, spec.task)
+    with refusing(spec, folder):
+        model = load(folder)
+    return Base(_ready(model, device, head), lora, spec.task, head=head)
 
 
 _WORTH_SHARING = 32 << 20
@@ -823,7 +827,7 @@ def check_quantized(bits: str, device: str) -> None:
         )
 
 
-def _quantization(bits: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _quantization(bits: str, dtype: torch.dtype, device: str, head: Head) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -831,7 +835,7 @@ def _quantization(bits: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
         load_in_8bit=bits == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*HEADS, "lm_head"],
+        llm_int8_skip_modules=[*head.modules, "lm_head"],
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
@@ -840,14 +844,17 @@ def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
     return {} if spec.task == "causal-lm" else {"num_labels": classes}
 
 
-def _ready(model: nn.Module, device: str) -> nn.Module:
-    """Frozen, in evaluation mode, on its device."""
+def _ready(model: nn.Module, device: str, head: Head) -> nn.Module:
+    """Frozen, in evaluation mode, on its device; the head in float32."""
+    narrow = next((p.dtype for n, p in model.named_parameters() if not head.holds(n)), None)
     model.requires_grad_(False).eval()
     if not getattr(model, "is_quantized", False):  # which was put there as it was loaded
         model.to(device)
-    for name in HEADS:
-        if isinstance(head := getattr(model, name, None), nn.Module):
-            head.float().register_forward_pre_hook(_widen)
+    for path in head.modules:
+        module = model.get_submodule(path).float()
+        module.register_forward_pre_hook(_widen)
+        if path not in head.outputs and narrow == torch.bfloat16:
+            module.register_forward_hook(_narrow)  # a frozen layer may come after it
     config: Any = model.config
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = config.eos_token_id
@@ -858,6 +865,7 @@ def _of_blocks(
     spec: ModelSpec,
     folder: Path,
     classes: int,
+    head: Head,
     options: Mapping[str, Any],
     device: str,
     layers: Sequence[Layer],
@@ -870,7 +878,7 @@ def _of_blocks(
     from safetensors import safe_open
 
     with torch.device("meta"):
-        whole: Any = _empty(spec, folder, classes)
+        whole: Any = empty(spec, folder, classes)
     config = whole.config
     config.num_hidden_layers = len(layers)
     if kinds := getattr(config, "layer_types", None):
@@ -884,7 +892,7 @@ def _of_blocks(
                     weights[_renumbered(name, position)] = file.get_tensor(name)
     kind: Any = _lacking(type(whole), layers)
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    return _ready(model, device)
+    return _ready(model, device, head)
 
 
 def _lacking(kind: type[nn.Module], layers: Sequence[Layer]) -> type[nn.Module]:
@@ -915,7 +923,7 @@ def _renumbered(name: str, position: Mapping[int, int]) -> str:
 def _skeleton(spec: ModelSpec, folder: Path, classes: int, bare: nn.Module) -> nn.Module:
     """``bare``, a model without blocks, with all blocks of the configuration on the meta device."""
     with torch.device("meta"):
-        whole: Any = _empty(spec, folder, classes)
+        whole: Any = empty(spec, folder, classes)
     blocks, slot = block_list(whole), block_list(bare)
     if blocks is None or slot is None:
         raise MismatchError(
@@ -945,15 +953,32 @@ def _widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() if x.dtype == torch.bfloat16 else x for x in inputs)
 
 
-def _empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
+def _narrow(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What a head in the middle of a model gives goes on as the base computes."""
+    return output.to(torch.bfloat16)
+
+
+def frozen_values(spec: ModelSpec, classes: int, head: Head) -> dict[str, Tensor]:
+    """The base's own tensors that an exported adapter holds beside its head, by name.
+
+    They are read from the checkpoint; of most models there are none.
+    """
+    if not head.beside:
+        return {}
     import transformers
 
-    options: dict[str, Any] = {} if spec.task == "causal-lm" else {"num_labels": classes}
-    config = transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=spec.trust_remote_code, **options
-    )
-    auto: Any = getattr(transformers, _AUTO[spec.task])
-    return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+    folder = resolve(spec)
+    auto: Any = getattr(transformers, AUTO[spec.task])
+    with refusing(spec, folder):
+        model = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=spec.trust_remote_code,
+            **_labels(spec, classes),
+        )
+    return {name: model.get_parameter(name).detach().clone() for name in head.beside}
 
 
 def effective(adapter: Adapter, delta: Delta) -> Adapter:

@@ -16,7 +16,8 @@ from fedft.core import hydra, methods
 from fedft.core.algebra import pad
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import Files, disk, write_file
-from fedft.core.models import HEADS, PEFT_TASK, effective, scale_of
+from fedft.core.checkpoint import Head
+from fedft.core.models import PEFT_TASK, effective, scale_of
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
 
@@ -25,7 +26,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
-    folder: Path, adapter: Adapter, delta: Delta, *, task: str, base: str, revision: str | None
+    folder: Path,
+    adapter: Adapter,
+    delta: Delta,
+    *,
+    task: str,
+    base: str,
+    revision: str | None,
+    head: Head | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads and that gives the run's own logits.
 
@@ -39,6 +48,9 @@ def save_adapter(
         task: as in :class:`~fedft.core.spec.ModelSpec`.
         base: name or folder of the base model, for the reader.
         revision: of the base model.
+        head: which modules the adapter's other tensors make up; None goes by their names.
+        beside: name → frozen tensor that peft takes for the head's, see
+            :attr:`~fedft.core.checkpoint.Head.beside`.
 
     Raises:
         EnvironmentFailure: the disk refused.
@@ -50,7 +62,7 @@ def save_adapter(
         module: pad(f if f.scale == scale else Factors(f.A * (f.scale / scale), f.B, scale), rank)
         for module, f in plain.factors.items()
     }
-    heads = sorted({name.removeprefix(PREFIX).split(".")[0] for name in plain.head})
+    tops = {name.removeprefix(PREFIX).split(".")[0] for name in plain.head}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": PEFT_TASK[task],
@@ -62,10 +74,14 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": sorted(folded),
-        "modules_to_save": heads or None,
+        "modules_to_save": sorted(tops if head is None else head.modules) or None,
         "inference_mode": True,
     }
-    _write(folder, plain.map_factors(folded).tensors(), config)
+    _write(folder, {**plain.map_factors(folded).tensors(), **_prefixed(beside)}, config)
+
+
+def _prefixed(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return {PREFIX + name: tensor for name, tensor in (tensors or {}).items()}
 
 
 def save_whole(
@@ -76,6 +92,8 @@ def save_whole(
     lora: LoraSpec,
     base: str,
     seed: int,
+    head: Head,
+    beside: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter of another peft method, with peft's own configuration of it.
 
@@ -88,22 +106,23 @@ def save_whole(
         lora: the `[lora]` table.
         base: name or folder of the base model, for the reader.
         seed: of the run.
+        head: as for :func:`save_adapter`.
+        beside: likewise.
 
     Raises:
         EnvironmentFailure: the disk refused.
     """
     frozen, targets = methods.frozen_tensors(model, lora, seed)
-    heads = sorted({n.removeprefix(PREFIX).split(".")[0] for n in adapter.head} & {*HEADS})
     own = methods.config_of(lora, targets, seed).to_dict()
     config = {
         **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},
         "task_type": PEFT_TASK[model.task],
         "base_model_name_or_path": base,
         "revision": model.revision,
-        "modules_to_save": heads or None,
+        "modules_to_save": sorted(head.modules) or None,
         "inference_mode": True,
     }
-    _write(folder, {**adapter.head, **frozen}, config)
+    _write(folder, {**adapter.head, **frozen, **_prefixed(beside)}, config)
 
 
 MIXTURE = "mixture"
@@ -117,6 +136,9 @@ def save_mixture(
     model: ModelSpec,
     lora: LoraSpec,
     base: str,
+    head: Head,
+    beside: Mapping[str, Tensor],
+    classes: int,
 ) -> None:
     """Write a HydraLoRA adapter: what stock peft can load of it, and all of it.
 
@@ -130,24 +152,28 @@ def save_mixture(
         model: the `[model]` table.
         lora: the `[lora]` table.
         base: name or folder of the base model, for the reader.
+        head: as for :func:`save_adapter`.
+        beside: likewise.
+        classes: number of classes.
 
     Raises:
         EnvironmentFailure: the disk refused.
     """
     scale, count = scale_of(lora, adapter.rank), hydra.head_count(adapter)
     about: dict[str, Any] = {"task": model.task, "base": base, "revision": model.revision}
-    save_adapter(folder, hydra.mixed(adapter, scale, [1 / count] * count), {}, **about)
+    extra: dict[str, Any] = {"head": head, "beside": beside}
+    save_adapter(folder, hydra.mixed(adapter, scale, [1 / count] * count), {}, **about, **extra)
     for i in range(count):
         alone = hydra.mixed(adapter, scale, [float(i == j) for j in range(count)])
-        save_adapter(folder / f"head-{i}", alone, {}, **about)
-    config = {**about, "heads": count, "rank": adapter.rank, "scale": scale}
+        save_adapter(folder / f"head-{i}", alone, {}, **about, **extra)
+    config = {**about, "heads": count, "rank": adapter.rank, "scale": scale, "classes": classes}
     tensors = {name: t.contiguous() for name, t in adapter.head.items()}
     write_file(folder / f"{MIXTURE}.safetensors", save(tensors, {"format": "pt"}))
     write_file(folder / f"{MIXTURE}.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 def load_mixture(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """Read what :func:`save_mixture` wrote: the adapter, and ``task, base, revision, heads, rank, scale``.
+    """Read what :func:`save_mixture` wrote: the adapter, and ``task, base, revision, heads, rank, scale, classes``.
 
     Raises:
         MismatchError: it is no folder of a HydraLoRA adapter.

@@ -220,7 +220,7 @@ def loaded(kind: str, folder: Path, *, lean: bool) -> Base:
     spec = ModelSpec(source=str(folder), task=MODELS[kind][1])  # type: ignore[arg-type]
     base = models.load_base(spec, LORA, 3, lean=lean)
     for name, parameter in base.model.named_parameters():
-        if name.split(".")[0] in models.HEADS:
+        if base.head.holds(name):
             parameter.data.fill_(0.5)  # a placeholder, drawn at random
     return base
 
