@@ -18,9 +18,9 @@ from clients.engine import Engine
 from clients.stacked import frozen_linear
 from clients.train import PeftEngine
 from fedft.core.batches import batches
+from fedft.core.checkpoint import HEADS
 from fedft.core.examples import Examples, TokenExamples
 from fedft.core.metrics import IGNORED
-from fedft.core.checkpoint import HEADS
 from fedft.core.models import Base, block_of, initial_adapter, linears, weight_shape
 from fedft.core.seeds import torch_generator
 from fedft.core.spec import LoraSpec, Precision

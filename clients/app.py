@@ -1,7 +1,7 @@
 """The Flower ``ClientApp`` of fedft: unpacks a message, calls the resident engine, packs the reply.
 
-It answers three kinds of message. ``query`` says who this site is; ``train`` runs the plan in the
-message; ``evaluate`` scores an adapter, on a slice of the central test set or on the site's own
+It answers three kinds of message. ``query`` says who this site is, or, where it brings a task,
+whether that can be trained here; ``train`` runs the plan in the message; ``evaluate`` scores an adapter, on a slice of the central test set or on the site's own
 held-out examples. Nothing in a message is executed: it names numbers and parts, nothing else.
 """
 
@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients.attack import sent_by
+from clients.preflight import check
 from clients.probe import compare
 from clients.workbench import Workbench, workbench
-from fedft.core import codec
+from fedft.core import codec, trial
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
 
@@ -65,9 +66,21 @@ app = SiteApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say who this site is: its position among the sites of a simulation."""
+    """Say who this site is: its position among the sites of a simulation.
+
+    With a task: load it and try it, see :mod:`clients.preflight`. An error is part of the reply.
+    """
+    if (tried := trial.asked(message.content)) is not None:
+        return Message(trial.answer(_tried(*tried)), reply_to=message)
     identity = ConfigRecord({"index": int(context.node_config["partition-id"])})
     return Message(RecordDict({"config": identity}), reply_to=message)
+
+
+def _tried(task: str, batch_size: int) -> trial.Verdict | FedftError:
+    try:
+        return check(workbench(task), batch_size)
+    except FedftError as error:
+        return error
 
 
 @app.train()

@@ -253,6 +253,10 @@ class PeftEngine(LoopEngine):
         with cast(PeftModel, self._model).disable_adapter():
             yield self.base.model
 
+    def leave(self) -> None:
+        """Take PEFT's layers out of the base, which is then as it came; the engine is done."""
+        cast(PeftModel, self._model).unload()
+
     def _dropouts(self) -> Iterable[nn.Module]:
         return [layer.lora_dropout[_SLOT] for layer in self._layers.values()]
 

@@ -394,17 +394,17 @@ class RunConfig(Table):
 
     def task(self, **facts: Any) -> TaskSpec:
         """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
-        return TaskSpec(
-            model=self.model,
-            lora=self.lora,
-            data=self.data,
-            seed=self.seed,
-            clients=self.fleet.clients,
-            wire=self.engine.wire,
-            gradient_checkpointing=self.engine.gradient_checkpointing,
-            attack=self.fleet.attack,
-            **facts,
-        )
+        own: dict[str, Any] = {
+            "model": self.model,
+            "lora": self.lora,
+            "data": self.data,
+            "seed": self.seed,
+            "clients": self.fleet.clients,
+            "wire": self.engine.wire,
+            "gradient_checkpointing": self.engine.gradient_checkpointing,
+            "attack": self.fleet.attack,
+        }
+        return TaskSpec(**{**own, **facts})
 
     def to_toml(self) -> str:
         """The resolved configuration; reading it gives this object again."""

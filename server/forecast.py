@@ -27,7 +27,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
         many from the first on, its peak memory by part, and the total with gradient
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
-        a model (None where it cannot be measured); ``privacy`` where the run promises any, see
+        a model (None where it cannot be measured); no memory where the model's architecture is not
+        known; ``privacy`` where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -46,7 +47,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     pruning, _ = pruning_of(config, shapes, geometry)
     parts = [] if pruning is None else [pruning.named(range(k)) for k in pruning.sizes]
 
-    def needs(rank: int) -> tuple[Footprint, Footprint]:
+    def needs(rank: int) -> tuple[Footprint, Footprint] | None:
+        if geometry is None:
+            return None
         plain, small = (
             site_footprint(config, shapes, geometry, rank, checkpointing=checkpointing)
             for checkpointing in (False, True)
@@ -95,30 +98,38 @@ def _privacy(config: RunConfig) -> dict[str, Any]:
 
 def _client(
     config: RunConfig,
-    both: tuple[Footprint, Footprint],
+    both: tuple[Footprint, Footprint] | None,
     state: ServerState,
     rank: int,
     layers: tuple[Layer, ...] | None,
 ) -> dict[str, Any]:
-    needs = both[config.engine.gradient_checkpointing]
     mixed = len({*config.fleet.rank_choices}) > 1
     site = Site("example", 1, rank if mixed else None)
     plan = config.strategy.plan(state, site).without(config.frozen)
     plan = narrowed(plan, layers)
-    held = needs.layers if layers is None else len(layers)
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     wire = config.engine.wire
     received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
     return {
         "rank": rank,
-        f"{granularity(config)}s": [held, needs.layers],
         "trainable": trainable,
         "bytes": {
             "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
             "down": codec.payload_bytes(received)
             + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
         },
+        **({} if both is None else _memory(config, both, layers)),
+    }
+
+
+def _memory(
+    config: RunConfig, both: tuple[Footprint, Footprint], layers: tuple[Layer, ...] | None
+) -> dict[str, Any]:
+    needs = both[config.engine.gradient_checkpointing]
+    held = needs.layers if layers is None else len(layers)
+    return {
+        f"{granularity(config)}s": [held, needs.layers],
         "memory_mib": {name: value / MIB for name, value in needs.of(held).items()},
         "checkpointing_mib": {"off": both[0].mib(held), "on": both[1].mib(held)},
     }
@@ -143,6 +154,12 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         f"bytes in all          {sum(cost['bytes'].values()):,} in {cost['rounds']} rounds",
     ]
     for client in cost["clients"]:
+        if "memory_mib" not in client:
+            lines.append(
+                f"memory a client       not known at rank {client['rank']}: the memory model knows no "
+                "models of this architecture"
+            )
+            continue
         parts = client["memory_mib"]
         detail = ", ".join(
             f"{name} {value:.1f}" for name, value in parts.items() if name != "total"

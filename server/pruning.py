@@ -320,20 +320,28 @@ class Pruning:
 
 
 def pruning_of(
-    config: Any, shapes: models.Schema, geometry: Geometry
+    config: Any, shapes: models.Schema, geometry: Geometry | None
 ) -> tuple[Pruning | None, tuple[float, ...] | Distribution]:
     """How a run prunes, None where it does not; and the sites' budgets in MiB.
 
     Args:
         config: the :class:`~server.config.RunConfig`.
         shapes: of the model.
-        geometry: of the model.
+        geometry: of the model; None where its memory is not known.
 
     Raises:
-        ConfigError: some site's budget does not hold what it is to train.
+        ConfigError: some site's budget does not hold what it is to train, or cannot be checked.
     """
     fleet = config.fleet
     prunes = config.pruning.selection != "none"
+    if geometry is None:
+        if prunes or _limited(fleet):
+            raise ConfigError(
+                f"the memory model does not know the architecture of {config.model.source!r}: its blocks "
+                "are not one list of equal ones with attention",
+                fix="Leave memory budgets and [pruning] out, or choose another model.",
+            )
+        return None, fleet.memory_budgets_mib
     if granularity(config) == "sublayer":
         _check_halves(config, shapes, geometry)
     own = {rank: site_footprint(config, shapes, geometry, rank) for rank in _ranks(config)}

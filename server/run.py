@@ -33,7 +33,7 @@ from fedft.core.metrics import better
 from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
-from fedft.core.spec import Precision, TaskSpec
+from fedft.core.spec import LoraSpec, Precision, TaskSpec
 from fedft.core.types import ServerState
 from server.asynchrony import updates
 from server.checkpoints import Checkpoints
@@ -43,6 +43,7 @@ from server.courier import Courier
 from server.federation import Completed, Federation
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
+from server.preflight import preflight
 from server.privacy import PrivacyAccount, open_account, promises, resolved_privacy
 from server.pruning import pruning_of
 from server.roster import SimulatedRoster
@@ -349,6 +350,7 @@ def _execute(
     with ExitStack() as stack:
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
         setting = prepare_run(config, run)
+        setting = tried(setting, run, evaluator or grid, observer, stop)
         federation = replace(federate(setting, grid, stop), evaluator=evaluator)
         complete(setting, run, grid, federation, observer)
     return run
@@ -422,6 +424,7 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         inputs["availability"] = availability.fingerprint
     manifest = _frozen_partition(config, run, data, inputs)
     task = config.task(
+        lora=_pinned(config, shapes),
         run_id=run.path.name,
         precision=config.engine.precision,
         cohort=config.engine.cohort,
@@ -430,6 +433,40 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         fingerprint=manifest.fingerprint,
     )
     return Setting(config, task, data, manifest, shapes, folder)
+
+
+def _pinned(config: RunConfig, shapes: models.Schema) -> LoraSpec:
+    """The adapter with the layers by name that ``auto`` stands for: no client decides it anew."""
+    if config.lora.target_modules != "auto":
+        return config.lora
+    return config.lora.model_copy(update={"target_modules": shapes.names})
+
+
+def tried(
+    setting: Setting,
+    run: RunDir,
+    grid: Courier,
+    observer: Observer,
+    stop: Callable[[], bool],
+) -> Setting:
+    """The same, with the engine that its model can be trained in; recorded once, kept ever after.
+
+    Raises:
+        MismatchError: the model cannot be trained on these data, in no engine.
+        EnvironmentFailure: a worker died over it.
+    """
+    known = run.environment().get("engine")
+    if known is None:
+        found = preflight(
+            grid, setting.task.model_dump_json(), setting.config.training.batch_size, stop
+        )
+        known = vars(found)
+        run.amend_environment({"engine": known})
+    if known["why"]:
+        observer.note(f"clients are trained one by one, in the plain loop: {known['why']}")
+    if known["engine"] == "cohort" or setting.task.cohort == 1:
+        return setting
+    return replace(setting, task=setting.task.model_copy(update={"cohort": 1}))
 
 
 def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:

@@ -45,6 +45,7 @@ from server.run import (
     federate,
     prepare_run,
     resolved,
+    tried,
 )
 from server.status import Board, looker, showing
 
@@ -112,6 +113,8 @@ def serve(
             return run
         torch.set_num_threads(config.engine.threads)
         setting = replace(prepare_run(_undivided(config), run), config=config)
+        with InlineGrid(CLIENT_APP, 1) as here:
+            setting = tried(setting, run, here, observer, stop)
         with _listening(_terms(setting, run), run, address, hosting, observer) as grid:
             _rounds(setting, run, grid, hosting, observer, stop)
             _dismiss(grid, run, hosting, observer, stop)
@@ -293,8 +296,14 @@ def objection(setting: Setting, site: Site) -> str | None:
             f"{site.name} grants {site.memory_mib:.0f} MiB, and sites with a memory budget train in "
             "the cohort engine, which has no DP-SGD; join without --memory"
         )
-    needed = _needed_mib(setting, rank)
-    if site.memory_mib is not None and site.memory_mib < needed:
+    if site.memory_mib is None:
+        return None
+    if (needed := _needed_mib(setting, rank)) is None:
+        return (
+            f"{site.name} grants {site.memory_mib:.0f} MiB, and what this architecture takes is not "
+            "known; join without --memory"
+        )
+    if site.memory_mib < needed:
         return (
             f"training takes {needed:.0f} MiB at rank {rank}, and {site.name} grants "
             f"{site.memory_mib:.0f} MiB"
@@ -302,10 +311,14 @@ def objection(setting: Setting, site: Site) -> str | None:
     return None
 
 
-def _needed_mib(setting: Setting, rank: int) -> float:
-    """With as few blocks as the run's pruning allows: all of them where it prunes nothing."""
+def _needed_mib(setting: Setting, rank: int) -> float | None:
+    """With as few blocks as the run's pruning allows: all of them where it prunes nothing.
+
+    None where the architecture's memory is not known.
+    """
     config = setting.config
-    geometry = models.geometry(config.model, setting.folder)
+    if (geometry := models.geometry(config.model, setting.folder)) is None:
+        return None
     found = site_footprint(config, setting.shapes, geometry, rank, limited=True)
     return found.mib(1 if config.pruning.selection != "none" else None)
 

@@ -17,13 +17,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,7 @@ class Schema:
     Attributes:
         modules: path of each adapted linear layer → (d_out, d_in).
         head: PEFT name of each head tensor → shape.
+        names: what ``target-modules`` comes to in this model.
         saved: of the head, what peft has to be told of it; see :class:`~fedft.core.checkpoint.Head`.
         parameters: all parameters of the frozen base, head not counted.
         blocks: number of transformer blocks.
@@ -231,7 +232,8 @@ class Schema:
     parameters: int
     blocks: int
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    saved: Head = Head()
+    names: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    saved: Head = field(default_factory=Head)
 
 
 def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
@@ -258,7 +260,8 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
 
         tensors = methods.shapes(model, lora, modules)
     blocks = max(indices, default=-1) + 1
-    return Schema(modules, heads, size, blocks, tensors, head)
+    names = target_names(model, lora, _adaptable(model, head))
+    return Schema(modules, heads, size, blocks, tensors, names, head)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -286,24 +289,28 @@ def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[
     Raises:
         ConfigError: a name in ``target-modules`` or an index in ``layers`` matches nothing.
     """
-    head = Head.by_name(model) if head is None else head
-    candidates = {
-        p: m for p, m in linears(model) if not head.holds(p) and p.split(".")[0] != "lm_head"
-    }
-    if lora.target_modules != "all-linear":
+    candidates = _adaptable(model, Head.by_name(model) if head is None else head)
+    wanted = target_names(model, lora, candidates)
+    if wanted != "all-linear":
         present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-        for name in lora.target_modules:
-            if not any(p == name or p.endswith("." + name) for p in candidates):
+        for name in wanted:
+            if not any(_named(path, name) for path in candidates):
                 near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
                 raise ConfigError(
                     f"[lora] target-modules: no linear layer of this model is called {name!r}",
                     fix=f"Nearest names: {', '.join(near)}.",
                 )
         candidates = {
-            p: m
-            for p, m in candidates.items()
-            if any(p == t or p.endswith("." + t) for t in lora.target_modules)
+            path: m for path, m in candidates.items() if any(_named(path, t) for t in wanted)
         }
+    else:  # peft's all-linear spares the output layer, too
+        output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        candidates = {path: m for path, m in candidates.items() if m is not output}
+    if not candidates:
+        raise MismatchError(
+            f"no layer of {type(model).__name__} can be adapted: it has no linear layer",
+            fix="Choose a model with linear layers.",
+        )
     if lora.layers is None:
         return candidates
     blocks = {block_of(path) for path in candidates}
@@ -314,6 +321,35 @@ def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[
             fix=f"Blocks with adaptable layers: {known[0]} to {known[-1]}." if known else "",
         )
     return {p: m for p, m in candidates.items() if block_of(p) in lora.layers}
+
+
+def _adaptable(model: nn.Module, head: Head) -> dict[str, nn.Module]:
+    """Linear layers by path, but for the head's."""
+    return {path: module for path, module in linears(model) if not head.holds(path)}
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def target_names(
+    model: nn.Module, lora: LoraSpec, candidates: Iterable[str]
+) -> tuple[str, ...] | Literal["all-linear"]:
+    """``target-modules`` without ``auto``.
+
+    Args:
+        model: its kind decides what ``auto`` is.
+        lora: the `[lora]` table.
+        candidates: paths of the layers that could be adapted.
+    """
+    if lora.target_modules != "auto":
+        return lora.target_modules
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    paths = list(candidates)
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    names = [name for name in KNOWN.get(kind, ()) if any(_named(path, name) for path in paths)]
+    return tuple(names) or "all-linear"
 
 
 def scale_of(lora: LoraSpec, rank: int) -> float:
@@ -358,12 +394,21 @@ def _initial_head(shapes: Schema, seed: int) -> dict[str, Tensor]:
     }
 
 
-def geometry(spec: ModelSpec, folder: Path) -> Geometry:
-    """The sizes that decide about memory, from the model's configuration; no weight is loaded."""
+def geometry(spec: ModelSpec, folder: Path) -> Geometry | None:
+    """The sizes that decide about memory, from the model's configuration; no weight is loaded.
+
+    None where the memory model does not hold: it knows models of one list of equal blocks with
+    attention, not encoder-decoders, hierarchical or convolutional ones, or blocks that share
+    weights.
+    """
     with torch.device("meta"):
         model: Any = empty(spec, folder, classes=2)
     head = head_of(spec, folder, classes=2)
     config = model.config
+    needed = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    plain = all(isinstance(getattr(config, name, None), int) for name in needed)
+    if not plain or getattr(config, "is_encoder_decoder", False) or not block_list(model):
+        return None
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     named = {n: p for n, p in model.named_parameters() if n not in head.parameters}
     inner = sum(p.numel() for n, p in named.items() if block_of(n) is not None)
@@ -386,10 +431,18 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry:
         vocabulary=int(config.vocab_size) if causal else 0,
         sliced=output is not None,
         in_file={"fp32": in_file.get(torch.float32, 0), "bf16": in_file.get(torch.bfloat16, 0)},
-        patches=(config.image_size // config.patch_size) ** 2 + 1
-        if spec.task == "image-classification"
-        else 0,
+        patches=_patches(config) if spec.task == "image-classification" else 0,
     )
+
+
+def _patches(config: Any) -> int:
+    """Tokens of an image: its patches and the token that stands for all of it."""
+
+    def sides(size: Any) -> tuple[int, int]:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    (height, width), (down, across) = sides(config.image_size), sides(config.patch_size)
+    return (height // down) * (width // across) + 1
 
 
 def _plain_output(model: nn.Module) -> bool:
@@ -705,6 +758,7 @@ def load_base(
     device: str = "cpu",
     lean: bool = False,
     shared: bool = False,
+    eager: bool | None = None,
 ) -> Base:
     """Load the frozen base. Its head, if any, is a placeholder: an adapter brings the real one.
 
@@ -721,6 +775,7 @@ def load_base(
         shared: other processes on this machine load the same: make the weights pages of one file.
             They are anyway where the file has them in the dtype that is wanted; for others a
             bfloat16 copy is written once, into the user's cache.
+        eager: whether attention is eager; None leaves it to the precision.
 
     Attention is eager in bf16 on a CPU, where SDPA's backward pass is many times slower at short
     lengths, and SDPA elsewhere.
@@ -736,14 +791,9 @@ def load_base(
 
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    eager = precision == "bf16" and device == "cpu"
-    options = {
-        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        # None is SDPA, for all models that have it.
-        "attn_implementation": "eager" if eager else None,
-        "use_safetensors": True,
-        "ignore_mismatched_sizes": True,
-    }
+    if eager is None:
+        eager = precision == "bf16" and device == "cpu"
+    options = _options(precision, eager=eager)
     folder = resolve(spec)
     head = head_of(spec, folder, classes)
     if lean:
@@ -767,6 +817,37 @@ def load_base(
     with refusing(spec, folder):
         model = load(folder)
     return Base(_ready(model, device, head), lora, spec.task, head=head)
+
+
+def load_first(
+    spec: ModelSpec, lora: LoraSpec, classes: int, blocks: int, *, device: str, eager: bool
+) -> Base:
+    """A base of the first blocks alone, in float32: what is tried on it takes little memory.
+
+    Args:
+        spec: which model; its blocks can be told apart.
+        lora: which layers are adapted, in whatever blocks.
+        classes: as for :func:`load_base`.
+        blocks: how many.
+        device: torch device.
+        eager: as for :func:`load_base`.
+    """
+    folder = resolve(spec)
+    head = head_of(spec, folder, classes)
+    options = _options("fp32", eager=eager)
+    model = _of_blocks(spec, folder, classes, head, options, device, range(blocks))
+    return Base(model, lora.model_copy(update={"layers": None}), spec.task, head=head)
+
+
+def _options(precision: Precision, *, eager: bool) -> dict[str, Any]:
+    """What transformers is told of every model."""
+    return {
+        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        # None is SDPA, for all models that have it.
+        "attn_implementation": "eager" if eager else None,
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,
+    }
 
 
 _WORTH_SHARING = 32 << 20

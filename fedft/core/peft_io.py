@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedft.core import hydra, methods
 from fedft.core.algebra import pad
+from fedft.core.checkpoint import Head
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import Files, disk, write_file
-from fedft.core.checkpoint import Head
 from fedft.core.models import PEFT_TASK, effective, scale_of
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of

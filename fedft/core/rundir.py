@@ -213,6 +213,11 @@ class RunDir:
         record = surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
         write_file(self.path / "environment.json", _pretty(record))
 
+    def amend_environment(self, facts: Mapping[str, object]) -> None:
+        """Adds to what is stored already what was found out later."""
+        self._writer()
+        write_file(self.path / "environment.json", _pretty(self.environment() | dict(facts)))
+
     def changed_versions(self) -> dict[str, tuple[str | None, str | None]]:
         """Libraries that decide about bits, by (version then, version now), where they differ.
 

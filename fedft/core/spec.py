@@ -80,7 +80,9 @@ class LoraSpec(Table):
         options: further fields of peft's configuration of another method, by their names there.
         rank: r of every adapted layer, unless the fleet says otherwise.
         alpha: numerator of the scale s = alpha / r.
-        target_modules: names of the linear layers to adapt, or ``all-linear``.
+        target_modules: names of the linear layers to adapt; ``all-linear``, every one but the
+            output layer; or ``auto``, those that peft adapts in models of this kind, and all
+            linear ones where it names none.
         layers: indices of the transformer blocks to adapt; None adapts all.
         dropout: probability of dropping an input of A while training.
         rslora: rank-stabilised scale, alpha / sqrt(r).
@@ -89,7 +91,7 @@ class LoraSpec(Table):
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ("query", "value")
+    target_modules: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
     layers: tuple[int, ...] | None = None
     dropout: Fraction = 0.0
     rslora: bool = False
