@@ -25,7 +25,7 @@ from fedft.core.examples import Examples
 from fedft.core.models import Base
 from fedft.core.spec import TaskSpec
 from fedft.core.trial import Verdict
-from fedft.core.types import Adapter, Batch, Factors, LocalTraining, TrainPlan
+from fedft.core.types import IGNORED, Adapter, Batch, Factors, LocalTraining, TrainPlan
 
 _SMALL = 400_000_000
 """Parameters up to which the engines are compared on the whole model, in float64."""
@@ -64,7 +64,7 @@ def check(bench: Bench, batch_size: int) -> Verdict:
     if task.cohort == 1 and not task.lean:
         try_longest(bench, batch_size)
         return Verdict("loop")
-    difference = _difference(bench)
+    difference = _difference(bench) if len(bench.data.train) else None
     if difference is not None and task.lean:
         raise MismatchError(
             f"clients with a memory budget train in the cohort engine, which does not hold for this "
@@ -87,6 +87,8 @@ def try_longest(bench: Bench, batch_size: int) -> None:
         MismatchError: they do not go through the model, or their loss is no number.
     """
     train, test = bench.data.train, bench.data.test
+    if not len(train):
+        return
     training = LocalTraining(
         steps=1, batch_size=batch_size, lr=0.0, optimizer="sgd", clip_norm=None
     )
@@ -103,10 +105,39 @@ def try_longest(bench: Bench, batch_size: int) -> None:
         (result,) = bench.engine.train([plan], [longest])
         if len(test):
             bench.engine.evaluate(plan.start, {}, [_longest(test, 1)], layers)
+    if bench.task.model.task == "causal-lm":
+        _refuse_leaks(bench, plan, layers)
     if not math.isfinite(result.metrics["loss"]):
         raise MismatchError(
             f"the loss of {bench.task.model.source!r} on the longest rows is {result.metrics['loss']}",
             fix='Set [engine] precision = "fp32", or choose a lower [data] max-length.',
+        )
+
+
+def _refuse_leaks(bench: Bench, plan: TrainPlan, layers: tuple[int, ...] | None) -> None:
+    """Refuse a "causal" model whose prediction of a token changes with a token after it.
+
+    An encoder that was made for masked words loads as a language model, and sees the answers.
+    """
+    row = _longest(bench.data.train, 1)
+    ids = row.inputs["input_ids"][:, :_TOKENS]
+    if ids.shape[1] < 3:
+        return
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 1:-1] = ids[:, 1:-1]
+    other = ids.clone()
+    other[:, -1] = ids[ids != ids[:, -1:]][:1] if bool((ids != ids[:, -1:]).any()) else 0
+    losses = [
+        bench.engine.evaluate(plan.start, {}, [Batch({"input_ids": own}, labels)], layers).loss_sum
+        for own in (ids, other)
+    ]
+    # Earlier tokens see the same numbers in the same kernels; experts may be given other shapes.
+    allowed = 5e-2 if bench.task.precision == "bf16" else 1e-4
+    if abs(losses[0] - losses[1]) > allowed:
+        raise MismatchError(
+            f"{bench.task.model.source!r} predicts a token from those after it: it is no causal language "
+            "model",
+            fix="Use a decoder, or set [model] task to what this model was made for.",
         )
 
 

@@ -162,6 +162,8 @@ class EngineSpec(Table):
             pass: less memory, up to half more time, the same numbers. Not with ``[training] dp``.
         wire: number format of tensors between server and sites.
         max_update_norm: largest norm of a site's change that is accepted; None accepts any.
+        verify: at the end of a run, load the exported adapter in stock peft and compare its scores
+            with the run's own on a few test rows; see :mod:`server.verify`.
     """
 
     backend: Literal["ray", "processes", "inline"] = "ray"
@@ -174,6 +176,7 @@ class EngineSpec(Table):
     gradient_checkpointing: bool = False
     wire: Literal["fp32", "bf16"] = "fp32"
     max_update_norm: PositiveFloat | None = None
+    verify: bool = True
 
     @model_validator(mode="after")
     def _on_ray_only(self) -> "EngineSpec":

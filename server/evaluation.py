@@ -99,7 +99,7 @@ class Evaluation:
         """The sums behind the replies, in the order of the messages; None where there was none."""
         tallies: dict[str, Tally] = {}
         for reply in replies(grid, ids, patience_s, self.federation.stop):
-            tally = None if reply.has_error() else _tally(reply.content)
+            tally = None if reply.has_error() else tally_of(reply.content)
             if tally is not None:
                 tallies[reply.metadata.reply_to_message_id] = tally
         return [tallies.get(id_) for id_ in ids]
@@ -161,7 +161,7 @@ def _ask_sites(federation: Federation, state: ServerState, cohort: Sequence[Site
     return ask_to_evaluate(federation.grid, state.round, contents, nodes)
 
 
-def _tally(content: RecordDict) -> Tally | None:
+def tally_of(content: RecordDict) -> Tally | None:
     """The sums in a reply; None where it holds none that can be used."""
     metrics: Any = content.metric_records.get("metrics", {})
     try:

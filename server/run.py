@@ -7,6 +7,7 @@ next one starts.
 
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from flwr.app import RecordDict
 
@@ -192,7 +194,7 @@ def resume(
     Args:
         run_dir: its directory.
         changed: a configuration to go on with; it must say the same, apart from ``[engine]``
-            ``backend``, ``workers`` and ``gradient-checkpointing``, which do not change results.
+            ``backend``, ``workers``, ``gradient-checkpointing`` and ``verify``, which do not change results.
         observer: as for :func:`simulate`.
         stop: as for :func:`simulate`.
         grid: as for :func:`simulate`.
@@ -280,7 +282,7 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
 
 
 def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
-    names = ("backend", "workers", "gradient_checkpointing")
+    names = ("backend", "workers", "gradient_checkpointing", "verify")
     free = {name: getattr(new.engine, name) for name in names}
     moved = old.model_copy(update={"engine": old.engine.model_copy(update=free)})
     if lines := differences(moved, new):
@@ -371,7 +373,41 @@ def complete(
         progress = progress.after(completed, config.model.task)
         _commit(setting, run, grid, checkpoints, completed, progress)
         observer.completed(completed.record)
-    _finish(setting, run, state, progress, account)
+    verified = _verified(setting, run, federation, state)
+    _finish(setting, run, state, progress, account, verified)
+
+
+def _verified(
+    setting: Setting, run: RunDir, federation: Federation, state: ServerState
+) -> dict[str, float] | None:
+    """What :func:`server.verify.verify` finds; None where it was not asked, or has no say.
+
+    A base in few bits is not what stock transformers loads.
+    """
+    config = setting.config
+    if not config.engine.verify or config.model.load_in is not None:
+        return None
+    from server.verify import verify  # peft takes a second to import
+
+    gated = config.lora.method == "hydralora"  # what of it stock peft can load is another model
+    with tempfile.TemporaryDirectory() as spare:
+        folder = run.adapter(state.round)
+        if not folder.exists():
+            folder = Path(spare) / "adapter"
+            export(setting, state, folder)
+        return verify(
+            folder,
+            state,
+            grid=federation.evaluator or federation.grid,
+            task=federation.task,
+            model=config.model,
+            folder=setting.folder,
+            classes=len(setting.data.classes),
+            head=setting.shapes.saved,
+            test=setting.data.test.subset(np.arange(0)) if gated else setting.data.test,
+            precision=setting.task.precision,
+            stop=federation.stop,
+        )
 
 
 def open_grid(config: RunConfig) -> SimulationGrid:
@@ -704,6 +740,7 @@ def _finish(
     state: ServerState,
     progress: Progress,
     account: PrivacyAccount | None,
+    verified: Mapping[str, float] | None,
 ) -> None:
     _drop_superseded(setting, run, progress)  # where a crash came between commit and removal
     run.write_summary(
@@ -716,6 +753,7 @@ def _finish(
             "seconds": progress.seconds,
             "adapter_sha256": adapter_digest(state.adapter, state.delta),
             "history_sha256": progress.history,
+            "verified": verified,
             **({} if account is None else {"privacy": account.guarantee()}),
         }
     )
