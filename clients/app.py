@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from clients.attack import sent_by
 from clients.preflight import check
 from clients.probe import compare
-from clients.workbench import Workbench, workbench
+from clients.workbench import Workbench, one_by_one, workbench
 from fedft.core import codec, trial
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
@@ -78,7 +78,10 @@ def query(message: Message, context: Context) -> Message:
 
 def _tried(task: str, batch_size: int) -> trial.Verdict | FedftError:
     try:
-        return check(workbench(task), batch_size)
+        found = check(workbench(task), batch_size)
+        if found.why:  # what will train is tried, too
+            check(workbench(one_by_one(task)), batch_size)
+        return found
     except FedftError as error:
         return error
 

@@ -44,6 +44,10 @@ from fedft.core.sublayers import Layer
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
 
 
+class RowsMismatch(MismatchError):
+    """A layer's input is not the rows of the batch, client by client: the engine does not hold."""
+
+
 @dataclass
 class _Now:
     """What the layers need to know of the pass in hand.
@@ -312,11 +316,19 @@ class CohortEngine:
 
     def _segments(self, x: Tensor) -> Segments:
         """How many of the vectors in ``x`` belong to each site."""
-        step = self._current().step
-        if form_now() == "packed":
-            return step.tokens
-        each = x[..., 0].numel() // sum(step.rows)
-        return tuple(each * rows for rows in step.rows)
+        step, form = self._current().step, form_now()
+        rows, count = sum(step.rows), x.numel() // x.shape[-1]
+        if form == "packed":
+            fits = count == sum(step.tokens)
+        else:  # windows and experts of a row may lie beside each other, but no two rows' mixed
+            fits = count % rows == 0 and (form == "first" or x.shape[0] % rows == 0)
+        if not fits:
+            raise RowsMismatch(
+                f"a linear layer gets {list(x.shape)}, which {rows} rows of {len(step.rows)} clients do "
+                "not come to",
+                fix="Set [engine] cohort = 1.",
+            )
+        return step.tokens if form == "packed" else tuple(count // rows * n for n in step.rows)
 
     def _head(self, head: nn.Module, path: str, names: Sequence[str], x: Tensor) -> Tensor:
         """A head module on each site's rows with that site's own tensors. x: [n, …]"""

@@ -134,6 +134,12 @@ def workbench(task_json: str) -> Workbench:
     return Workbench(task, data, manifest, _engine(task, base))
 
 
+def one_by_one(task_json: str) -> str:
+    """The same task in the plain loop."""
+    task = TaskSpec.model_validate_json(task_json)
+    return task.model_copy(update={"cohort": 1}).model_dump_json()
+
+
 def _engine(task: TaskSpec, base: models.Base) -> Engine:
     if task.lora.method == "hydralora":
         from clients.hydra import HydraEngine
@@ -148,8 +154,10 @@ def _engine(task: TaskSpec, base: models.Base) -> Engine:
 
         return PeftEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
     from clients.cohort import CohortEngine
+    from clients.fallback import Fallback
 
-    return CohortEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
+    cohort = CohortEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
+    return cohort if task.lean else Fallback(cohort, task)
 
 
 def _manifest(task: TaskSpec, data: Data) -> Manifest:

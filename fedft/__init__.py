@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedft.api import Comparison, ExportedAdapter, Run, compare, resume, simulate
+    from fedft.api import Comparison, ExportedAdapter, Run, compare, model_folder, resume, simulate
     from fedft.core.errors import FedftError
     from fedft.core.types import Adapter, Factors
     from fedft.mixture import load_mixture
@@ -25,6 +25,7 @@ _HOME = {
     "Run": "fedft.api",
     "compare": "fedft.api",
     "load_mixture": "fedft.mixture",
+    "model_folder": "fedft.api",
     "resume": "fedft.api",
     "simulate": "fedft.api",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "Run",
     "compare",
     "load_mixture",
+    "model_folder",
     "resume",
     "simulate",
 ]

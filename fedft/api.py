@@ -193,6 +193,22 @@ def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
     return Run(own_server("run").resume(Path(run_dir), observer=observer).path)
 
 
+def model_folder(source: str, revision: str | None = None) -> Path:
+    """The local folder of a pretrained model, for ``from_pretrained`` of stock transformers.
+
+    Args:
+        source: as ``[model] source``: ``wheel:PACKAGE``, a folder, or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        MismatchError: it is not there.
+    """
+    from fedft.core.models import resolve
+    from fedft.core.spec import ModelSpec
+
+    return resolve(ModelSpec(source=source, revision=revision))
+
+
 def _config(
     config: "str | Path | RunConfig",
     strategy: str | None,

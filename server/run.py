@@ -20,6 +20,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedft.core import codec, models, partition
+from fedft.core.card import Origin, save_card
 from fedft.core.data import Data, prepare
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import (
@@ -339,6 +340,7 @@ class Setting:
     manifest: Manifest
     shapes: models.Schema
     folder: Path
+    hashes: Mapping[str, str]
 
 
 def _execute(
@@ -455,7 +457,8 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     data = prepare(config.data, config.model.task, encoder, seed=config.seed)
     shapes = models.schema(config.model, config.lora, len(data.classes))
     _check_ranks(config, shapes)
-    inputs = {**models.fingerprint(folder), "data": data.fingerprint}
+    hashes = models.fingerprint(folder)
+    inputs = {**hashes, "data": data.fingerprint}
     if (availability := config.availability) is not None:
         inputs["availability"] = availability.fingerprint
     manifest = _frozen_partition(config, run, data, inputs)
@@ -468,7 +471,7 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         manifest=str(run.partition),
         fingerprint=manifest.fingerprint,
     )
-    return Setting(config, task, data, manifest, shapes, folder)
+    return Setting(config, task, data, manifest, shapes, folder, hashes)
 
 
 def _pinned(config: RunConfig, shapes: models.Schema) -> LoraSpec:
@@ -732,6 +735,15 @@ def export(setting: Setting, state: ServerState, folder: Path) -> None:
             revision=config.model.revision,
             **about,
         )
+    origin = Origin(
+        config.model,
+        setting.hashes,
+        setting.data.classes,
+        config.strategy.name,
+        state.round,
+        config.lora.method,
+    )
+    save_card(folder, origin)
 
 
 def _finish(
