@@ -41,9 +41,20 @@ _TOKENS = 64
 class Bench(Protocol):
     """What is asked of a workbench; see :class:`clients.workbench.Workbench`."""
 
-    task: TaskSpec
-    data: Data
-    engine: Engine
+    @property
+    def task(self) -> TaskSpec:
+        """As the server sent it."""
+        ...
+
+    @property
+    def data(self) -> Data:
+        """Of this machine."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """With the frozen base."""
+        ...
 
     def initial(self, rank: int) -> Adapter:
         """The adapter of the common seed."""

@@ -34,7 +34,7 @@ class Origin:
     method: str = "lora"
 
     @property
-    def labels(self) -> dict[str, dict[str, object]]:
+    def labels(self) -> Mapping[str, Mapping[str, object]]:
         """``id2label`` and ``label2id``, as transformers' configurations have them."""
         if not self.classes:
             return {}

@@ -37,8 +37,8 @@ def question(task: str, batch_size: int) -> RecordDict:
 
 def asked(content: RecordDict) -> tuple[str, int] | None:
     """The task and the batch size of a message; None where it asks for no trial."""
-    config = content.config_records.get("config", {})
-    if "task" not in config:
+    config = content.config_records.get("config")
+    if config is None or "task" not in config:
         return None
     return cast(str, config["task"]), cast(int, config["batch-size"])
 
