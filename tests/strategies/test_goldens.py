@@ -251,22 +251,63 @@ class TestFedRotLoRA:
         (adapter([[0, -1], [1, 0]], [[0, 2], [-2, 0]]), 1),
     )
 
-    def test_full_rotation(self):
-        # R = J: R^T A = I and B R = 2 I. The mean is exact: B A = 1.5 I.
-        state = play(FedRotLoRA(strength=1.0), self.START, self.SITES)
-        check(state, [[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
+    H = 1 / sqrt(2)
+    UNTURNED = ([[0.5, -0.5], [0.5, 0.5]], [[0.5, 1], [-1, 0.5]])  # (I + J) / 2, (I + 2 J^T) / 2
+
+    def round(self, number, start=START, sites=SITES, **settings):
+        rule = FedRotLoRA(**settings)
+        return play(rule, start, sites, ServerState(start, round=number - 1))
+
+    def test_the_schedule(self):
+        # Round 1: nothing is turned. Round 2, on A: M = J, R = J, so R^T A = I and B R = 2 I, and
+        # the mean is exact. Round 3, on B, whose reference is zero: nothing again. Round 4: A.
+        exact = ([[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
+        for number, (A, B) in enumerate((self.UNTURNED, exact, self.UNTURNED, exact), 1):
+            check(self.round(number), A, B)
+
+    def test_on_B(self):
+        # The reference is B = I, and A = 0 now. Round 3: M = B_2^T I = 2 J, R = J as above; in
+        # rounds 2 and 4 it is A that has no reference.
+        start = adapter([[0, 0], [0, 0]], [[1, 0], [0, 1]])
+        exact = ([[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
+        check(self.round(3, start), *exact)
+        check(self.round(5, start), *exact)
+        for number in (1, 2, 4):
+            check(self.round(number, start), *self.UNTURNED)
+
+    def test_rounds_follow_each_other(self):
+        # From the start, the same replies each time. Round 1 leaves A = (I + J) / 2 = H / sqrt(2),
+        # with H the rotation by 45 degrees, and B = (I + 2 J^T) / 2. Round 2, on A:
+        # site 1: M = I A^T = H^T / sqrt(2), R = H^T, so A = H and B = H^T.
+        # site 2: M = J A^T = J H^T / sqrt(2) = H / sqrt(2), R = H, so A = H^T J = H, B = 2 J^T H = 2 H^T.
+        rule, h = FedRotLoRA(), self.H
+        state = play(rule, self.START, self.SITES)
+        check(state, *self.UNTURNED)
+        state = play(rule, self.START, self.SITES, state)
+        check(state, [[h, -h], [h, h]], [[1.5 * h, 1.5 * h], [-1.5 * h, 1.5 * h]])
+
+    def test_a_reflection(self):
+        # Site 2 holds 2 I with its rows exchanged: A = X = [0 1; 1 0], B = 2 X. Hard: R = X, exact.
+        # Soft, strength 1: M = X = U S V^T has equal singular values, so that every rotation by any
+        # angle comes as close, to ||R^T X - I||^2 = 4; what is sure is that the mean is not exact.
+        X = adapter([[0, 1], [1, 0]], [[0, 2], [2, 0]])
+        sites = (self.SITES[0], (X, 1))
+        check(self.round(2, sites=sites), [[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
+        f = self.round(2, sites=sites, strength=1.0).adapter.factors["m"]
+        assert not torch.allclose(f.product(), matrix([[1.5, 0], [0, 1.5]]), atol=0.1)
+
+    def test_full_soft_rotation(self):
+        check(self.round(2, strength=1.0), [[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
 
     def test_half_a_rotation(self):
-        # R' = nearest rotation to (I + J) / 2, by 45 degrees: (I + J) / sqrt(2) =: H.
+        # R' = nearest rotation to (I + J) / 2, by 45 degrees: (I + J) / sqrt(2) = H.
         # H^T J = H and 2 J^T H = 2 H^T, so A = (I + H) / 2 and B = (I + 2 H^T) / 2.
-        h = 1 / sqrt(2)
-        state = play(FedRotLoRA(strength=0.5), self.START, self.SITES)
+        h = self.H
         A = [[(1 + h) / 2, -h / 2], [h / 2, (1 + h) / 2]]
-        check(state, A, [[0.5 + h, h], [-h, 0.5 + h]])
+        check(self.round(2, strength=0.5), A, [[0.5 + h, h], [-h, 0.5 + h]])
 
     def test_no_rotation(self):
-        state = play(FedRotLoRA(strength=0.0), self.START, self.SITES)
-        check(state, [[0.5, -0.5], [0.5, 0.5]], [[0.5, 1], [-1, 0.5]])
+        check(self.round(2, strength=0.0), *self.UNTURNED)
 
 
 def test_fedsvd():
