@@ -384,6 +384,14 @@ class TestNormClip:
         sites = [(adapter([[1, 1]], [[x], [0]]), 1) for x in (1, 2, 8)]
         check(play(NormClip(), sites=sites), [[1, 1]], [[5 / 3], [0]])
 
+    def test_sites_that_stay_where_they_are_have_no_say(self):
+        # Norms 0, 0, 0, 0, 1, 2 and 8: C = 2 again, over those that moved. B = (1 + 2 + 2) / 7.
+        sites = [(adapter([[1, 1]], [[x], [0]]), 1) for x in (0, 0, 0, 0, 1, 2, 8)]
+        check(play(NormClip(), sites=sites), [[1, 1]], [[5 / 7], [0]])
+        # One alone moves, and is its own median. Of nobody there is none.
+        check(play(NormClip(), sites=sites[:5]), [[1, 1]], [[1 / 5], [0]])
+        check(play(NormClip(), sites=sites[:4]), [[1, 1]], [[0], [0]])
+
 
 FIVE = [
     (adapter([[x, 1]], [[y], [0]]), 1)
