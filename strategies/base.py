@@ -40,7 +40,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
-from strategies.sendable import REMEDY, check_sendable
+from strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
 ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
@@ -135,7 +135,7 @@ class Strategy(BaseModel, ABC):
         """
         try:
             after = self.combine(state, updates)
-        except torch.linalg.LinAlgError as error:  # LAPACK's word for what is not finite
+        except NO_RESULT as error:
             raise ConfigError(
                 f"round {state.round}: {self.label} has no result in numbers of this size: {error}",
                 fix=REMEDY,

@@ -120,10 +120,13 @@ def _nearest_orthogonal(M: Tensor, most: float, *, proper: bool = False) -> Tens
     """
     U, S, Vt = torch.linalg.svd(M)
     found = int(S.gt(_ROUNDING * most).sum())
+    left, right = U[:, :found], Vt[:found]
     if found < len(S):
         P, _, Qt = torch.linalg.svd(U[:, found:].T @ Vt[found:].T)
-        U = torch.cat([U[:, :found], U[:, found:] @ P], dim=1)
-        Vt = torch.cat([Vt[:found], Qt @ Vt[found:]])
-    if proper and torch.linalg.det(U @ Vt) < 0:
-        U = torch.cat([U[:, :-1], -U[:, -1:]], dim=1)  # where S is least, so is the loss
-    return U @ Vt
+        left, right = (
+            torch.cat([left, U[:, found:] @ P], dim=1),
+            torch.cat([right, Qt @ Vt[found:]]),
+        )
+    if proper and torch.linalg.det(left @ right) < 0:
+        left = torch.cat([left[:, :-1], -left[:, -1:]], dim=1)  # where S is least, so is the loss
+    return left @ right

@@ -115,22 +115,24 @@ class LoRAFAIR(Strategy):
         """B + dB, from dB = 0 down the objective. Coordinates and unit are the direction's."""
         start = direction.start
         # In the unit in which B has the norm 1, a step of the length eta has eta / ||B||^2.
-        size, ridge = direction.size, self.ridge * direction.size**2
-        X, at = start, direction.at(start, ridge)
+        square = direction.size**2
+        ridge = self.ridge * square
+        present, at, share = start, direction.at(start, ridge), 1.0
         for _ in range(self.steps):
             most = _TRUST / at.curvature if at.curvature > 0 else 0.0
-            step = most if self.step_size >= most * size**2 else self.step_size / size**2
-            down = at.ascent - 2 * ridge * (X - start)
-            for _ in range(_HALVINGS):
-                new = X + step * down
+            step = most if self.step_size >= most * square else self.step_size / square
+            down = at.ascent - 2 * ridge * (present - start)
+            new, seen = present, at
+            while share > _LEAST_SHARE:
+                new = present + share * step * down
                 seen = direction.at(new, ridge)
                 if seen.objective <= at.objective:
                     break
-                step /= 2
-            else:
+                share /= 2  # for good: what overshot once is close to where it would again
+            if share <= _LEAST_SHARE:
                 break  # as low as floating point can tell
-            X, at = new, seen
-        return B + size * direction.matrix(X - start)
+            present, at = new, seen
+        return B + direction.size * direction.matrix(present - start)
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,8 @@ class _Columns(_Direction):
 _TRUST = 0.25
 """Of the inverse curvature: within such a step the curvature stays below twice what it was."""
 
-_HALVINGS = 40
-"""Of a step that rises; after so many what is left of it is rounding."""
+_LEAST_SHARE = 2.0**-20
+"""Of a step, below which it is halved no more: what rises even then is rounding."""
 
 _ROUNDING = 1e-14
 """Share of a squared length, of what its terms come to, that says nothing: some float64 epsilons."""
@@ -282,8 +284,8 @@ def _coordinates(layer: Layer, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     """
     size = B.norm()
     S = torch.cat([x.B for x in layer.parts], dim=1).double() / size
-    M = torch.cat([w * x.A.double() for x, w in zip(layer.parts, layer.p, strict=True)])
-    M = M / M.abs().max().clamp_min(torch.finfo(M.dtype).tiny)
+    rows = torch.cat([w * x.A.double() for x, w in zip(layer.parts, layer.p, strict=True)])
+    M = rows / rows.abs().max()
     if S.shape[1] >= S.shape[0]:
         identity = torch.eye(S.shape[0], dtype=S.dtype)
         return identity, identity, S @ M, B / size

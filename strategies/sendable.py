@@ -17,6 +17,9 @@ from torch import Tensor
 from fedft.core.errors import ConfigError
 from fedft.core.types import LARGEST_SENT, ServerState, factor_name
 
+NO_RESULT: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+"""What LAPACK says of an input that is not finite."""
+
 REMEDY = (
     "lower [training] lr (or the rule's own lr), or bound what one client may change: "
     "[engine] max-update-norm, or strategy norm-clip around the rule; the last committed round stands"

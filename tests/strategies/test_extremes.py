@@ -1,6 +1,7 @@
 """Every rule with numbers of any size: a state that can be sent, or an error that says which cannot."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -162,6 +163,21 @@ def test_a_base_change_and_slots_are_looked_at_too(entry: float) -> None:
     else:
         with pytest.raises(ConfigError, match="its own fedadam/v/x"):
             check_sendable("some-rule", before, replace(before, slots=slots))
+
+
+def test_a_decomposition_that_fails_is_told_as_an_overflow_is() -> None:
+    """LAPACK refuses what is not finite with an error of its own."""
+
+    class Careless(FedAvgLoRA):
+        def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+            torch.linalg.svd(torch.full((2, 2), float("nan")))
+            return state
+
+    state = initial(FedAvgLoRA(), torch.float32)
+    updates = [reply(FedAvgLoRA(), state, site) for site in fleet(FedAvgLoRA())]
+    with pytest.raises(ConfigError, match="round 1: fedavg-lora has no result") as caught:
+        Careless().aggregate(state, updates)
+    assert "max-update-norm" in caught.value.fix
 
 
 def test_empty_tensors_are_sound() -> None:

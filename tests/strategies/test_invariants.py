@@ -25,7 +25,6 @@ from strategies import (
     FedExLoRA,
     FedMomentum,
     FedProx,
-    FedRotLoRA,
     FedSALoRA,
     FedSB,
     FedSVD,
@@ -38,7 +37,6 @@ from strategies import (
     RoLoRA,
 )
 from strategies.fedex_lora import residual
-from strategies.fedrot_lora import rotation
 from strategies.hetlora import tail
 
 SHAPES = {"a.q": (24, 18), "b.v": (16, 30)}  # (d_out, d_in)
@@ -572,7 +570,7 @@ def test_exact_in_float32_long_after_the_base_change_is_full(rule):
     assert all(f.rank == min(f.shape) for f in state.delta.values())
 
 
-# ── rules that freeze, rotate or hide ─────────────────────────────────────────────────────────
+# ── rules that freeze or hide (FedRot-LoRA has a file of its own) ─────────────────────────────────
 
 
 class TestRoLoRA:
@@ -596,107 +594,6 @@ class TestFedSALoRA:
         assert travels == ({"A"} if head == "local" else {"A", "head"})
         assert plan.train >= {"A", "B", "head"}
         assert plan.keep == rule.personal == {"B", "head"} - travels
-
-
-class TestFedRotLoRA:
-    @pytest.mark.parametrize("strength", [None, 0.3, 0.5, 1.0])
-    @pytest.mark.parametrize("on", ["A", "B"])
-    def test_rotations_keep_the_product_and_come_no_further(self, strength, on):
-        reference = adapter(9).factors["a.q"]
-        for seed in range(8):
-            x = adapter(seed).factors["a.q"]
-            R = rotation(x, reference, strength, on=on)
-            assert torch.allclose(R.T @ R, torch.eye(4, dtype=torch.float64), atol=1e-12)
-            assert gap(x.B @ R @ R.T @ x.A, x.B @ x.A) < 1e-13
-            if strength is not None:
-                assert float(torch.linalg.det(R)) == pytest.approx(1.0)
-            if strength in (None, 1.0):
-                mine, theirs = (x.A, reference.A) if on == "A" else (x.B, reference.B)
-                turned = R.T @ mine if on == "A" else mine @ R
-                assert (turned - theirs).norm() <= (mine - theirs).norm() * (1 + 1e-12)
-
-    def test_the_best_rotation(self):
-        """Against many random ones: none comes closer to the reference, nor does a reflection."""
-        x, reference = adapter(1).factors["a.q"], adapter(2).factors["a.q"]
-        hard = (rotation(x, reference, None, on="A").T @ x.A - reference.A).norm()
-        soft = (rotation(x, reference, 1.0, on="A").T @ x.A - reference.A).norm()
-        assert hard <= soft
-        g = torch.Generator().manual_seed(0)
-        for _ in range(200):
-            Q = torch.linalg.qr(draw(g, 4, 4)).Q
-            assert (Q.T @ x.A - reference.A).norm() >= hard
-            Q[:, 0] *= torch.linalg.det(Q).sign()
-            assert (Q.T @ x.A - reference.A).norm() >= soft
-
-    @staticmethod
-    def turned(start, proper, shift=0.0):
-        """Four sites that learned one thing and hold it in bases of their own."""
-        g = torch.Generator().manual_seed(1)
-        learned = near(start, 9, size=shift).adapter if shift else start
-        updates = []
-        for k in range(4):
-            Q = torch.linalg.qr(draw(g, 4, 4)).Q
-            Q[:, 0] *= torch.linalg.det(Q).sign() * (1 if proper else (-1) ** k)
-            factors = {m: Factors(Q.T @ f.A, f.B @ Q, f.scale) for m, f in learned.factors.items()}
-            updates.append(ClientUpdate(f"s{k}", 3, Adapter(factors, start.head).tensors(), start))
-        return updates
-
-    @pytest.mark.parametrize("round_", [1, 2])  # on A, then on B
-    @pytest.mark.parametrize("shift", [0.0, 0.5])
-    @pytest.mark.parametrize("proper", [True, False], ids=["rotations", "reflections"])
-    def test_it_undoes_a_pure_change_of_basis(self, round_, shift, proper):
-        """Sites that agree but for their bases: the whole bias was the choice of basis."""
-        updates = self.turned(adapter(), proper, shift)
-        assert bias(updates, combine(FedAvgLoRA(), updates)) > 0.3
-        assert bias(updates, combine(FedRotLoRA(), updates, round=round_)) < 1e-13
-
-    def test_the_soft_rotation_undoes_rotations_but_no_reflections(self):
-        updates = self.turned(adapter(), proper=True)
-        assert bias(updates, combine(FedRotLoRA(strength=1.0), updates, round=1)) < 1e-13
-        reflected = self.turned(adapter(), proper=False)
-        assert bias(reflected, combine(FedRotLoRA(strength=1.0), reflected, round=1)) > 0.1
-
-    @pytest.mark.parametrize("strength", [None, 0.5, 1.0])
-    def test_the_first_round_turns_nothing(self, strength):
-        updates = self.turned(adapter(), proper=True)
-        x, y = (combine(r, updates).adapter for r in (FedRotLoRA(strength=strength), FedAvgLoRA()))
-        for name, tensor in y.tensors().items():
-            assert torch.allclose(x.tensors()[name], tensor, atol=1e-14)
-
-    def test_strength_zero_is_fedavg(self):
-        updates = cohort(adapter())
-        for t in range(3):
-            x, y = (
-                combine(r, updates, round=t).adapter
-                for r in (FedRotLoRA(strength=0.0), FedAvgLoRA())
-            )
-            for name, tensor in y.tensors().items():
-                assert torch.allclose(x.tensors()[name], tensor, atol=1e-14)
-
-    @pytest.mark.parametrize("strength", [None, 0.5, 1.0])
-    def test_a_reference_of_zero_turns_nothing(self, strength):
-        start = Adapter({m: replace(f, B=0 * f.B) for m, f in adapter().factors.items()})
-        R = rotation(adapter(1).factors["a.q"], start.factors["a.q"], strength, on="B")
-        assert torch.allclose(R, torch.eye(4, dtype=torch.float64), atol=1e-15)
-
-    @pytest.mark.parametrize("strength", [None, 1.0])
-    def test_directions_that_the_reference_leaves_open_stay_where_they_are(self, strength):
-        """Columns of B that nobody has moved: nothing says how the rows of A beside them turn."""
-        x, reference = adapter(1).factors["a.q"], adapter(2).factors["a.q"]
-        idle = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-        R = rotation(
-            replace(x, B=x.B * idle), replace(reference, B=reference.B * idle), strength, on="B"
-        )
-        assert torch.allclose(R.T @ R, torch.eye(4, dtype=torch.float64), atol=1e-12)
-        busy = rotation(
-            Factors(x.A[::2], x.B[:, ::2], 1.0),
-            Factors(reference.A[::2], reference.B[:, ::2], 1.0),
-            None,  # what makes R proper is done where it costs nothing
-            on="B",
-        )
-        assert torch.allclose(R[::2, ::2], busy, atol=1e-12)
-        if strength is None:
-            assert torch.allclose(R[1::2, 1::2], torch.eye(2, dtype=torch.float64), atol=1e-12)
 
 
 class TestFedSVD:
