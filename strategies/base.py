@@ -40,6 +40,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
+from strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
 ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
@@ -116,12 +117,36 @@ class Strategy(BaseModel, ABC):
         """One round: fold the updates into a new state.
 
         The laws that hold for every rule are kept here: sites without examples are left out,
-        updates are folded in the order of site names, and a round with no usable update changes
-        nothing but the round's number.
+        updates are folded in the order of site names, a round with no usable update changes nothing
+        but the round's number, and what the rule made can be sent to the sites.
+
+        Raises:
+            ConfigError: the new state holds a number that is not finite, or too large for the wire.
         """
         usable = sorted((u for u in updates if u.examples > 0), key=lambda u: u.site)
         following = replace(state, round=state.round + 1)
-        return self.combine(following, usable) if usable else following
+        return self.checked(following, usable) if usable else following
+
+    def checked(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        """:meth:`combine`, and its result can be sent.
+
+        Raises:
+            ConfigError: it holds a number that is not finite, or too large for the wire.
+        """
+        try:
+            after = self.combine(state, updates)
+        except NO_RESULT as error:
+            raise ConfigError(
+                f"round {state.round}: {self.label} has no result in numbers of this size: {error}",
+                fix=REMEDY,
+            ) from error
+        check_sendable(self.label, state, after)
+        return after
+
+    @property
+    def label(self) -> str:
+        """The rule's name, as an error names it."""
+        return str(type(self).model_fields["name"].default)
 
     @abstractmethod
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

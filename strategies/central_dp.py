@@ -127,7 +127,7 @@ class CentralDP(Summary):
         # Unlike under other rules, a round without replies is a round: that it was empty is a
         # secret too.
         usable = sorted((u for u in updates if u.examples > 0), key=lambda u: u.site)
-        return self.combine(replace(state, round=state.round + 1), usable)
+        return self.checked(replace(state, round=state.round + 1), usable)
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         return self.release(state, updates, entropy.gaussian)

@@ -45,6 +45,10 @@ class Combinator(Strategy, ABC):
     def buffer(self) -> int | None:
         return self.inner.buffer
 
+    @property
+    def label(self) -> str:
+        return f"{super().label} over {self.inner.label}"
+
     def takes(self, method: str) -> bool:
         return self.inner.takes(method)
 

@@ -11,13 +11,16 @@ and the ``inner`` rule goes on from the clipped updates. A site that scales its 
 beyond C; one that lies within the bound (a sign flip) is not noticed, only kept to its weight.
 
 Departures from the paper: the bound is on the LoRA factors and the head, not on a whole model.
-Without ``max-norm`` C is the median of the round's norms: it needs no tuning, follows the norms as
-they shrink, and stays among honest norms while fewer than half of the sites lie.
+Without ``max-norm`` C is the median of the round's norms, over the sites that moved at all: it needs
+no tuning, follows the norms as they shrink, and stays among honest norms while fewer than half of
+the sites that moved lie. Sites that return their start have no say in how far others may go: where
+they are the most, the median over all would be zero and the model would stand still.
 
 Wire: as the inner rule.
 """
 
 from collections.abc import Sequence
+from math import inf
 from statistics import median
 from typing import Literal
 
@@ -32,7 +35,8 @@ class NormClip(Combinator):
     """The inner rule on updates of bounded norm.
 
     Attributes:
-        max_norm: C, the largest L2 norm of a site's change; None is the median of the round's.
+        max_norm: C, the largest L2 norm of a site's change; None is the median of the round's norms
+            that are not zero.
     """
 
     name: Literal["norm-clip"] = "norm-clip"
@@ -44,8 +48,14 @@ class NormClip(Combinator):
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         norms = [norm_of(change_of(u)) for u in updates]
-        bound = median(norms) if self.max_norm is None else self.max_norm
+        bound = _median_of_moved(norms) if self.max_norm is None else self.max_norm
         clipped = [
             shrunk(u, clip_factor(norm, bound)) for u, norm in zip(updates, norms, strict=True)
         ]
         return self.inner.combine(state, clipped)
+
+
+def _median_of_moved(norms: Sequence[float]) -> float:
+    """The median of those above zero; infinite where there is none, and nothing to clip."""
+    moved = [norm for norm in norms if norm > 0]
+    return median(moved) if moved else inf

@@ -34,6 +34,9 @@ Granularity = Literal["block", "sublayer"]
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
 
+LARGEST_SENT = torch.finfo(torch.bfloat16).max
+"""The largest number that every format of the wire holds; float32 ends 0.4 % above bfloat16."""
+
 PREFIX = "base_model.model."
 _SUFFIX: dict[Part, str] = {
     "A": ".lora_A.weight",

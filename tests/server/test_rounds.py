@@ -29,7 +29,7 @@ from server.grids.inline import Fault, Faults, InlineGrid
 from server.intake import Intake
 from server.pruning import Pruning
 from server.rounds import _received, grouped, one_round, opened, rounds
-from strategies import FedAvgLoRA, Strategy
+from strategies import FedAvgLoRA, FedAvgM, Strategy
 from strategies.fedsa_lora import FedSALoRA
 
 CLIENTS = 6
@@ -154,6 +154,22 @@ def test_without_quorum_the_run_pauses_and_the_model_is_as_it_was() -> None:
     with pytest.raises(QuorumFailure, match="6 error"):
         list(rounds(lost, state))
     assert state.round == 0
+
+
+def test_a_round_whose_result_cannot_be_sent_ends_the_run_at_the_last_one() -> None:
+    """Sent as infinity it would come back as NaN from every site, and pass for their failure."""
+    running_away = replace(federation(count=3), strategy=FedAvgM(lr=1e20))
+    following = rounds(running_away, ServerState(initial()))
+    last = next(following).state
+    told = r"round 2: fedavgm over fedavg-lora made .*lora_A"
+    with pytest.raises(ConfigError, match=told) as caught:
+        next(following)
+    assert last.round == 1
+    assert last.adapter.factors["q"].A.isfinite().all()
+    assert "max-update-norm" in caught.value.fix
+    assert not running_away.grid.wait(["any"], timeout=0), "nothing is left under way"
+    steady = replace(federation(count=3), strategy=FedAvgM())
+    assert len(list(rounds(steady, ServerState(initial())))) == 3
 
 
 def test_a_lost_slice_of_the_test_set_is_no_score() -> None:

@@ -243,32 +243,6 @@ def test_fedsa_lora():
     assert (plan.send, plan.keep) == ({"A"}, {"B", "head"})
 
 
-class TestFedRotLoRA:
-    # The reference is A = I. Site 2 holds 2 I in a basis turned by J = [0 -1; 1 0]: A = J, B = 2 J^T.
-    START = adapter([[1, 0], [0, 1]], [[0, 0], [0, 0]])
-    SITES = (
-        (adapter([[1, 0], [0, 1]], [[1, 0], [0, 1]]), 1),
-        (adapter([[0, -1], [1, 0]], [[0, 2], [-2, 0]]), 1),
-    )
-
-    def test_full_rotation(self):
-        # R = J: R^T A = I and B R = 2 I. The mean is exact: B A = 1.5 I.
-        state = play(FedRotLoRA(strength=1.0), self.START, self.SITES)
-        check(state, [[1, 0], [0, 1]], [[1.5, 0], [0, 1.5]])
-
-    def test_half_a_rotation(self):
-        # R' = nearest rotation to (I + J) / 2, by 45 degrees: (I + J) / sqrt(2) =: H.
-        # H^T J = H and 2 J^T H = 2 H^T, so A = (I + H) / 2 and B = (I + 2 H^T) / 2.
-        h = 1 / sqrt(2)
-        state = play(FedRotLoRA(strength=0.5), self.START, self.SITES)
-        A = [[(1 + h) / 2, -h / 2], [h / 2, (1 + h) / 2]]
-        check(state, A, [[0.5 + h, h], [-h, 0.5 + h]])
-
-    def test_no_rotation(self):
-        state = play(FedRotLoRA(strength=0.0), self.START, self.SITES)
-        check(state, [[0.5, -0.5], [0.5, 0.5]], [[0.5, 1], [-1, 0.5]])
-
-
 def test_fedsvd():
     # B A = [1 3]^T [1 1] = U S V^T with u = [1 3] / sqrt(10), v = [1 1] / sqrt(2), S = sqrt(20).
     state = play(FedSVD(), parts={"B"})
@@ -342,6 +316,14 @@ class TestNormClip:
         # Norms 1, 2 and 8 in B alone: C = 2 takes the last to a quarter.
         sites = [(adapter([[1, 1]], [[x], [0]]), 1) for x in (1, 2, 8)]
         check(play(NormClip(), sites=sites), [[1, 1]], [[5 / 3], [0]])
+
+    def test_sites_that_stay_where_they_are_have_no_say(self):
+        # Norms 0, 0, 0, 0, 1, 2 and 8: C = 2 again, over those that moved. B = (1 + 2 + 2) / 7.
+        sites = [(adapter([[1, 1]], [[x], [0]]), 1) for x in (0, 0, 0, 0, 1, 2, 8)]
+        check(play(NormClip(), sites=sites), [[1, 1]], [[5 / 7], [0]])
+        # One alone moves, and is its own median. Of nobody there is none.
+        check(play(NormClip(), sites=sites[:5]), [[1, 1]], [[1 / 5], [0]])
+        check(play(NormClip(), sites=sites[:4]), [[1, 1]], [[0], [0]])
 
 
 FIVE = [

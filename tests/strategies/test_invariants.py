@@ -25,7 +25,6 @@ from strategies import (
     FedExLoRA,
     FedMomentum,
     FedProx,
-    FedRotLoRA,
     FedSALoRA,
     FedSB,
     FedSVD,
@@ -38,7 +37,6 @@ from strategies import (
     RoLoRA,
 )
 from strategies.fedex_lora import residual
-from strategies.fedrot_lora import rotation
 from strategies.hetlora import tail
 
 SHAPES = {"a.q": (24, 18), "b.v": (16, 30)}  # (d_out, d_in)
@@ -572,7 +570,7 @@ def test_exact_in_float32_long_after_the_base_change_is_full(rule):
     assert all(f.rank == min(f.shape) for f in state.delta.values())
 
 
-# ── rules that freeze, rotate or hide ─────────────────────────────────────────────────────────
+# ── rules that freeze or hide (FedRot-LoRA has a file of its own) ─────────────────────────────────
 
 
 class TestRoLoRA:
@@ -596,58 +594,6 @@ class TestFedSALoRA:
         assert travels == ({"A"} if head == "local" else {"A", "head"})
         assert plan.train >= {"A", "B", "head"}
         assert plan.keep == rule.personal == {"B", "head"} - travels
-
-
-class TestFedRotLoRA:
-    @pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
-    @pytest.mark.parametrize("on_A", [True, False])
-    def test_rotations_keep_the_product_and_come_no_further(self, strength, on_A):
-        reference = adapter(9).factors["a.q"]
-        for seed in range(8):
-            x = adapter(seed).factors["a.q"]
-            R = rotation(x, reference, strength, on_A=on_A)
-            assert torch.allclose(R.T @ R, torch.eye(4, dtype=torch.float64), atol=1e-12)
-            assert float(torch.linalg.det(R)) == pytest.approx(1.0)
-            assert gap(x.B @ R @ R.T @ x.A, x.B @ x.A) < 1e-13
-            if strength == 1.0:
-                mine, theirs = (x.A, reference.A) if on_A else (x.B, reference.B)
-                turned = R.T @ mine if on_A else mine @ R
-                assert (turned - theirs).norm() <= (mine - theirs).norm() * (1 + 1e-12)
-
-    def test_the_best_rotation(self):
-        """Against many random ones: none comes closer to the reference."""
-        x, reference = adapter(1).factors["a.q"], adapter(2).factors["a.q"]
-        best = (rotation(x, reference, 1.0, on_A=True).T @ x.A - reference.A).norm()
-        g = torch.Generator().manual_seed(0)
-        for _ in range(200):
-            Q = torch.linalg.qr(draw(g, 4, 4)).Q
-            Q[:, 0] *= torch.linalg.det(Q).sign()
-            assert (Q.T @ x.A - reference.A).norm() >= best
-
-    @pytest.mark.parametrize("round_", [0, 1])  # on A, then on B
-    def test_it_undoes_a_pure_change_of_basis(self, round_):
-        """Sites near the start whose bases were turned: the whole bias was the choice of basis."""
-        start = adapter()
-        g = torch.Generator().manual_seed(1)
-        updates = []
-        for k in range(4):
-            Q = torch.linalg.qr(draw(g, 4, 4)).Q
-            Q[:, 0] *= torch.linalg.det(Q).sign()
-            turned = {m: Factors(Q.T @ f.A, f.B @ Q, f.scale) for m, f in start.factors.items()}
-            updates.append(ClientUpdate(f"s{k}", 3, Adapter(turned, start.head).tensors(), start))
-        assert bias(updates, combine(FedAvgLoRA(), updates)) > 0.3
-        assert bias(updates, combine(FedRotLoRA(strength=1.0), updates, round=round_)) < 1e-13
-
-    def test_strength_zero_is_fedavg(self):
-        updates = cohort(adapter())
-        x, y = (combine(r, updates).adapter for r in (FedRotLoRA(strength=0.0), FedAvgLoRA()))
-        for name, tensor in y.tensors().items():
-            assert torch.allclose(x.tensors()[name], tensor, atol=1e-14)
-
-    def test_a_reference_of_zero_turns_nothing(self):
-        start = Adapter({m: replace(f, B=0 * f.B) for m, f in adapter().factors.items()})
-        R = rotation(adapter(1).factors["a.q"], start.factors["a.q"], 1.0, on_A=False)
-        assert torch.equal(R, torch.eye(4, dtype=torch.float64))
 
 
 class TestFedSVD:

@@ -1,0 +1,73 @@
+"""Whether a state that a rule made can be sent: every number finite and within the wire's range.
+
+A rule can leave that range where its replies did not: a spectrum that is put on B alone is the
+product of two factors, momentum adds up, a diverging run doubles every round. What is not noticed
+here is committed, sent as infinity, and comes back as NaN from every site.
+"""
+
+# torch is typed in part; its values are annotated where they enter.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fedft.core.errors import ConfigError
+from fedft.core.types import LARGEST_SENT, ServerState, factor_name
+
+NO_RESULT: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+"""What LAPACK says of an input that is not finite."""
+
+REMEDY = (
+    "lower [training] lr (or the rule's own lr), or bound what one client may change: "
+    "[engine] max-update-norm, or strategy norm-clip around the rule; the last committed round stands"
+)
+"""What a user can do about a run whose numbers run away."""
+
+
+def check_sendable(rule: str, before: ServerState, after: ServerState) -> None:
+    """Refuse a state that cannot be sent. What ``after`` shares with ``before`` is not read again.
+
+    Args:
+        rule: for the message.
+        before: that the round started from.
+        after: what the rule made of it.
+
+    Raises:
+        ConfigError: a number of the adapter or the base change is not finite, or too large for the
+            wire; one of the rule's own slots is not finite.
+    """
+    known = {id(tensor) for _, tensor, _ in _parts(before)}
+    for name, tensor, largest in _parts(after):
+        if id(tensor) in known or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = torch.aminmax(tensor)  # either is NaN where any entry is
+        if float(low) >= -largest and float(high) <= largest:
+            continue
+        raise ConfigError(
+            f"round {after.round}: {rule} made {name} {_said(float(low), float(high), largest)}",
+            fix=REMEDY,
+        )
+
+
+def _said(low: float, high: float, largest: float) -> str:
+    most = max(abs(low), abs(high))
+    if most != most:
+        return "NaN"
+    if most == float("inf"):
+        return "infinite"
+    return f"as large as {most:.3g}, and the wire's number formats end at {largest:.3g}"
+
+
+def _parts(state: ServerState) -> Iterator[tuple[str, Tensor, float]]:
+    """Name, tensor and the largest number it may hold; slots never travel, and only must be finite."""
+    for name, tensor in state.adapter.tensors().items():
+        yield name, tensor, LARGEST_SENT
+    for module, f in state.delta.items():
+        yield f"the base change {factor_name(module, 'A')}", f.A, LARGEST_SENT
+        yield f"the base change {factor_name(module, 'B')}", f.B, LARGEST_SENT
+    for name, tensor in state.slots.items():
+        most = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else float("inf")
+        yield f"its own {name}", tensor, most
