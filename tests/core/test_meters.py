@@ -102,6 +102,7 @@ def test_bias_of_averaged_factors_equals_the_dense_twin(sites: int) -> None:
         assert measured[key] == pytest.approx(value, rel=1e-9)
     for module in SHAPES:
         one = dense_bias(updates, {module: dense(after.adapter.factors[module])})
+        one["forgotten"] = 0.0
         assert measured["layers"][module] == pytest.approx(one, rel=1e-9)
     assert measured["relative"] > 1e-3
 
@@ -322,7 +323,7 @@ def test_a_rule_that_keeps_b_at_the_sites_has_no_bias_reading() -> None:
     after = FedAvgLoRA().aggregate(ServerState(start), updates)
     measured = meters.measure(ServerState(start), fold(updates, {"B", "head"}), after)
     assert measured["bias"] == {
-        "relative": None, "cosine": None, "norm_ratio": None, "layers": {}
+        "relative": None, "cosine": None, "norm_ratio": None, "forgotten": None, "layers": {}
     }  # fmt: skip
     assert measured["lag"]["function_jump"] is None
     assert measured["lag"]["displacement"] == pytest.approx(0.0, abs=1e-6)
