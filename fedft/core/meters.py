@@ -329,13 +329,13 @@ def _gap(x: Factors, unsent: Factors, y: Factors) -> _Gap:
     if x.shape[0] > x.shape[1]:
         x, unsent, y = _transposed(x), _transposed(unsent), _transposed(y)
     left = _isometric(torch.cat([x.B, unsent.B, y.B], dim=1))
-    mine, more, theirs = left.split([x.rank, unsent.rank, y.rank], dim=1)
+    sent = x.rank + unsent.rank
     total = _Gap()
     for start in range(0, x.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
-        X = mine @ x.A[:, block]  # [min(d, r_x + r_unsent + r_y), block]
-        L = more @ unsent.A[:, block] if unsent.rank else None
-        total += _compared(X, L, theirs @ y.A[:, block])
+        X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_unsent + r_y), block]
+        L = left[:, x.rank : sent] @ unsent.A[:, block] if unsent.rank else None
+        total += _compared(X, L, left[:, sent:] @ y.A[:, block])
     return total
 
 
