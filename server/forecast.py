@@ -178,6 +178,11 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
             "transformers and peft, and no model"
         )
+    if config.strategy.forgets and len({*config.fleet.rank_choices}) > 1:
+        lines.append(
+            f"forgets               {config.strategy.name} loses a part of what clients of low rank are "
+            "not sent, in every round: see its page, and beyond-rank"
+        )
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
 

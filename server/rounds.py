@@ -123,7 +123,8 @@ class Closing:
             meters.measure(self.before, folded, self.after, following=following)
         )
         if self.evaluation is not None and federation.settings.spectrum:
-            measured["spectrum"] = meters.spectrum(folded)
+            held = self.before.adapter.factors
+            measured["spectrum"] = meters.spectrum(folded, held=held)
         if federation.pruning is not None:
             measured["pruning"] = federation.pruning.facts(self.before, self.cohort)
         return measured

@@ -12,6 +12,7 @@ from strategies.base import Strategy
 from strategies.central_dp import CentralDP
 from strategies.combinator import Combinator
 from strategies.coordinate_median import CoordinateMedian
+from strategies.exact_mixed_rank import ExactMixedRank
 from strategies.fed_sb import FedSB
 from strategies.fedasync import FedAsync
 from strategies.fedavg_lora import FedAvgLoRA
@@ -44,6 +45,7 @@ Rule = (
     | FlexLoRA
     | HetLoRA
     | RaFLoRA
+    | ExactMixedRank
     | FedExLoRA
     | RoLoRA
     | FedSALoRA
@@ -141,6 +143,7 @@ __all__ = [
     "AnyStrategy",
     "CentralDP",
     "CoordinateMedian",
+    "ExactMixedRank",
     "FFALoRA",
     "FLoRA",
     "FedAdam",

@@ -13,7 +13,9 @@ Ranks. The global adapter has the largest rank R of the fleet, with scale s. A s
 at alpha constant, that is with s_r = s R / r, and the ratio is folded into B, so that what it
 starts from is the product of the first r rows and columns of the global factors. (Under
 rank-stabilised LoRA sites get the same s_r; the rules are exact for any s_r, since every sum over
-sites folds it.)
+sites folds it.) The rest of the global factors, beyond the site's rank, is not the site's to change:
+a rule that counts it as zero there loses a part of it in every round, also if nobody trains, and
+declares that it :attr:`~Strategy.forgets`.
 """
 
 from abc import ABC, abstractmethod
@@ -59,6 +61,17 @@ class Strategy(BaseModel, ABC):
     @property
     def mixed_ranks(self) -> bool:
         """Whether sites may train different ranks under this rule."""
+        return False
+
+    @property
+    def forgets(self) -> bool:
+        """Whether, at mixed ranks, the model shrinks by a round in which no site trains.
+
+        Such a rule counts what lies beyond a site's rank as zero at that site. Its page says how
+        much is lost, and the meters report it in every round
+        (:attr:`fedft.core.meters.LayerBias.forgotten`). This is the one place where it is declared:
+        the tests hold every other rule to losing nothing.
+        """
         return False
 
     @property
@@ -221,6 +234,25 @@ class Layer:
     def mean_update(self) -> Factors:
         """``dW = sum_k p_k s_k B_k A_k``, exactly, at rank ``sum_k r_k``."""
         return algebra.stack(self.parts, self.p)
+
+    def completed(self, old: Factors) -> Factors:
+        """The mean update in which nothing of what the server has is lost.
+
+        A site of rank r had the first r rows and columns of the server's factors, changed them, and
+        left the rest as it is, so that its change is added to all of them:
+
+            sum_k p_k (s_k B_k A_k + tail_k)      tail_k = s B[:, r_k:] A[r_k:]
+
+        which is ``s B A + sum_k p_k (s_k B_k A_k - what it started from)``, at rank
+        ``sum_k r_k + R - min_k r_k``. Where all ranks are R it is :meth:`mean_update`, bit for bit.
+
+        Args:
+            old: the server's factors of this layer, of rank R, as the sites' starts were cut from.
+        """
+        tails = algebra.beyond(old, [x.rank for x in self.parts], self.p)
+        if not tails.rank:
+            return self.mean_update()
+        return algebra.stack([*self.parts, tails], [*self.p, 1.0])
 
 
 def layers(updates: Sequence[ClientUpdate]) -> Iterator[Layer]:

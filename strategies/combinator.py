@@ -30,6 +30,10 @@ class Combinator(Strategy, ABC):
         return self.inner.mixed_ranks
 
     @property
+    def forgets(self) -> bool:
+        return self.inner.forgets
+
+    @property
     def personal(self) -> frozenset[Part]:
         return self.inner.personal
 

@@ -10,6 +10,15 @@ of the spectrum, sqrt(sum_{i>r} S_i^2). The spectrum stands on B; A has orthonor
 
 The mean product is never formed: its leading triplets come from the stacked factors.
 
+Mixed ranks forget. A site of rank r starts from r directions, and its product counts as all that it
+knows: what the server has beyond them is multiplied, in every round, by the weight of the sites that
+reach it, also if nobody trains. With ``beyond_rank = "server"`` (ours) every site's product is
+completed by what the server has beyond its rank,
+
+    dW = sum_k p_k (s_k B_k A_k + s B[:, r_k:] A[r_k:])
+
+which is the server's update plus the mean of the changes; sites that do not train change nothing.
+
 Departures from the paper: the server keeps dW at rank R, the largest of the fleet, which is all that
 it sends out. Directions that no site has used yet keep a unit row in A, so that they can learn. The
 head is averaged.
@@ -28,13 +37,23 @@ from strategies.base import Layer, Strategy, at_rank, layers, rebuilt, spectral
 
 
 class FlexLoRA(Strategy):
-    """The leading singular triplets of the mean product, at every rank."""
+    """The leading singular triplets of the mean product, at every rank.
+
+    Attributes:
+        beyond_rank: what a site's product is beyond its rank: ``zero``, as in the paper, or as the
+            ``server`` has it.
+    """
 
     name: Literal["flexlora"] = "flexlora"
+    beyond_rank: Literal["zero", "server"] = "zero"
 
     @property
     def mixed_ranks(self) -> bool:
         return True
+
+    @property
+    def forgets(self) -> bool:
+        return self.beyond_rank == "zero"
 
     @property
     def steady(self) -> frozenset[Part]:
@@ -49,4 +68,5 @@ class FlexLoRA(Strategy):
 
     def _leading(self, state: ServerState, layer: Layer) -> Factors:
         old = state.adapter.factors[layer.module]
-        return spectral(algebra.top_svd(layer.mean_update(), old.rank), old.rank, old)
+        dW = layer.mean_update() if self.beyond_rank == "zero" else layer.completed(old)
+        return spectral(algebra.top_svd(dW, old.rank), old.rank, old)

@@ -21,8 +21,12 @@ The decision to prune is taken by the server, which knows both ends of the compa
 what came back), by the same inequality; the site's reply then travels at the rank it had, and the
 server cuts it before averaging. Sites are weighted layer by layer, and their numbers of examples do
 not enter (the paper's weights do not have them), except for the head, and for a layer whose updates
-are all zero. Zero-padding is kept as published, though it shrinks the ranks that few sites hold, by
-their share of the weight each round: raFLoRA is the answer to that.
+are all zero.
+
+Mixed ranks forget. Zero-padding is kept as published, though it multiplies the ranks that few sites
+hold by their share of the weight in every round, in both factors, also if nobody trains: raFLoRA is
+one answer to that. With ``beyond_rank = "server"`` (ours) what comes back is padded with the server's
+own rows and columns instead, and sites that do not train change nothing.
 
 Wire: r_k (d_in + d_out) numbers a layer down to a site of present rank r_k and as many up, plus the
 head both ways.
@@ -60,16 +64,23 @@ class HetLoRA(Strategy):
             prunes nothing.
         penalty: lambda, the weight of the tail penalty in the sites' loss.
         min_rank: no site is pruned below it.
+        beyond_rank: what a site's factors are padded with up to rank R: ``zero``, as in the paper, or
+            what the ``server`` has there.
     """
 
     name: Literal["hetlora"] = "hetlora"
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
     penalty: Annotated[float, Field(ge=0)] = 0.01
     min_rank: PositiveInt = 1
+    beyond_rank: Literal["zero", "server"] = "zero"
 
     @property
     def mixed_ranks(self) -> bool:
         return True
+
+    @property
+    def forgets(self) -> bool:
+        return self.beyond_rank == "zero"
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:
         pruned = state.slots.get(_SLOT + site.name)
@@ -84,7 +95,7 @@ class HetLoRA(Strategy):
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         cut = {u.site: rank for u in updates if (rank := self.pruned_rank(u)) is not None}
         found = {
-            layer.module: _padded_mean(_cut(layer, cut), state.adapter.factors[layer.module])
+            layer.module: self._mean(_cut(layer, cut), state.adapter.factors[layer.module])
             for layer in layers(updates)
         }
         slots = {_SLOT + site: torch.tensor(rank) for site, rank in cut.items()}
@@ -99,6 +110,23 @@ class HetLoRA(Strategy):
         if kept >= rank or tail(update.adapter, kept) >= tail(update.start, kept):
             return None
         return kept
+
+    def _mean(self, layer: Layer, old: Factors) -> Factors:
+        norms = [algebra.norm(x) for x in layer.parts]
+        total = sum(norms)
+        w = [norm / total for norm in norms] if total > 0 else layer.p
+        padded = [self._padded(x, old) for x in layer.parts]
+
+        def mean(tensors: list[Tensor]) -> Tensor:
+            return weighted_sum(tensors, w).to(old.A.dtype)
+
+        return Factors(mean([x.A for x in padded]), mean([x.B for x in padded]), old.scale)
+
+    def _padded(self, x: Factors, old: Factors) -> Factors:
+        if self.beyond_rank == "zero":
+            return algebra.pad(x, old.rank)
+        r = x.rank
+        return Factors(torch.cat([x.A, old.A[r:]]), torch.cat([x.B, old.B[:, r:]], dim=1), x.scale)
 
     def _kept(self, rank: int) -> int:
         return max(floor(self.gamma * rank), self.min_rank)
@@ -119,15 +147,3 @@ def _cut(layer: Layer, ranks: Mapping[str, int]) -> Layer:
         for x, u in zip(layer.parts, layer.holders, strict=True)
     ]
     return replace(layer, parts=parts)
-
-
-def _padded_mean(layer: Layer, old: Factors) -> Factors:
-    norms = [algebra.norm(x) for x in layer.parts]
-    total = sum(norms)
-    w = [norm / total for norm in norms] if total > 0 else layer.p
-    padded = [algebra.pad(x, old.rank) for x in layer.parts]
-
-    def mean(tensors: list[Tensor]) -> Tensor:
-        return weighted_sum(tensors, w).to(old.A.dtype)
-
-    return Factors(mean([x.A for x in padded]), mean([x.B for x in padded]), old.scale)

@@ -89,6 +89,25 @@ def truncate(x: Factors, rank: int) -> Factors:
     return Factors(x.A[:rank], x.B[:, :rank], x.scale)
 
 
+def beyond(x: Factors, ranks: Sequence[int], weights: Sequence[float]) -> Factors:
+    """``sum_k w_k s B[:, r_k:] A[r_k:]``: what truncation to the ranks leaves out, weighted.
+
+    Row i has the weight of all whose rank does not reach it, so that the rank of the sum is that of
+    its widest term, R - min_k r_k; zero where no rank is below R.
+
+    Args:
+        x: of rank R, without a core.
+        ranks: r_k.
+        weights: w_k.
+    """
+    low = min(ranks, default=x.rank)
+    lacking = torch.zeros(max(x.rank - low, 0), dtype=torch.float64)
+    for rank, weight in zip(ranks, weights, strict=True):
+        lacking[rank - low :] += weight
+    A = (lacking[:, None] * x.A[low:].double()).to(x.A.dtype)
+    return Factors(A, x.B[:, low:], x.scale)
+
+
 def thin_svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of ``s B A`` through its factors.
 

@@ -284,6 +284,7 @@ class _Frame:
         kept: of ``start``, the factors that were not sent, of layers that were; without those that
             nobody knows.
         layers: (module, names of its A, B and R) of layers that were sent.
+        origin: the examples of all such replies of the round are counted here.
     """
 
     start: Adapter
@@ -291,9 +292,15 @@ class _Frame:
     sent: Flat
     kept: Mapping[str, Tensor]
     layers: Sequence[tuple[str, tuple[str, str, str]]]
+    origin: "_Start"
 
     @classmethod
-    def of(cls, update: ClientUpdate, hidden: frozenset[Part]) -> "_Frame":
+    def of(
+        cls,
+        update: ClientUpdate,
+        hidden: frozenset[Part],
+        starts: dict[tuple[int, tuple[str, ...]], "_Start"],
+    ) -> "_Frame":
         sent = {module_of(name) for name in update.tensors if part_of(name) != "head"}
         held = [module for module in update.start.factors if module in sent]
         layers = [
@@ -301,13 +308,24 @@ class _Frame:
         ]
         start, known = update.start.tensors(), update.start.tensors(MATRICES - hidden)
         factors = {name for _, names in layers for name in names}
+        key = id(update.start), tuple(update.tensors)
         return cls(
             start=update.start,
             names=tuple(update.tensors),
             sent=Flat.of({n: start[n] for n in update.tensors if part_of(n) != "head"}),
             kept={n: t for n, t in known.items() if n in factors and n not in update.tensors},
             layers=layers,
+            origin=starts.setdefault(key, _Start(update.start, held)),
         )
+
+
+@dataclass(eq=False)
+class _Start:
+    """What sites trained from that sent the same tensors, and how many examples they have."""
+
+    adapter: Adapter
+    modules: Sequence[str]
+    weight: int = 0
 
 
 class _Average:
@@ -342,6 +360,7 @@ class Folded:
         self._sent, self._kept = RunningMean(spread=True), RunningMean()
         self._updates: dict[str, MeanUpdate] = {}
         self._frame: _Frame | None = None
+        self._starts: dict[tuple[int, tuple[str, ...]], _Start] = {}
         self._factors_sent, self._moved = False, 0.0
         self._loss, self._dead_start = _Average(), _Average()
 
@@ -353,6 +372,7 @@ class Folded:
         self.sites.append((update.site, n))
         self.examples += n
         frame = self._framed(update)
+        frame.origin.weight += n
         reply = self._sent.add(update.tensors, n)
         self._moved += n * squared_distance(reply.take(frame.sent), frame.sent.values)
         if frame.kept:
@@ -388,6 +408,19 @@ class Folded:
         for module, update in self._updates.items():
             if update.weight:
                 yield module, update.value()
+
+    def starts(self) -> dict[str, list[tuple[Factors, float]]]:
+        """Module → what the sites that sent it trained from, and the share of each in its mean.
+
+        Sites of one start count as one. Empty where a factor stays at the sites.
+        """
+        found: dict[str, list[tuple[Factors, float]]] = {}
+        for start in self._starts.values():
+            for module in start.modules:
+                if whole := self._updates[module].weight:
+                    share = start.weight / whole
+                    found.setdefault(module, []).append((start.adapter.factors[module], share))
+        return found
 
     def mean_factors(self) -> dict[str, Tensor | None]:
         """Name → mean in float64 of each factor of the layers that were sent; hidden ones left out.
@@ -429,7 +462,7 @@ class Folded:
         old = self._frame
         if old is not None and old.start is update.start and old.names == tuple(update.tensors):
             return old
-        self._frame = frame = _Frame.of(update, self.hidden)
+        self._frame = frame = _Frame.of(update, self.hidden, self._starts)
         for module in update.start.factors:
             self._updates.setdefault(module, MeanUpdate())
         self._factors_sent = self._factors_sent or bool(frame.sent.names)

@@ -12,9 +12,23 @@ and what the server's new state applies in its place, over the base weights the 
     bias      ||dW - M|| / ||dW||,   cos(dW, M),   ||M|| / ||dW||          Frobenius, per layer
     overall   the same, with sums of squares (and of inner products) over the layers
 
+At mixed ranks a site gets a part of the server's s B A, and what it returns stands for that part
+alone. What the sites asked for is then what the server had, plus the mean of the changes that they
+made to what they were sent, s_k B0_k A0_k:
+
+    dW = s B A + sum_k p_k (s_k B_k A_k - s_k B0_k A0_k) = sum_k p_k s_k B_k A_k + L
+    L  = sum_k p_k (s B A - s_k B0_k A0_k)                                 what sites were not sent
+
+    forgotten = <dW - M, L> / (||L|| ||dW||)
+
+the part of the relative bias that lies along L: its square is a part of the square of the bias. A
+rule that takes the sites' products for all there is loses L, and reads ||L|| / ||dW||; one that
+loses nothing reads zero. Less than zero: the new state has more of L than before. A site of the
+server's own rank was sent all: L is zero at one rank, and dW as above, bit for bit.
+
 M is a rule's whole answer: for FedAvg-LoRA the product of the averaged factors, for FLoRA and
-FedEx-LoRA also what was merged into the base. A rule that weighs sites otherwise (HetLoRA) or steps
-(FedAdam) is held to the same dW, so that its deliberate departure reads as bias too.
+FedEx-LoRA also what was merged into the base. A rule that weighs sites or ranks otherwise (HetLoRA,
+raFLoRA) or steps (FedAdam) is held to the same dW, so that its deliberate departure reads as bias too.
 
 What comes of the sites is read from the round's :class:`~fedft.core.folding.Folded` alone: the
 meters see no reply.
@@ -37,8 +51,8 @@ Definitions of lag and drift are this project's own where the papers give none; 
 # torch is typed in part; its values are annotated where they enter.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import NotRequired, TypedDict
 
@@ -54,11 +68,20 @@ _BLOCK = 2048
 
 
 class LayerBias(TypedDict):
-    """One layer's bias. ``None`` where a norm it divides by is zero."""
+    """One layer's bias. ``None`` where a norm it divides by is zero.
+
+    Attributes:
+        relative: ||dW - M|| / ||dW||.
+        cosine: of the angle between dW and M.
+        norm_ratio: ||M|| / ||dW||.
+        forgotten: the part of ``relative`` along what sites were not sent, from -``relative`` to
+            ``relative``; zero where they were sent all.
+    """
 
     relative: float | None
     cosine: float | None
     norm_ratio: float | None
+    forgotten: float | None
 
 
 class Bias(LayerBias):
@@ -72,9 +95,9 @@ class Lag(TypedDict):
 
     Attributes:
         function_jump: ||W_start(next round) - (W + dW)|| / ||dW||, root-mean-square over the sites
-            by p_k: how far the function a site resumes from is off the mean of where sites
-            arrived. Equals the relative bias where every site starts from the server's state;
-            differs where a site gets a truncation of it.
+            by p_k: how far the function a site resumes from is off what the sites asked for.
+            Equals the relative bias where every site starts from the server's state; differs where
+            a site gets a truncation of it.
         dead_start: mean over sites by p_k of ||grad_A|| / ||grad_B|| on the first batch, as they
             report it. Zero where B = 0, since A then has no gradient.
         displacement: ||theta_start(next) - theta_bar|| / ||theta_bar||, theta the factors of all
@@ -146,7 +169,8 @@ def measure(
         plans = _distinct(folded.sites, following or {})
         starts = [(plan.start, plan.delta) for plan, _ in plans]
         first, *others = _gaps(
-            folded.mean_updates(),
+            folded,
+            before.adapter.factors,
             [_applied(before.delta, *new) for new in [(after.adapter, after.delta), *starts]],
         )
         bias_ = _read(first)
@@ -163,29 +187,45 @@ def measure(
     return measured
 
 
-def bias(folded: Folded, applied: Mapping[str, Sequence[Factors]]) -> Bias:
-    """The bias of any applied update against ``sum_k p_k s_k B_k A_k``.
+def bias(
+    folded: Folded,
+    applied: Mapping[str, Sequence[Factors]],
+    *,
+    held: Mapping[str, Factors] | None = None,
+) -> Bias:
+    """The bias of any applied update against ``sum_k p_k s_k B_k A_k``, plus what sites were not sent.
 
     Args:
         folded: what the sites returned; all of their factors must be known to the server.
         applied: module path → terms whose sum takes the place of the mean update. Modules that
             no site sent are ignored; one that is missing here counts as an applied zero.
+        held: module path → what the server had. None takes it that the sites were sent all of it.
     """
-    (gaps,) = _gaps(folded.mean_updates(), [applied])
+    (gaps,) = _gaps(folded, held or {}, [applied])
     return _read(gaps)
 
 
-def spectrum(folded: Folded) -> dict[str, list[float]]:
-    """Singular values of dW by module path, descending; at most sum_k r_k of them are not zero.
+def spectrum(
+    folded: Folded, *, held: Mapping[str, Factors] | None = None
+) -> dict[str, list[float]]:
+    """Singular values of dW by module path, descending; at one rank at most sum_k r_k are not zero.
 
     Empty where a factor stays at the sites: the server never knows dW then.
+
+    Args:
+        folded: what the sites returned.
+        held: as for :func:`bias`.
     """
     return {
-        module: (
-            torch.linalg.svdvals(x) if isinstance(x, Tensor) else algebra.singular_values(x)
-        ).tolist()
-        for module, x in folded.mean_updates()
+        module: _singular_values(x, unsent).tolist()
+        for module, x, unsent in _asked(folded, held or {})
     }
+
+
+def _singular_values(x: Factors | Tensor, unsent: Factors) -> Tensor:
+    if isinstance(x, Tensor):
+        return torch.linalg.svdvals(x + unsent.product() if unsent.rank else x)
+    return algebra.singular_values(algebra.stack([x, unsent]) if unsent.rank else x)
 
 
 # ── bias ──────────────────────────────────────────────────────────────────────────────────────
@@ -193,12 +233,22 @@ def spectrum(folded: Folded) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class _Gap:
-    """Squared norms and the inner product of an ideal and an applied update; they add up."""
+    """Squared norms and inner products of an ideal and an applied update; they add up.
+
+    Attributes:
+        ideal, applied: ||dW||^2 and ||M||^2.
+        inner: <dW, M>.
+        error: ||dW - M||^2.
+        unsent: ||L||^2, of what sites were not sent.
+        lost: <dW - M, L>.
+    """
 
     ideal: float = 0.0
     applied: float = 0.0
     inner: float = 0.0
     error: float = 0.0
+    unsent: float = 0.0
+    lost: float = 0.0
 
     def __add__(self, other: "_Gap") -> "_Gap":
         return _Gap(
@@ -206,6 +256,8 @@ class _Gap:
             self.applied + other.applied,
             self.inner + other.inner,
             self.error + other.error,
+            self.unsent + other.unsent,
+            self.lost + other.lost,
         )
 
     def ratios(self) -> LayerBias:
@@ -213,7 +265,13 @@ class _Gap:
             relative=_ratio(self.error, self.ideal),
             cosine=_cosine(self.inner, self.ideal, self.applied),
             norm_ratio=_ratio(self.applied, self.ideal),
+            forgotten=self._forgotten(),
         )
+
+    def _forgotten(self) -> float | None:
+        if not (self.ideal > 0 and isfinite(self.error)):
+            return None
+        return self.lost / sqrt(self.unsent) / sqrt(self.ideal) if self.unsent > 0 else 0.0
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -227,7 +285,7 @@ def _cosine(inner: float, x: float, y: float) -> float | None:
 
 
 def _empty_bias() -> Bias:
-    return Bias(relative=None, cosine=None, norm_ratio=None, layers={})
+    return Bias(relative=None, cosine=None, norm_ratio=None, forgotten=None, layers={})
 
 
 def _read(gaps: Mapping[str, _Gap]) -> Bias:
@@ -236,48 +294,69 @@ def _read(gaps: Mapping[str, _Gap]) -> Bias:
 
 
 def _gaps(
-    ideal: Iterable[tuple[str, Factors | Tensor]],
+    folded: Folded,
+    held: Mapping[str, Factors],
     targets: Sequence[Mapping[str, Sequence[Factors]]],
 ) -> list[dict[str, _Gap]]:
     """For each target, module path → its gap. One layer in float64 at a time: that is the memory."""
     gaps: list[dict[str, _Gap]] = [{} for _ in targets]
-    for module, x in ideal:
+    for module, x, unsent in _asked(folded, held):
         for found, target in zip(gaps, targets, strict=True):
-            y = _sum(target.get(module, ()), (x.shape[0], x.shape[1]))
-            found[module] = _dense_gap(x, y) if isinstance(x, Tensor) else _gap(x, y)
+            y = _sum(target.get(module, ()), unsent.shape)
+            found[module] = (
+                _dense_gap(x, unsent, y) if isinstance(x, Tensor) else _gap(x, unsent, y)
+            )
     return gaps
 
 
-def _gap(x: Factors, y: Factors) -> _Gap:
-    """Norms of two products of scale 1 and of their difference, whose squares do not cancel.
+def _asked(
+    folded: Folded, held: Mapping[str, Factors]
+) -> Iterator[tuple[str, Factors | Tensor, Factors]]:
+    """(module, the mean of what the sites sent, what they were not sent): dW is the sum."""
+    starts = folded.starts()
+    for module, x in folded.mean_updates():
+        unsent = _unsent(held.get(module), starts.get(module, ()))
+        yield module, x, _sum(unsent, (x.shape[0], x.shape[1]))
+
+
+def _gap(x: Factors, unsent: Factors, y: Factors) -> _Gap:
+    """How far ``x + unsent`` is from ``y``, products of scale 1: squares that do not cancel.
 
     For an orthonormal Q that spans the stacked left factors, ||Q^T X|| = ||X||, and Q^T [B_x B_y]
     is the triangle of a QR. The narrower side is taken as the left one; a stack at least as wide
     as that side spans it already, and needs no QR.
     """
     if x.shape[0] > x.shape[1]:
-        x, y = _transposed(x), _transposed(y)
-    left = _isometric(torch.cat([x.B, y.B], dim=1))
+        x, unsent, y = _transposed(x), _transposed(unsent), _transposed(y)
+    left = _isometric(torch.cat([x.B, unsent.B, y.B], dim=1))
+    sent = x.rank + unsent.rank
     total = _Gap()
     for start in range(0, x.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
-        X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_y), block]
-        total += _compared(X, left[:, x.rank :] @ y.A[:, block])
+        X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_unsent + r_y), block]
+        L = left[:, x.rank : sent] @ unsent.A[:, block] if unsent.rank else None
+        total += _compared(X, L, left[:, sent:] @ y.A[:, block])
     return total
 
 
-def _dense_gap(x: Tensor, y: Factors) -> _Gap:
-    """The same for an ideal that is known entry by entry, [d_out, d_in]."""
+def _dense_gap(x: Tensor, unsent: Factors, y: Factors) -> _Gap:
+    """The same for a mean update that is known entry by entry, [d_out, d_in]."""
     total = _Gap()
     for start in range(0, x.shape[0], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        total += _compared(x[rows], y.B[rows] @ y.A)
+        L = unsent.B[rows] @ unsent.A if unsent.rank else None
+        total += _compared(x[rows], L, y.B[rows] @ y.A)
     return total
 
 
-def _compared(X: Tensor, Y: Tensor) -> _Gap:
-    x, y = X.reshape(-1), Y.reshape(-1)
-    return _Gap(_square(x), _square(y), float(x.dot(y)), squared_distance(x, y))
+def _compared(X: Tensor, L: Tensor | None, Y: Tensor) -> _Gap:
+    """Of ``X + L`` and ``Y``; L is None where sites were sent all."""
+    x, y = (X if L is None else X + L).reshape(-1), Y.reshape(-1)
+    gap = _Gap(_square(x), _square(y), float(x.dot(y)), squared_distance(x, y))
+    if L is None:
+        return gap
+    lacking = L.reshape(-1)
+    return replace(gap, unsent=_square(lacking), lost=float((x - y).dot(lacking)))
 
 
 def _isometric(x: Tensor) -> Tensor:
@@ -308,6 +387,36 @@ def _sum(terms: Sequence[Factors], shape: tuple[int, int]) -> Factors:
 
 
 # ── what the sites get ────────────────────────────────────────────────────────────────────────
+
+_ROUNDING = 2.0**-8
+"""Of an entry on a bfloat16 wire, with room: what it makes of a start is no change of it."""
+
+
+def _unsent(whole: Factors | None, starts: Iterable[tuple[Factors, float]]) -> list[Factors]:
+    """Terms of ``sum_k p_k (whole - start_k)``, over the sites that start from less than its rank.
+
+    Where the start is the leading part of the whole, as the wire has rounded it, the difference is
+    the rows beyond its rank. Any other start is subtracted as it is.
+    """
+    if whole is None:
+        return []
+    less = [(start, share) for start, share in starts if start.rank < whole.rank]
+    if not less:
+        return []
+    ranks = [start.rank if _leads(start, whole) else 0 for start, _ in less]
+    tails = algebra.beyond(_double(whole), ranks, [share for _, share in less])
+    others = [pair for pair, rank in zip(less, ranks, strict=True) if rank == 0]
+    return [tails, *(replace(start, scale=-share * start.scale) for start, share in others)]
+
+
+def _leads(start: Factors, whole: Factors) -> bool:
+    """Whether a start is the first rows and columns of the whole, up to the rounding of the wire."""
+    r = start.rank
+    pairs = (
+        (start.folded_A(), whole.folded_A()[:r]),
+        (start.scale * start.B, whole.scale * whole.B[:, :r]),
+    )
+    return all(torch.allclose(x, y, rtol=_ROUNDING, atol=0.0) for x, y in pairs)
 
 
 def _applied(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:

@@ -78,3 +78,8 @@ def bias_text(value: float | None) -> str:
     if value <= EXACT:
         return "exact"
     return f"{value:#.2g}" if value >= 1e-3 else _exponent(value)
+
+
+def forgotten_text(value: float | None) -> str:
+    """The part of a bias that was forgotten: as a bias, or ``nothing``."""
+    return bias_text(value) if value is None or value > EXACT else "nothing"

@@ -6,7 +6,7 @@ from importlib import resources
 
 from fedft.report import charts, compare_figures, run_figures
 from fedft.report.figures import Figure
-from fedft.report.formats import bias_text, bytes_text, score, seconds_text
+from fedft.report.formats import EXACT, bias_text, bytes_text, score, seconds_text
 from fedft.report.groups import Group, Metric, group, metric_of, traffic
 from fedft.report.privacy import (
     delta_text,
@@ -167,12 +167,14 @@ def _cards(record: Record, metric: Metric) -> str:
     asked = sum(len(c) for line in record.rounds if isinstance(c := line.get("cohort"), list))
     sites = record.final(*metric.of_sites)
     up, down = (_stated(record, way) for way in ("up", "down"))
+    forgotten = record.mean("bias", "forgotten") or 0.0
     elapsed, busy = record.final("clock", "elapsed"), record.total("clock", "device_seconds")
     cards = [
         (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}" if values else ""),
         ("Best round", score(values[best], metric.percent) if best is not None else "—", f"round {best}" if best is not None else ""),
         (f"Sites' own {metric.word}", score(sites, metric.percent), "mean over sites") if sites is not None else None,
         ("Relative bias", bias_text(record.mean("bias", "relative")), "mean over rounds"),
+        ("Forgotten", bias_text(forgotten), "of the bias: not sent to low ranks, and lost") if forgotten > EXACT else None,
         ("Traffic", bytes_text(traffic(record)), f"{bytes_text(up)} up, {bytes_text(down)} down"),
         ("Time", seconds_text(record.seconds()), f"{len(record.rounds)} rounds"),
         ("Simulated time", seconds_text(elapsed), f"{seconds_text(busy)} of all devices") if elapsed is not None else None,

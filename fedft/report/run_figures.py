@@ -220,10 +220,11 @@ def client_examples(record: Record) -> Figure | None:
 
 
 def run_bias(record: Record) -> Figure | None:
-    """Relative bias per round."""
-    values = record.series("bias", "relative")
+    """Relative bias per round, and of it what was forgotten, where anything was."""
+    values, lost = record.series("bias", "relative"), record.series("bias", "forgotten")
     if not values:
         return None
+    lines = [curve("bias", _BLUE, floored(values))]
     cosine, ratio = record.mean("bias", "cosine"), record.mean("bias", "norm_ratio")
     mean = fmean(values.values())
     alt = (
@@ -236,10 +237,20 @@ def run_bias(record: Record) -> Figure | None:
         if value is not None
     ]
     caption = "|ΔW − applied| / |ΔW| over all layers" + (f"; {', '.join(more)}." if more else ".")
+    if any(value > EXACT for value in lost.values()):
+        lines.append(curve("forgotten", _RED, floored(lost)))
+        alt += f" Forgotten of it: {bias_text(fmean(lost.values()))} in the mean."
+        caption += (
+            " Forgotten: the part of it along what clients of low rank were not sent, and the new "
+            "model has lost."
+        )
     with charts.canvas() as (figure, ax):
-        charts.plot(ax, [curve("bias", _BLUE, floored(values))])
-        charts.ratio(ax, "y", floored(values).values(), EXACT, "Relative bias")
+        charts.plot(ax, lines)
+        everything = [y for line in lines for y in line.y]
+        charts.ratio(ax, "y", everything, EXACT, "Relative bias")
         charts.whole_rounds(ax)
+        if len(lines) > 1:
+            legend(figure, ax)
         return Figure("bias", "Aggregation bias", caption, charts.svg(figure, "bias", alt))
 
 

@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedft.report.formats import bias_text, bytes_text, score, seconds_text, spread
+from fedft.report.formats import (
+    EXACT,
+    bias_text,
+    bytes_text,
+    forgotten_text,
+    score,
+    seconds_text,
+    spread,
+)
 from fedft.report.groups import (
     Group,
     Metric,
@@ -48,6 +56,7 @@ class Row:
         sites_gain: the same difference for ``sites``.
         submodels: number of parts held → what the submodel scores; empty without pruning.
         bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
+        forgotten: the part of it along what sites of low rank were not sent, the same mean.
         epsilon: unit of a privacy promise → the largest ε of the runs, None where one has no bound;
             empty without a promise.
         traffic: bytes up and down, a run.
@@ -67,6 +76,7 @@ class Row:
     sites_gain: Interval | None
     submodels: Mapping[int, Part]
     bias: Interval | None
+    forgotten: Interval | None
     epsilon: Mapping[str, float | None]
     traffic: Interval | None
     seconds: Interval | None
@@ -170,6 +180,10 @@ class Table:
         columns += [c for size in self._sizes() for c in self._submodel(size)]
         if self._any(lambda r: r.bias):
             columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]
+        if any(r.forgotten is not None and r.forgotten.mean > EXACT for r in self.rows):
+            columns += [
+                ("Forgotten", lambda r: forgotten_text(r.forgotten.mean if r.forgotten else None))
+            ]
         columns += [self._epsilon(unit) for unit in UNITS if self._promised(unit)]
         if self.target is not None:
             title = f"Time to {score(self.target, m.percent)}"
@@ -262,6 +276,7 @@ def _row(one: Group, baseline: Group | None, metric: Metric, target: float | Non
             for keys in [of_size(metric, size)]
         },
         bias=one.interval(one.means("bias", "relative").values()),
+        forgotten=one.interval(one.means("bias", "forgotten").values()),
         epsilon=largest(runs),
         traffic=one.interval(b for b in map(traffic, runs) if b is not None),
         seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),

@@ -204,3 +204,15 @@ def test_column_squares_are_those_of_the_product(width):
     M = torch.randn(width, 7, dtype=torch.float64)
     found = algebra.column_squares(algebra.column_gram(X), M)
     torch.testing.assert_close(found, (X @ M).square().sum(dim=0))
+
+
+@pytest.mark.parametrize("ranks", [(4, 1, 2), (4, 4), (1,), (0, 3), ()])
+def test_what_truncation_leaves_out(ranks: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((4, 7), (6, 4)))
+    x, w = Factors(A, B, 1.5), [0.5 + k for k in range(len(ranks))]
+    cut = [x.product() - algebra.truncate(x, r).product() for r in ranks]
+    expected = sum((v * t for v, t in zip(w, cut, strict=True)), torch.zeros(6, 7).double())
+    left = algebra.beyond(x, ranks, w)
+    assert torch.allclose(left.product(), expected, rtol=1e-13, atol=1e-14)
+    assert left.rank == (4 - min(ranks) if ranks else 0)

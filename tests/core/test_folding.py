@@ -455,3 +455,38 @@ def test_mixed_ranks_keep_their_mean_update_alone() -> None:
     assert set(folded.mean_factors().values()) == {None}
     assert folded.spread is None
     assert folded.moved is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sites=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([None, "layer.0.q", "layer.1.v"])),
+        min_size=1,
+        max_size=9,
+    )
+)
+def test_starts_are_those_of_the_sites_that_sent_the_layer(
+    sites: list[tuple[int, str | None]],
+) -> None:
+    """Each distinct one once, with the share of its sites: the twin holds all updates."""
+    starts = [adapter(10 * version, rank) for version, rank in enumerate((3, 1, 2))]
+    updates: list[ClientUpdate] = []
+    for k, (version, only) in enumerate(sites):
+        update = reply(k, starts[version])
+        if only is not None:
+            sent = {n: t for n, t in update.tensors.items() if n == HEAD or module_of(n) == only}
+            update = replace(update, tensors=sent)
+        updates.append(update)
+    found = fold(updates).starts()
+    for module in SHAPES:
+        own = [u for u in updates if any(n != HEAD and module_of(n) == module for n in u.tensors)]
+        assert (module in found) == bool(own)
+        if own:
+            expected = weighted_mean(
+                [u.start.factors[module] for u in own], [u.examples for u in own]
+            )
+            total = sum(share * dense(x) for x, share in found[module])
+            assert isinstance(total, Tensor)
+            assert torch.allclose(total, expected, rtol=1e-12, atol=1e-13)
+            assert sum(share for _, share in found[module]) == pytest.approx(1.0)
+    assert fold(updates, {"B"}).starts() == {}

@@ -102,6 +102,7 @@ def test_bias_of_averaged_factors_equals_the_dense_twin(sites: int) -> None:
         assert measured[key] == pytest.approx(value, rel=1e-9)
     for module in SHAPES:
         one = dense_bias(updates, {module: dense(after.adapter.factors[module])})
+        one["forgotten"] = 0.0
         assert measured["layers"][module] == pytest.approx(one, rel=1e-9)
     assert measured["relative"] > 1e-3
 
@@ -298,6 +299,118 @@ def test_a_core_is_part_of_the_product() -> None:
     assert unchanged["bias"]["relative"] > 0.5
 
 
+# ── mixed ranks ───────────────────────────────────────────────────────────────────────────────
+
+
+def leading(start: Adapter, rank: int) -> Adapter:
+    """What a site of a lower rank starts from: the first rows and columns, the scale folded into B."""
+    ratio = start.rank / rank
+    cut = {m: algebra.truncate(f, rank) for m, f in start.factors.items()}
+    return Adapter({m: replace(f, B=f.B / ratio, scale=f.scale * ratio) for m, f in cut.items()})
+
+
+def dense_forgotten(
+    before: Adapter, updates: Sequence[ClientUpdate], applied: dict[str, Tensor]
+) -> dict[str, float]:
+    """The definition, site by site: what the server had, plus what each changed in what it was sent."""
+    ideal, unsent = dict[str, Tensor](), dict[str, Tensor]()
+    for m in applied:
+        whole = dense(before.factors[m])
+        holders = [u for u in updates if any(f".{m}." in f".{name}" for name in u.tensors)]
+        p = weights(holders)
+        starts = [dense(u.start.factors[m]) for u in holders]
+        ends = [dense(u.adapter.factors[m]) for u in holders]
+        unsent[m] = sum((w * (whole - x) for w, x in zip(p, starts, strict=True)), 0 * whole)
+        ideal[m] = whole + sum(w * (y - x) for w, x, y in zip(p, starts, ends, strict=True))
+    error = {m: ideal[m] - applied[m] for m in applied}
+    x, e, u = (sum(float(t.square().sum()) for t in d.values()) for d in (ideal, error, unsent))
+    along = sum(float((error[m] * unsent[m]).sum()) for m in applied)
+    return {"relative": (e / x) ** 0.5, "forgotten": along / (u * x) ** 0.5}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=40),
+    shape=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    own=st.booleans(),
+    narrow=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_mixed_ranks_are_read_as_they_are_defined(
+    ranks: list[int], shape: tuple[int, int], own: bool, narrow: bool, seed: int
+) -> None:
+    """Few sites and many, of a leading part or of a start of their own, some without a layer."""
+    shapes = {"w": shape, "v": (9, 7)}
+    before = adapter(seed, 6, shapes=shapes, dtype=torch.float64)
+    updates = []
+    for k, rank in enumerate(ranks):
+        start = leading(before, rank)
+        if own and k % 3 == 0:
+            start = adapter(seed + 7 + k, rank, scale=1.5, shapes=shapes, dtype=torch.float64)
+        noise = adapter(seed + 50 + k, rank, shapes=shapes, dtype=torch.float64).tensors()
+        end = start.replaced({n: t + 0.3 * noise[n] for n, t in start.tensors().items()})
+        one = update(f"s{k:02}", start, end, examples=k + 1)
+        if narrow and k % 2:
+            kept = {n: t for n, t in one.tensors.items() if n.startswith("base_model.model.w.")}
+            one = replace(one, tensors=kept)
+        updates.append(one)
+    after = adapter(seed + 99, 6, shapes=shapes, dtype=torch.float64)
+    applied = {m: dense(f) for m, f in after.factors.items()}
+    measured = meters.measure(ServerState(before), fold(updates), ServerState(after))["bias"]
+    for key, value in dense_forgotten(before, updates, applied).items():
+        assert measured[key] == pytest.approx(value, rel=1e-8, abs=1e-10)
+    for module, expected in applied.items():
+        one_layer = dense_forgotten(before, updates, {module: expected})
+        for key, value in one_layer.items():
+            assert measured["layers"][module][key] == pytest.approx(value, rel=1e-8, abs=1e-10)
+    folded = fold(updates)
+    told = meters.bias(folded, {m: [f] for m, f in after.factors.items()}, held=before.factors)
+    assert told == measured
+    spectra = meters.spectrum(folded, held=before.factors)
+    for module in shapes:
+        parts = [u for u in updates if any(f".{module}." in f".{n}" for n in u.tensors)]
+        p = weights(parts)
+        dW = dense(before.factors[module]) + sum(
+            w * (dense(u.adapter.factors[module]) - dense(u.start.factors[module]))
+            for w, u in zip(p, parts, strict=True)
+        )
+        values = torch.linalg.svdvals(dW)
+        found = torch.tensor(spectra[module], dtype=torch.float64)[: len(values)]
+        assert torch.allclose(found, values[: len(found)], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("sites", [3, 60], ids=["factored", "dense"])
+def test_at_one_rank_nothing_can_be_forgotten_and_no_figure_changes(sites: int) -> None:
+    """The same bits, whether or not the meter knows what the server had."""
+    start = adapter(0)
+    updates = cohort(start, sites)
+    after = FedAvgLoRA().aggregate(ServerState(start), updates)
+    folded, products = fold(updates), {m: [f] for m, f in after.adapter.factors.items()}
+    measured = meters.measure(ServerState(start), folded, after)["bias"]
+    assert measured == meters.bias(folded, products)
+    assert measured["forgotten"] == 0.0
+    assert {layer["forgotten"] for layer in measured["layers"].values()} == {0.0}
+    # Stale sites of an asynchronous rule, too, whose start is not what the server has now.
+    newer = ServerState(near(start, 77))
+    assert meters.measure(newer, folded, after)["bias"] == measured
+
+
+def test_the_parts_of_the_bias_by_hand() -> None:
+    """The server has diag(3, 4), two idle sites rank 1 and 2; what is applied is diag(3, 2) + 1 aside.
+
+    L = 1/2 diag(0, 4); dW - M = [0 -1; 0 2]; <dW - M, L> / (|L| |dW|) = 4 / (2 * 5).
+    """
+    eye = torch.eye(2, dtype=torch.float64)
+    before = Adapter({"w": Factors(eye, torch.diag(torch.tensor([3.0, 4.0])).double(), 1.0)})
+    updates = [update(f"s{r}", x, x) for r in (1, 2) for x in [leading(before, r)]]
+    B = torch.tensor([[3.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    measured = meters.measure(
+        ServerState(before), fold(updates), ServerState(Adapter({"w": Factors(eye, B, 1.0)}))
+    )["bias"]
+    assert measured["forgotten"] == pytest.approx(0.4)
+    assert measured["relative"] == pytest.approx(5**0.5 / 5)
+
+
 def test_layers_that_few_sites_hold_are_weighted_over_those() -> None:
     """A site that holds no value layer does not dilute that layer's mean."""
     start = adapter(0)
@@ -322,7 +435,7 @@ def test_a_rule_that_keeps_b_at_the_sites_has_no_bias_reading() -> None:
     after = FedAvgLoRA().aggregate(ServerState(start), updates)
     measured = meters.measure(ServerState(start), fold(updates, {"B", "head"}), after)
     assert measured["bias"] == {
-        "relative": None, "cosine": None, "norm_ratio": None, "layers": {}
+        "relative": None, "cosine": None, "norm_ratio": None, "forgotten": None, "layers": {}
     }  # fmt: skip
     assert measured["lag"]["function_jump"] is None
     assert measured["lag"]["displacement"] == pytest.approx(0.0, abs=1e-6)

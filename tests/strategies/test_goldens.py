@@ -21,6 +21,7 @@ from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part
 from strategies import (
     CentralDP,
     CoordinateMedian,
+    ExactMixedRank,
     FedAdam,
     FedAsync,
     FedAvgLoRA,
@@ -164,8 +165,27 @@ class TestFlexLoRA:
         f = rule.plan(state, Site("s", 1, rank=1)).start.factors["m"]
         assert (f.A.tolist(), f.B.tolist(), f.scale) == ([[0, 1]], [[0], [1.5]], 2.0)
 
+    def test_beyond_a_rank_as_the_server_has_it(self):
+        # The server has diag(0, 2) beyond rank 1, s = 1. Site 1: 2 * diag(2, 0) + diag(0, 2).
+        # dW = 1/4 diag(4, 2) + 3/4 diag(0, 4) = diag(1, 3.5).
+        rule = FlexLoRA(beyond_rank="server")
+        start = adapter([[1, 0], [0, 1]], [[6, 0], [0, 2]])
+        small = adapter([[1, 0]], [[2], [0]], scale=2.0)
+        large = adapter([[0, 1], [1, 0]], [[0, 0], [4, 0]])
+        state = play(rule, start, [(small, 1), (large, 3)])
+        check(state, [[0, 1], [1, 0]], [[0, 1], [3.5, 0]])
+
 
 class TestHetLoRA:
+    def test_padding_with_what_the_server_has(self):
+        # As below, but site 1 is padded with the server's second row [0 1] and column [0 5].
+        # A = 3/4 [1 0; 0 1] + 1/4 [0 0; 0 1]; B = 3/4 [3 0; 0 5] + 1/4 [0 0; 0 1].
+        start = adapter([[1, 0], [0, 1]], [[0, 0], [0, 5]])
+        small = adapter([[1, 0]], [[3], [0]])
+        large = adapter([[0, 0], [0, 1]], [[0, 0], [0, 1]])
+        state = play(HetLoRA(gamma=1.0, beyond_rank="server"), start, [(small, 1), (large, 3)])
+        check(state, [[0.75, 0], [0, 1]], [[2.25, 0], [0, 4]])
+
     def test_padding_and_sparsity_weights(self):
         # R = 2. Site 1, rank 1: B A = diag(3, 0), norm 3. Site 2, rank 2: diag(0, 1), norm 1.
         # w = (3/4, 1/4), whatever the numbers of examples. A = 3/4 [1 0; 0 0] + 1/4 [0 0; 0 1].
@@ -253,6 +273,47 @@ def test_fedmomentum():
     # diag(1, 3): the 3 stays, half of it on each factor; the 1 goes into the base.
     state = play(FedMomentum())
     check(state, [[0, sqrt(3)]], [[0], [sqrt(3)]], delta=[[1, 0], [0, 0]])
+
+
+class TestExactMixedRank:
+    # R = 2, s = 1, d = 3. The server has diag(9, 4, 0), and D = diag(0, 0, 7) in the base.
+    START = adapter([[3, 0, 0], [0, 2, 0]], [[3, 0], [0, 2], [0, 0]])
+    BASE = Factors(matrix([[0, 0, 1]]), matrix([[0], [0], [7]]), 1.0)
+
+    def test_what_a_site_cannot_train_is_in_its_base(self):
+        state = ServerState(self.START, delta={"m": self.BASE})
+        plan = ExactMixedRank().plan(state, Site("s", 1, rank=1))
+        f = plan.start.factors["m"]
+        # Rank 1 trains with s = 2, so B is halved: 2 * 3/2 * 3 = 9.
+        assert (f.A.tolist(), f.B.tolist(), f.scale) == ([[3, 0, 0]], [[1.5], [0], [0]], 2.0)
+        assert torch.equal(plan.delta["m"].product(), matrix([[0, 0, 0], [0, 4, 0], [0, 0, 7]]))
+        assert ExactMixedRank().plan(state, Site("s", 1, rank=2)).delta is state.delta
+
+    def test_changes_are_averaged_and_the_rest_is_merged(self):
+        # Site 1, rank 1, 1 example: 9 became 2 * 1/2 * 5 = 5 and 1 appeared beside it, in row 3: the
+        # change is (-4, 0, +1) in column 1. Site 2, rank 2, 3 examples: diag(9, 0, 0), a change of -4
+        # in the middle.
+        # dW = diag(9, 4, 0) + 1/4 (-4, 0, 1) in column 1 + 3/4 diag(0, -4, 0) = [8 0 0; 0 1 0; 1/4 0 0]
+        # of rank 2: column 1 has the norm sqrt(64 + 1/16), column 2 the norm 1.
+        small = adapter([[1, 0, 0]], [[2.5], [0], [0.5]], scale=2.0)
+        large = adapter([[3, 0, 0], [0, 2, 0]], [[3, 0], [0, 0], [0, 0]])
+        state = play(ExactMixedRank(), self.START, [(small, 1), (large, 3)])
+        f = state.adapter.factors["m"]
+        assert torch.allclose(f.product(), matrix([[8, 0, 0], [0, 1, 0], [0.25, 0, 0]]))
+        root = (64 + 1 / 16) ** 0.25
+        assert torch.allclose(f.A, matrix([[root, 0, 0], [0, 1, 0]]))
+        # Everything fits into rank 2, and nothing is left for the base.
+        assert not state.delta or float(state.delta["m"].product().abs().max()) < 1e-12
+
+    def test_what_does_not_fit_goes_into_the_base(self):
+        # Site 2 turns its second direction to the third axis: diag(9, 0, 8), a change of -4 and +8.
+        # dW = diag(9 - 1, 4 - 3, 6) = diag(8, 1, 6), with site 1 at 5: the 8 and the 6 are kept.
+        small = adapter([[1, 0, 0]], [[2.5], [0], [0]], scale=2.0)
+        large = adapter([[3, 0, 0], [0, 0, 2]], [[3, 0], [0, 0], [0, 4]])
+        state = play(ExactMixedRank(), self.START, [(small, 1), (large, 3)])
+        a, b = 8**0.5, 6**0.5
+        base = [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+        check(state, [[a, 0, 0], [0, 0, b]], [[a, 0], [0, 0], [0, b]], delta=base)
 
 
 def test_fed_sb():

@@ -78,6 +78,16 @@ def ideal(updates, module) -> Tensor:
     return sum(u.examples / total * u.adapter.factors[module].product().double() for u in updates)
 
 
+def asked_for(updates, state, module) -> Tensor:
+    """What the server had, plus the mean of the changes that sites made to what they were sent."""
+    total = sum(u.examples for u in updates)
+    changes = [
+        u.adapter.factors[module].product() - u.start.factors[module].product() for u in updates
+    ]
+    mean = sum(u.examples / total * x for u, x in zip(updates, changes, strict=True))
+    return state.adapter.factors[module].product() + mean
+
+
 def applied(state, module) -> Tensor:
     change = state.adapter.factors[module].product().double()
     return change + state.delta[module].product().double() if module in state.delta else change
@@ -386,11 +396,16 @@ class TestFlexLoRA:
                 assert start.scale == pytest.approx(2.0 * 4 / rank)
 
     def test_exact_where_the_rank_suffices(self):
-        """Two sites of rank 2 fit into rank 4."""
-        rule = FlexLoRA()
-        updates = mixed(rule, ServerState(adapter()), ranks=(2, 2))
-        after = combine(rule, updates, adapter())
-        assert bias(updates, after, ServerState(adapter())) < 1e-12
+        """Two sites of rank 2 fit into rank 4; completed, a lone one does."""
+        for rule, ranks in ((FlexLoRA(), (2, 2)), (FlexLoRA(beyond_rank="server"), (2,))):
+            state = ServerState(adapter())
+            updates = mixed(rule, state, ranks=ranks)
+            after = combine(rule, updates, adapter())
+            for module, f in after.adapter.factors.items():
+                forgets = rule.beyond_rank == "zero"
+                dW = ideal(updates, module) if forgets else asked_for(updates, state, module)
+                assert gap(f.product(), dW) < 1e-12
+        assert bias(updates, after, state) < 1e-12
 
     def test_idle_directions_can_learn(self):
         """One site of rank 1 leaves three rows without a singular value: B zero, A orthonormal."""
@@ -535,22 +550,28 @@ class TestFedMomentum:
         updates = mixed(rule, state)
         after = rule.aggregate(state, updates)
         for module, f in after.adapter.factors.items():
-            dW = ideal(updates, module)
+            dW = asked_for(updates, state, module)
             values = torch.linalg.svdvals(dW)
             assert gap(applied(after, module), dW) < 1e-13
             assert algebra.norm(f) == pytest.approx(float(values[:4].norm()), rel=1e-11)
             # Half of the spectrum on each factor: what A and B have in common is S.
             assert torch.allclose(f.A @ f.A.T, f.B.T @ f.B, atol=1e-10)
-            assert after.delta[module].rank == 13 - 4
+            sent, lacking = 4 + 1 + 2 + 4 + 2, 4 - 1
+            assert after.delta[module].rank == min(sent + lacking, *SHAPES[module]) - 4
 
     def test_low_rank_updates_leave_no_residual(self):
-        rule = FedMomentum()
-        updates = mixed(rule, ServerState(adapter()), ranks=(1, 2))
-        after = combine(rule, updates, adapter())
-        assert not after.delta
-        for module, f in after.adapter.factors.items():
-            assert gap(f.product(), ideal(updates, module)) < 1e-13
-            assert float(f.A[3].norm()) == pytest.approx(1.0)  # idle, and able to learn
+        """What one site of low rank learns fits, from nothing or beside what the server has."""
+        rule, start = FedMomentum(), adapter()
+        empty = start.map_factors({m: replace(f, B=0 * f.B) for m, f in start.factors.items()})
+        for before, ranks in ((empty, (1,)), (start, (2,))):
+            state = ServerState(before)
+            updates = mixed(rule, state, ranks=ranks)
+            after = rule.aggregate(state, updates)
+            assert not after.delta
+            for module, f in after.adapter.factors.items():
+                assert gap(f.product(), asked_for(updates, state, module)) < 1e-13
+                if before is empty:
+                    assert float(f.A[3].norm()) == pytest.approx(1.0)  # idle, and able to learn
 
 
 @pytest.mark.parametrize("rule", [FLoRA(), FedExLoRA(), FedMomentum()], ids=lambda r: r.name)

@@ -27,6 +27,7 @@ from fedft.core.types import (
 from strategies import (
     CentralDP,
     CoordinateMedian,
+    ExactMixedRank,
     FedAdam,
     FedAsync,
     FedAvgLoRA,
@@ -80,10 +81,10 @@ def delta(rank: int, cap: int = 10**9) -> int:
     )
 
 
-def momentum(t: int, K: int) -> tuple[int, int]:
+def momentum(t: int, K: int, cap: int = 10**9) -> tuple[int, int]:
     """A round's residual has rank min(d, K r) - r."""
     residual = sum(
-        min((t - 1) * (min(d, K * RANK) - RANK), d) * (m + n)
+        min((t - 1) * (min(d, K * RANK) - RANK), d, cap) * (m + n)
         for d, (m, n) in zip(NARROW, SHAPES.values(), strict=True)
     )
     return pi(RANK) + residual + HEADS, pi(RANK) + HEADS
@@ -172,6 +173,14 @@ TABLE = {
     "fedrot-lora": Row(FedRotLoRA()),
     "fedsvd": Row(FedSVD(), lambda t, K: (pi(RANK) + HEADS, RANK * OUT + HEADS), unbiased=True),
     "fedmomentum": Row(FedMomentum(), momentum, unbiased=True),
+    "flexlora, beyond as the server": Row(FlexLoRA(beyond_rank="server")),
+    "hetlora, beyond as the server": Row(HetLoRA(gamma=1.0, beyond_rank="server")),
+    "exact-mixed-rank": Row(ExactMixedRank(), momentum, unbiased=True),
+    "exact-mixed-rank capped": Row(
+        ExactMixedRank(delta_rank=2),
+        lambda t, K: (momentum(t, K, cap=2)[0], pi(RANK) + HEADS),
+        own=False,  # what was merged is cut again when a lone client's update is added to it
+    ),
     "fed-sb": Row(FedSB(), fed_sb),
     "fed-sb seeded": Row(
         FedSB(basis="seeded"),
@@ -542,6 +551,7 @@ def test_plans_are_consistent(row: Row) -> None:
         assert row.rule.plan(state, site).start is plan.start, "encoded once"
         new, newer = (row.rule.plan(state, replace(site, name=name)) for name in ("new", "newer"))
         assert newer.start is new.start, "one object a rank, so that it is encoded once"
+        assert newer.delta is new.delta, "and so that the sites of one rank share a pass"
 
 
 @pytest.mark.parametrize(
@@ -571,7 +581,7 @@ def test_layers_that_only_some_sites_hold(row: Row) -> None:
 
 
 def test_mixed_ranks_are_refused_by_name() -> None:
-    able = {"flora", "flexlora", "hetlora", "raflora", "fedmomentum"}
+    able = {"flora", "flexlora", "hetlora", "raflora", "fedmomentum", "exact-mixed-rank"}
     combinators = {
         r.model_fields["name"].default for r in strategies.RULES if "inner" in r.model_fields
     }
@@ -633,6 +643,10 @@ def test_a_rank_above_the_global_one_is_refused() -> None:
         ({"name": "central-dp", "inner": {"name": "flexlora"}}, "one by one"),
         ({"name": "central-dp", "inner": {"name": "krum"}}, "one by one"),
         ({"name": "central-dp", "quantile": 0.5, "expected-sites": 10}, "below twice the noise"),
+        ({"name": "fedbuff", "inner": {"name": "exact-mixed-rank"}}, "inner"),
+        ({"name": "exact-mixed-rank", "delta-rank": 0}, "delta-rank"),
+        ({"name": "flexlora", "beyond-rank": "none"}, "beyond-rank"),
+        ({"name": "hetlora", "beyond-rank": "none"}, "beyond-rank"),
         ({"name": "fedavg"}, "fedavg-lora"),
         ({"name": "fedprox", "inner": {"name": "sgd"}}, "fedavg-lora"),
         ({}, "name"),
