@@ -433,6 +433,8 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
 
 
 def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
+    if config.lora.whole:  # whose rank peft itself bounds, if it is one
+        return
     for module, (d_out, d_in) in shapes.modules.items():
         if config.rank > min(d_out, d_in):
             raise ConfigError(

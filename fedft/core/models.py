@@ -37,6 +37,7 @@ from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
+from fedft.core.tuners import chosen, norms, tuner_of
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
 
 if TYPE_CHECKING:
@@ -282,6 +283,8 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
         return linear.out_features, linear.in_features  # a quantised weight is packed
     weight = linear.weight
     assert isinstance(weight, Tensor)
+    if weight.ndim == 1:  # a norm: one number a channel
+        return len(weight), 1
     rows, columns = weight.shape
     return columns, rows
 
@@ -290,24 +293,20 @@ def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
     """The adapted layers by path.
 
     Raises:
-        ConfigError: a name in ``target-modules`` or an index in ``layers`` matches nothing.
+        ConfigError: a name in ``target-modules`` or ``exclude-modules`` or an index in ``layers``
+            matches nothing, or nothing is left.
     """
     outputs = (*HEADS, "lm_head")
-    candidates = {p: m for p, m in linears(model) if p.split(".")[0] not in outputs}
-    if lora.target_modules != "all-linear":
-        present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-        for name in lora.target_modules:
-            if not any(p == name or p.endswith("." + name) for p in candidates):
-                near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
-                raise ConfigError(
-                    f"[lora] target-modules: no linear layer of this model is called {name!r}",
-                    fix=f"Nearest names: {', '.join(near)}.",
-                )
-        candidates = {
-            p: m
-            for p, m in candidates.items()
-            if any(p == t or p.endswith("." + t) for t in lora.target_modules)
-        }
+    pool = norms(model) if tuner_of(lora.method).layers == "norm" else linears(model)
+    candidates = {p: m for p, m in pool if p.split(".")[0] not in outputs}
+    wanted = chosen("target-modules", lora.target_modules, candidates, lora.method)
+    spared = chosen("exclude-modules", lora.exclude_modules, dict.fromkeys(wanted), lora.method)
+    candidates = {p: m for p, m in candidates.items() if p in wanted and p not in spared}
+    if not candidates:
+        raise ConfigError(
+            f"[lora] exclude-modules = {lora.exclude_modules!r} leaves no layer to adapt",
+            fix="Exclude fewer.",
+        )
     if lora.layers is None:
         return candidates
     blocks = {block_of(path) for path in candidates}
