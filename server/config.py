@@ -289,9 +289,7 @@ class RunConfig(Table):
                 "choose a rule of rounds"
             )
         if self.lora.form != "lora" and self.training.dp is not None:
-            raise ValueError(
-                f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}"
-            )
+            raise ValueError(f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}")
         if self.data.holdout and self.training.dp is not None:
             raise ValueError(
                 f"[data] holdout = {self.data.holdout}: sites would report scores on examples of "

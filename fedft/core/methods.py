@@ -149,6 +149,7 @@ def _dropout(lora: LoraSpec, known: set[str]) -> dict[str, float]:
     if not lora.dropout:
         return {}
     own = known & {"lora_dropout", f"{_field(lora.method)}_dropout"}
+    own -= tuner_of(lora.method).unfilled
     if not own:
         raise ConfigError(
             f"[lora] dropout = {lora.dropout}: {lora.method} has none in peft",
@@ -297,7 +298,7 @@ def drawn(spec: ModelSpec, lora: LoraSpec, initial: Adapter, seed: int) -> tuple
     """
     wrapped, _ = _loaded(spec, lora, seed)
     tensors = {name: clone(p).float() for name, p in trained(wrapped).items()}
-    _check_shapes(lora, initial, tensors)
+    _check_start(lora, initial, tensors)
     adapter = initial.replaced(tensors)
     if lora.init == "default":
         return adapter, {}
@@ -306,8 +307,13 @@ def drawn(spec: ModelSpec, lora: LoraSpec, initial: Adapter, seed: int) -> tuple
     }
 
 
-def _check_shapes(lora: LoraSpec, initial: Adapter, tensors: Mapping[str, Tensor]) -> None:
+def _check_start(lora: LoraSpec, initial: Adapter, tensors: Mapping[str, Tensor]) -> None:
     promised = initial.tensors()
+    if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ConfigError(
+            f"[lora] method = {lora.method!r}: peft starts {wild[0]} at numbers that are not finite",
+            fix="Leave options such as init_weights out.",
+        )
     for name, tensor in tensors.items():
         if name not in promised or promised[name].shape != tensor.shape:
             raise ConfigError(

@@ -32,6 +32,7 @@ class Tuner:
         from_weights: whether something that it keeps frozen is worked out from the base weights,
             and made again by each site.
         unfilled: fields whose name `[lora]` would fill and that mean something else here.
+        refused: option → why it is not passed on to this one.
         inexact_with: option → a value with which an exact method no longer is.
     """
 
@@ -39,6 +40,7 @@ class Tuner:
     layers: LayerKind = "linear"
     from_weights: bool = False
     unfilled: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
     inexact_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -61,8 +63,11 @@ TUNERS: Mapping[str, Tuner] = {
     "loha": Tuner(),
     "lokr": Tuner(),
     "lora": Tuner(),
-    "miss": Tuner(exact=True, inexact_with={"init_weights": "bat"}),
-    "oft": Tuner(unfilled=frozenset({"r"})),
+    "miss": Tuner(exact=True),
+    "oft": Tuner(
+        unfilled=frozenset({"r"}),
+        refused={"module_dropout": "peft does not apply it to linear layers"},
+    ),
     "osf": Tuner(from_weights=True),
     "peanut": Tuner(),
     "psoft": Tuner(from_weights=True),
@@ -76,7 +81,11 @@ TUNERS: Mapping[str, Tuner] = {
         unfilled=frozenset({"r", "lora_alpha", "lora_dropout"}),
         inexact_with={"r": 2},
     ),
-    "tinylora": Tuner(exact=True),
+    "tinylora": Tuner(
+        exact=True,
+        from_weights=True,
+        refused={"init_weights": "with false peft leaves memory as it finds it"},
+    ),
     "unilora": Tuner(),
     "vblora": Tuner(),
     "vera": Tuner(),
@@ -126,8 +135,15 @@ _OWN: Mapping[str, str] = {
 """Field of peft → the key of ours that fills it."""
 
 _WRITTEN = frozenset(
-    "peft_type auto_mapping peft_version base_model_name_or_path revision task_type "
-    "inference_mode".split()
+    [
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+    ]
 )
 """Fields that are about the exported file, which is written with them."""
 
@@ -172,6 +188,7 @@ _FIELDS: Mapping[str, tuple[str, str]] = {
     ),
     "use_asa": ("it drops subspaces by a call after every step", "leave it out"),
     "generator_seed": ("noise of training is drawn from the run's seed", "set [run] seed"),
+    "sample_at_inference": ("two readings of one adapter would score differently", "leave it out"),
     "save_projection": ("an exported adapter has all that it needs", "leave it out"),
     "save_indices": ("an exported adapter has all that it needs", "leave it out"),
     "save_precomputed_indices": ("an exported adapter has all that it needs", "leave it out"),
@@ -200,7 +217,10 @@ _VALUES: Mapping[str, tuple[re.Pattern[str], tuple[str, str]]] = {
 _STARTS: Mapping[str, tuple[str, str]] = {
     "pissa": ("it changes the base weights", 'method = "lora" with init = "pissa"'),
     "olora": ("it changes the base weights", 'method = "lora" with init = "olora"'),
-    "mica": ("it freezes a decomposition of the weights that sites need not agree on", "leave it out"),
+    "mica": (
+        "it freezes a decomposition of the weights that sites need not agree on",
+        "leave it out",
+    ),
 }
 """Beginnings of ``init_lora_weights`` that are not passed on."""
 
@@ -229,6 +249,8 @@ def check_option(method: str, name: str, value: Any) -> None:
     pattern, why = _VALUES.get(name, (None, None))
     if pattern is not None and isinstance(value, str) and pattern.fullmatch(value):
         refusal = why
+    if reason := tuner_of(method).refused.get(name):
+        refusal = (reason, "leave it out")
     if name == "init_lora_weights" and isinstance(value, str):
         refusal = next((w for s, w in _STARTS.items() if value.startswith(s)), refusal)
     if refusal is not None:

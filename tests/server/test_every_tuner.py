@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedft.core.errors import ConfigError
 from fedft.core.rundir import RunDir
-from fedft.core.tuners import REFUSED, TUNERS, canonical
+from fedft.core.tuners import TUNERS, canonical
 from server.checkpoints import Checkpoints
 from server.config import RunConfig, parse_config
 from server.run import parse_toml, prepare_run, simulate
