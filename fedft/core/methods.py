@@ -216,7 +216,12 @@ def trained(wrapped: nn.Module) -> dict[str, nn.Parameter]:
     for name, tensor in _saved(wrapped).items():
         names.setdefault(id(tensor), []).append(name)
     found = [names.get(id(parameter), []) for parameter in learned]
-    if not learned or any(len(saved) != 1 for saved in found):
+    if not learned:
+        raise ConfigError(
+            "this peft method finds nothing to train in the layers that are adapted",
+            fix="Name other layers in [lora] target-modules.",
+        )
+    if any(len(saved) != 1 for saved in found):
         raise ConfigError(
             "this peft method cannot be averaged: what it trains is not what it saves",
             fix=f"Tested are {', '.join(TUNERS)}.",

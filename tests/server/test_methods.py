@@ -381,7 +381,10 @@ def test_what_a_method_drops_in_training_it_keeps_in_scoring(
     config = parse_config(tiny_table(lora=lora))
     shapes = models.schema(config.model, config.lora, 3)
     start = first_state(config, shapes).adapter
-    moved = start.replaced({n: t + 0.3 for n, t in start.tensors().items()})
+    numbers = torch.Generator().manual_seed(0)
+    moved = start.replaced(
+        {n: t + 0.3 * torch.randn(t.shape, generator=numbers) for n, t in start.tensors().items()}
+    )
     base = models.load_base(config.model, config.lora, 3)
     engine = WholeEngine(base, config.lora, 0)
     engine.evaluate(moved, {}, [])
