@@ -403,7 +403,7 @@ class Resident:
                 "model": model,
                 "site": self.name,
                 "device": self.site.device,
-                "lean": self.site.memory_mib is not None and given.lora.method == "lora",
+                "lean": self.site.memory_mib is not None and given.lora.form == "lora",
                 "manifest": None,
                 "fingerprint": "",
             }

@@ -26,16 +26,19 @@ class WholeEngine(LoopEngine):
         before = set(base.model.modules())
         wrapped = methods.injected(base.model, lora, base.adapted, seed).eval()
         self._tensors = methods.trained(wrapped)
-        self._dropped = [
-            m for m in wrapped.modules() if isinstance(m, nn.Dropout) and m not in before
-        ]
+        self._added = [m for m in wrapped.modules() if m not in before]
         super().__init__(base, wrapped, checkpointing=checkpointing)
 
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._tensors.items()
 
     def _dropouts(self) -> Iterable[nn.Module]:
-        return self._dropped
+        return ()
+
+    def _dropout(self, active: bool) -> None:
+        """Whatever the method does in training alone, in its own modules and in no other."""
+        for module in self._added:
+            module.training = active
 
     def _load(self, adapter: Adapter, plan: TrainPlan | None) -> None:
         for name, parameter in self._tensors.items():

@@ -28,6 +28,7 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
+from fedft.core.tuners import tuner_of
 from fedft.core.types import Part
 from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
@@ -238,22 +239,28 @@ class RunConfig(Table):
         """What an adapter that is not plain LoRA from the seed can be combined with."""
         lora, ranks = self.lora, self.fleet.rank_choices
         try:
-            check_method(self.strategy, lora.method)
+            check_method(self.strategy, lora.form)
             check_init(self.strategy, lora.init)
         except ConfigError as error:
             raise ValueError(f"[lora] {error.what}; {error.fix}") from error
-        if self.frozen and lora.method != "lora":
+        if self.frozen and lora.form != "lora":
             raise ValueError(
-                f"[lora] head = 'frozen' belongs to method = 'lora', not to {lora.method!r}"
+                f"[lora] head = 'frozen' belongs to method = 'lora', not to {lora.form!r}"
             )
-        if ranks and (lora.method, lora.init) != ("lora", "default"):
-            what = f"init = {lora.init!r}" if lora.method == "lora" else f"method = {lora.method!r}"
+        if ranks and (lora.form, lora.init) != ("lora", "default"):
+            what = f"init = {lora.init!r}" if lora.form == "lora" else f"method = {lora.form!r}"
             raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
         if self.one_by_one and self.engine.cohort not in (1, "auto"):
-            what = "load-in" if lora.method == "lora" else f"method = {lora.method!r}"
+            what = "load-in" if lora.form == "lora" else f"method = {lora.form!r}"
             raise ValueError(
                 f"[engine] cohort = {self.engine.cohort}: sites with {what} are "
                 'trained one by one; set cohort = 1 or "auto"'
+            )
+        held = f"load-in = {self.model.load_in!r}" if self.model.load_in else self.engine.precision
+        if lora.whole and tuner_of(lora.method).from_weights and held not in ("fp32", "tf32"):
+            raise ValueError(
+                f"[lora] method = {lora.method!r} works out frozen tensors from the base weights, and sites "
+                f"that hold them in {held} get others; set [engine] precision = 'fp32'"
             )
         if self.model.load_in is not None and lora.init != "default":
             raise ValueError(
@@ -264,7 +271,7 @@ class RunConfig(Table):
     @property
     def one_by_one(self) -> bool:
         """Whether only the plain PEFT loop can train these sites, not the cohort engine."""
-        return self.lora.method != "lora" or self.model.load_in is not None
+        return self.lora.form != "lora" or self.model.load_in is not None
 
     def _check_privacy(self) -> None:
         """What the account of a private run relies on."""
@@ -284,10 +291,8 @@ class RunConfig(Table):
                 f"[training] dp: {rule.name} is asynchronous, and its jobs are not entered in the account; "
                 "choose a rule of rounds"
             )
-        if self.lora.method != "lora" and self.training.dp is not None:
-            raise ValueError(
-                f"[training] dp needs [lora] method = 'lora', not {self.lora.method!r}"
-            )
+        if self.lora.form != "lora" and self.training.dp is not None:
+            raise ValueError(f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}")
         if self.data.holdout and self.training.dp is not None:
             raise ValueError(
                 f"[data] holdout = {self.data.holdout}: sites would report scores on examples of "

@@ -78,7 +78,7 @@ class PruningSpec(Table):
 
 def unprunable(lora: LoraSpec) -> str | None:
     """Why blocks cannot be left out under this adapter; None where they can."""
-    if lora.method != "lora" or lora.init != "default":
+    if lora.form != "lora" or lora.init != "default":
         return 'it needs [lora] method = "lora" with init = "default"'
     if lora.layers is not None:
         return "it chooses the blocks: [lora] layers cannot stand beside it"
@@ -448,7 +448,7 @@ def site_footprint(
     held_in = "fp32" if precision == "auto" else precision
     if limited is None:
         limited = _limited(config.fleet)
-    if not (limited and config.lora.method == "lora"):
+    if not (limited and config.lora.form == "lora"):
         geometry = replace(geometry, in_file={})
     return footprint(geometry, load, held_in, granularity(config))
 

@@ -509,6 +509,8 @@ def tried(
 
 
 def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
+    if config.lora.whole:  # whose rank peft itself bounds, if it is one
+        return
     for module, (d_out, d_in) in shapes.modules.items():
         if config.rank > min(d_out, d_in):
             raise ConfigError(

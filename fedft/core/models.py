@@ -20,10 +20,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
+from fedft.core.tuners import chosen, norms, tuner_of
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Schema:
     parameters: int
     blocks: int
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    names: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    names: tuple[str, ...] | str = "all-linear"
     saved: Head = field(default_factory=Head)
 
 
@@ -260,7 +260,7 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
 
         tensors = methods.shapes(model, lora, modules)
     blocks = max(indices, default=-1) + 1
-    names = target_names(model, lora, _adaptable(model, head))
+    names = target_names(model, lora, _adaptable(model, lora, head))
     return Schema(modules, heads, size, blocks, tensors, names, head)
 
 
@@ -279,6 +279,8 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
         return linear.out_features, linear.in_features  # a quantised weight is packed
     weight = linear.weight
     assert isinstance(weight, Tensor)
+    if weight.ndim == 1:  # a norm: one number a channel
+        return len(weight), 1
     rows, columns = weight.shape
     return columns, rows
 
@@ -287,29 +289,27 @@ def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[
     """The adapted layers by path; none of the head's.
 
     Raises:
-        ConfigError: a name in ``target-modules`` or an index in ``layers`` matches nothing.
+        ConfigError: a name in ``target-modules`` or ``exclude-modules`` or an index in ``layers``
+            matches nothing, or nothing is left.
     """
-    candidates = _adaptable(model, Head.by_name(model) if head is None else head)
-    wanted = target_names(model, lora, candidates)
-    if wanted != "all-linear":
-        present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-        for name in wanted:
-            if not any(_named(path, name) for path in candidates):
-                near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
-                raise ConfigError(
-                    f"[lora] target-modules: no linear layer of this model is called {name!r}",
-                    fix=f"Nearest names: {', '.join(near)}.",
-                )
-        candidates = {
-            path: m for path, m in candidates.items() if any(_named(path, t) for t in wanted)
-        }
-    else:  # peft's all-linear spares the output layer, too
-        output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        candidates = {path: m for path, m in candidates.items() if m is not output}
+    candidates = _adaptable(model, lora, Head.by_name(model) if head is None else head)
     if not candidates:
         raise MismatchError(
-            f"no layer of {type(model).__name__} can be adapted: it has no linear layer",
-            fix="Choose a model with linear layers.",
+            f"no layer of {type(model).__name__} can be adapted: it has no "
+            f"{tuner_of(lora.method).layers} layer",
+            fix="Choose a model of another kind.",
+        )
+    names = target_names(model, lora, candidates)
+    wanted = chosen("target-modules", names, candidates, lora.method)
+    if names == "all-linear":  # peft's spares the output layer, too
+        output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        wanted -= {path for path, module in candidates.items() if module is output}
+    spared = chosen("exclude-modules", lora.exclude_modules, dict.fromkeys(wanted), lora.method)
+    candidates = {p: m for p, m in candidates.items() if p in wanted and p not in spared}
+    if not candidates:
+        raise ConfigError(
+            f"[lora] exclude-modules = {lora.exclude_modules!r} leaves no layer to adapt",
+            fix="Exclude fewer.",
         )
     if lora.layers is None:
         return candidates
@@ -323,18 +323,15 @@ def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[
     return {p: m for p, m in candidates.items() if block_of(p) in lora.layers}
 
 
-def _adaptable(model: nn.Module, head: Head) -> dict[str, nn.Module]:
-    """Linear layers by path, but for the head's."""
-    return {path: module for path, module in linears(model) if not head.holds(path)}
-
-
-def _named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def _adaptable(model: nn.Module, lora: LoraSpec, head: Head) -> dict[str, nn.Module]:
+    """Layers by path that this method can adapt, but for the head's."""
+    pool = norms(model) if tuner_of(lora.method).layers == "norm" else linears(model)
+    return {path: module for path, module in pool if not head.holds(path)}
 
 
 def target_names(
     model: nn.Module, lora: LoraSpec, candidates: Iterable[str]
-) -> tuple[str, ...] | Literal["all-linear"]:
+) -> tuple[str, ...] | str:
     """``target-modules`` without ``auto``.
 
     Args:
@@ -344,12 +341,21 @@ def target_names(
     """
     if lora.target_modules != "auto":
         return lora.target_modules
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    from peft.utils import constants
 
+    norm = tuner_of(lora.method).layers == "norm"
+    known = (
+        constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+        if norm
+        else constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
     paths = list(candidates)
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    names = [name for name in KNOWN.get(kind, ()) if any(_named(path, name) for path in paths)]
-    return tuple(names) or "all-linear"
+    names = [
+        name
+        for name in known.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+        if any(path == name or path.endswith(f".{name}") for path in paths)
+    ]
+    return tuple(names) or (".*" if norm else "all-linear")
 
 
 def scale_of(lora: LoraSpec, rank: int) -> float:

@@ -4,6 +4,7 @@ Each table is a frozen pydantic model; every key has its one default here. The w
 validated by ``server.config.RunConfig``; a client receives these tables only.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -65,6 +66,12 @@ _SHORT: Mapping[str, Mapping[str, Any]] = {
 """Methods that are plain LoRA with another scale or another start."""
 
 
+_Option = (
+    bool | int | float | str | list[int] | list[str] | dict[str, int] | dict[str, float] | None
+)
+"""A value in `[lora] options`; the table of a pattern gives one to each layer it names."""
+
+
 class LoraSpec(Table):
     """`[lora]`: the adapter, as in peft's ``LoraConfig``.
 
@@ -77,12 +84,15 @@ class LoraSpec(Table):
             singular vectors of each weight and ``olora`` at its QR factors, which are taken out of
             the frozen weight.
         heads: number of B in each adapted layer, of ``hydralora``.
-        options: further fields of peft's configuration of another method, by their names there.
+        options: further fields of peft's configuration of the method, by their names there. With
+            any, ``lora`` too is carried as a method of peft, tensor by tensor.
         rank: r of every adapted layer, unless the fleet says otherwise.
         alpha: numerator of the scale s = alpha / r.
-        target_modules: names of the linear layers to adapt; ``all-linear``, every one but the
-            output layer; or ``auto``, those that peft adapts in models of this kind, and all
-            linear ones where it names none.
+        target_modules: names of the linear layers to adapt (with ``ln-tuning``, of the norms);
+            ``all-linear``, every one but the output layer; one regular expression that a layer's
+            whole path must match; or ``auto``, the layers that peft adapts in models of this kind,
+            and all of them where it names none.
+        exclude_modules: names of layers among these to leave alone, or a regular expression.
         layers: indices of the transformer blocks to adapt; None adapts all.
         dropout: probability of dropping an input of A while training.
         rslora: rank-stabilised scale, alpha / sqrt(r).
@@ -91,7 +101,8 @@ class LoraSpec(Table):
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    target_modules: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
+    target_modules: tuple[str, ...] | str = "auto"
+    exclude_modules: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     dropout: Fraction = 0.0
     rslora: bool = False
@@ -99,12 +110,18 @@ class LoraSpec(Table):
     method: str = "lora"
     init: Literal["default", "pissa", "olora"] = "default"
     heads: PositiveInt | None = None
-    options: dict[str, bool | int | float | str | list[str]] = {}
+    options: dict[str, _Option] = {}
 
     @property
     def whole(self) -> bool:
         """Whether the adapter is tensors of a peft method that are carried whole, not factors."""
-        return self.method not in ("lora", "hydralora")
+        return self.form not in ("lora", "hydralora")
+
+    @property
+    def form(self) -> str:
+        """What a rule is asked about: ``lora`` is plain factors, of one rank in every layer."""
+        plain = self.method == "lora" and not self.options
+        return "lora with options" if self.method == "lora" and not plain else self.method
 
     @model_validator(mode="before")
     @classmethod
@@ -122,17 +139,28 @@ class LoraSpec(Table):
                 if self.heads is None
                 else f"heads = {self.heads} belongs to method = 'hydralora', not to {self.method!r}"
             )
-        if self.init != "default" and self.method != "lora":
-            raise ValueError(
-                f"init = {self.init!r} belongs to method = 'lora', not {self.method!r}"
-            )
+        if self.init != "default" and self.form != "lora":
+            raise ValueError(f"init = {self.init!r} belongs to method = 'lora', not {self.form!r}")
         if self.options and not self.whole:
-            raise ValueError(f"options are those of another peft method, not of {self.method!r}")
+            raise ValueError(f"options are those of a peft method, not of {self.method!r}")
+        for key in ("target-modules", "exclude-modules"):
+            _check_pattern(key, getattr(self, key.replace("-", "_")))
         if self.whole:
             from fedft.core import methods
 
-            methods.config_of(self, targets=("query",), seed=0)
+            methods.config_of(self, targets=None, seed=0)
         return self
+
+
+def _check_pattern(key: str, names: tuple[str, ...] | str) -> None:
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(
+                f"{key} = {names!r} is no regular expression: {error}; names of layers are a list, "
+                f"{key} = [{names!r}]"
+            ) from error
 
 
 class PartitionSpec(Table):

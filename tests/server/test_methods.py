@@ -1,5 +1,6 @@
 """Adapters that are not plain LoRA, from the configuration to the exported file."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import fedft
-from fedft.core import models
+from fedft.core import methods, models
 from fedft.core.errors import ConfigError, EnvironmentFailure, Interrupted
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.shapes import ALL, of_adapter, of_work
@@ -57,6 +58,8 @@ def own_logits(run: RunDir) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=IDS).logits
 
+
+OPTIONS: dict[str, dict[str, Any]] = {"unilora": {"theta_d_length": 64}}
 
 METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"method": "rslora"},
@@ -220,7 +223,21 @@ def test_the_forecast_counts_the_router(tiny_table: Table) -> None:
         ({"lora": {"method": "dora"}, "strategy": {"name": "flexlora"}}, "fedavg-lora"),
         ({"lora": {"method": "ia3", "dropout": 0.1}}, "ia3 has none in peft"),
         ({"lora": {"method": "ia3", "options": {"alhpa": 1}}}, "ia3 has no 'alhpa'"),
-        ({"lora": {"options": {"alpha": 1}}}, "another peft method"),
+        ({"lora": {"options": {"lora_alpha": 1}}}, "lora_alpha is [lora] alpha here"),
+        ({"lora": {"options": {"alpha": 1}}}, "lora has no 'alpha'"),
+        ({"lora": hydra_lora(options={"use_dora": True})}, "those of a peft method"),
+        ({"lora": {"options": {"use_dora": True}, "init": "pissa"}}, "'lora with options'"),
+        (
+            {"lora": {"options": {"use_dora": True}}, "strategy": {"name": "flexlora"}},
+            "'lora with options'",
+        ),
+        ({"lora": {"options": {"use_dora": True}}, "fleet": {"ranks": [2, 4]}}, "ranks"),
+        ({"lora": {"method": "adamss"}}, "clusters the rows"),
+        ({"lora": {"method": "trainable_tokens"}}, "rows of the word table"),
+        ({"lora": {"method": "supertuning", "dropout": 0.1}}, "supertuning has none in peft"),
+        ({"lora": {"method": "frod"}, "engine": {"precision": "bf16"}}, "precision = 'fp32'"),
+        ({"lora": {"method": "psoft"}, "engine": {"precision": "auto"}}, "precision = 'fp32'"),
+        ({"lora": {"target-modules": "*query"}}, "is no regular expression"),
         ({"lora": {"method": "dora", "init": "pissa"}}, "belongs to method = 'lora'"),
         ({"lora": {"init": "pissa"}, "strategy": {"name": "ffa-lora"}}, "does not send both"),
         ({"lora": {"init": "pissa"}, "fleet": {"ranks": [2, 2]}}, "one rank from"),
@@ -249,6 +266,140 @@ def test_both_ends_of_a_stream_know_what_may_come(lora: dict[str, Any], tiny_tab
     assert of_work(schema, adapter.rank, pb.Content()) == {"arrays": everything, "delta": {}}
     sent = {n: shape for n, shape in everything.items() if part_of(n) in ("A", "head")}
     assert of_adapter(schema, adapter.rank, ("A", "head")) == sent
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"target-modules": "query"}, "no linear layer's whole path matches"),
+        ({"target-modules": ["querry"]}, "no linear layer of this model is called 'querry'"),
+        ({"exclude-modules": ["key"]}, "exclude-modules: no linear layer"),
+        ({"exclude-modules": ["query", "value"]}, "leaves no layer to adapt"),
+        ({"method": "ln-tuning"}, "no norm layer of this model is called 'query'"),
+        ({"method": "ln-tuning", "target-modules": "all-linear"}, "no norm layer's whole path"),
+        ({"options": {"rank_pattern": {"key": 2}}}, "rank_pattern names 'key'"),
+        ({"method": "ia3", "options": {"feedforward_modules": ["key"]}}, "names 'key'"),
+        ({"method": "c3a", "options": {"block_size": 7}}, "peft says: The block size"),
+    ],
+)
+def test_what_this_model_does_not_have(
+    lora: dict[str, Any], message: str, tiny_table: Table
+) -> None:
+    config = parse_config(tiny_table(lora=lora))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        models.schema(config.model, config.lora, 3)
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapted"),
+    [
+        ({"target-modules": r".*\.0\..*self\.(query|key)"}, ["0 query", "0 key"]),
+        ({"exclude-modules": r".*\.1\..*"}, ["0 query", "0 value"]),
+        ({"exclude-modules": ["value"]}, ["0 query", "1 query"]),
+        (
+            {"target-modules": "all-linear", "exclude-modules": ["dense", "value"]},
+            ["0 query", "0 key", "1 query", "1 key"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_layers_by_expression_and_by_exception(
+    method: str, lora: dict[str, Any], adapted: list[str], tiny_table: Table
+) -> None:
+    config = parse_config(tiny_table(lora={"method": method, **lora}))
+    shapes = models.schema(config.model, config.lora, 3)
+    found = [f"{path.split('.')[3]} {path.rsplit('.', 1)[1]}" for path in shapes.modules]
+    assert sorted(found) == sorted(adapted)
+    named = {name for name in shapes.tensors if not name.endswith("dense")}
+    assert len(named) == (0 if method == "lora" else len(adapted))
+
+
+def test_a_missing_package_is_named_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, tiny_table: Table
+) -> None:
+    from peft import IA3Config
+
+    def lacking(_: Any) -> None:
+        raise ImportError("nothing is required. Please install it with: pip install nothing-at-all")
+
+    monkeypatch.setattr(IA3Config, "__post_init__", lacking)
+    with pytest.raises(EnvironmentFailure, match="needs a package") as caught:
+        parse_config(tiny_table(lora={"method": "ia3"}))
+    assert caught.value.fix == "pip install nothing-at-all"
+
+
+def test_an_option_that_peft_does_not_follow_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_table: Table
+) -> None:
+    """peft makes block sizes fit by itself, and says so in a warning."""
+    lora = {"method": "oft", "options": {"oft_block_size": 7}}
+    config = parse_config(tiny_table(lora=lora))
+    with pytest.raises(ConfigError, match="oft_block_size is not followed"):
+        models.schema(config.model, config.lora, 3)
+
+
+@pytest.mark.parametrize("method", ["boft", "shira", "frod", "unilora", "osf"])
+def test_shapes_need_no_weight_of_the_model_outside_the_adapted_layers(
+    method: str, tiny_table: Table
+) -> None:
+    """What looks at weights as it starts gets the adapted layers; the word table stays nothing."""
+    config = parse_config(tiny_table(lora={"method": method, "options": OPTIONS.get(method, {})}))
+    made: list[torch.nn.Module] = []
+    kept = methods.injected
+
+    def seen(model: torch.nn.Module, *rest: Any, **more: Any) -> torch.nn.Module:
+        made.append(kept(model, *rest, **more))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "injected", seen)
+        shapes = models.schema(config.model, config.lora, 3)
+    real = {n.rsplit(".", 1)[0] for n, p in made[-1].named_parameters() if not p.is_meta}
+    assert not any("embeddings" in name for name in real)
+    state = first_state(config, shapes)
+    assert {n: tuple(t.shape) for n, t in state.adapter.tensors().items()} == {
+        **shapes.tensors,
+        **shapes.head,
+    }
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"method": "boft", "dropout": 0.9},
+        {"method": "loha", "options": {"rank_dropout": 0.9}},
+        {"method": "miss", "dropout": 0.9},
+    ],
+    ids=["boft", "loha", "miss"],
+)
+def test_what_a_method_drops_in_training_it_keeps_in_scoring(
+    lora: dict[str, Any], tiny_table: Table
+) -> None:
+    """Also where it is no module of torch that drops; the base's own dropout stays off."""
+    from clients.whole import WholeEngine
+
+    config = parse_config(tiny_table(lora=lora))
+    shapes = models.schema(config.model, config.lora, 3)
+    start = first_state(config, shapes).adapter
+    numbers = torch.Generator().manual_seed(0)
+    moved = start.replaced(
+        {n: t + 0.3 * torch.randn(t.shape, generator=numbers) for n, t in start.tensors().items()}
+    )
+    base = models.load_base(config.model, config.lora, 3)
+    engine = WholeEngine(base, config.lora, 0)
+    engine.evaluate(moved, {}, [])
+    model: Any = engine._model  # type: ignore[attr-defined]
+
+    def scored() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(input_ids=IDS).logits
+
+    before = scored()
+    engine._dropout(True)  # type: ignore[attr-defined]
+    assert not torch.allclose(scored(), before, atol=1e-4)
+    assert not base.model.get_submodule("bert.embeddings.dropout").training
+    engine._dropout(False)  # type: ignore[attr-defined]
+    assert torch.equal(scored(), before)
 
 
 def test_short_names_are_plain_lora(tiny_table: Table) -> None:
