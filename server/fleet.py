@@ -26,7 +26,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,7 +39,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedft.core import seeds
+from fedft.core import names, seeds
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.partition import Manifest
 from fedft.core.spec import Table
@@ -133,10 +132,10 @@ def read_devices(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: naming the file, the line, the column and the rule.
     """
-    names = {name: field.alias or name for name, field in Device.model_fields.items()}
+    keys = {name: field.alias or name for name, field in Device.model_fields.items()}
     rows: list[dict[str, Any]] = []
-    for line, row in csv_rows(path, known=names):
-        given = {names[column]: cell for column, cell in row.items() if cell}
+    for line, row in csv_rows(path, known=keys):
+        given = {keys[column]: cell for column, cell in row.items() if cell}
         try:
             device = Device.model_validate(given)
         except ValidationError as error:
@@ -175,9 +174,10 @@ def csv_rows(
     header = lines[0][1]
     for column in header:
         if column not in known:
-            near = get_close_matches(column, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{path}: unknown column {column!r}; {hint}", fix="Rename it.")
+            raise ConfigError(
+                f"{path}: unknown column {column[:40]!r}; {names.hint(column, known)}",
+                fix="Rename it.",
+            )
     wrong = [c for c in required if c not in header] or [c for c in header if header.count(c) > 1]
     if wrong:
         raise ConfigError(

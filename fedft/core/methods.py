@@ -11,14 +11,13 @@ the tensors is the mean of the updates.
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedft.core import seeds
+from fedft.core import names, seeds
 from fedft.core.errors import ConfigError
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Delta, Factors, clone
@@ -67,7 +66,7 @@ def config_of(lora: LoraSpec, targets: Iterable[str], seed: int) -> Any:
         **_dropout(lora, known),
     }
     if unknown := lora.options.keys() - known:
-        near = get_close_matches(min(unknown), known, n=2, cutoff=0.4)
+        near = names.near(min(unknown), known)
         raise ConfigError(
             f"[lora] options: {lora.method} has no {min(unknown)!r} in peft",
             fix=f"Nearest: {', '.join(near)}." if near else "",
@@ -86,8 +85,8 @@ def _kind(method: str) -> tuple[Any, Mapping[str, Any]]:
     name, preset = _PRESETS.get(method, (method.upper().replace("-", "_"), {}))
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in kinds or name not in PeftType.__members__:
-        names = ["lora", "hydralora", "rslora", "pissa", "olora", *_PRESETS, *map(str.lower, kinds)]
-        near = get_close_matches(method, names, n=3, cutoff=0.4)
+        known = ["lora", "hydralora", "rslora", "pissa", "olora", *_PRESETS, *map(str.lower, kinds)]
+        near = names.near(method, known, 3)
         raise ConfigError(
             f"[lora] method = {method!r}: peft has no such method",
             fix=f"Nearest: {', '.join(near)}." if near else f"Tested are {', '.join(TESTED)}.",
@@ -149,13 +148,13 @@ def trained(wrapped: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in wrapped.named_parameters()
         if parameter.requires_grad
     }
-    names = {_key(name): name for name in _saved(wrapped)}
-    if not learned or not learned.keys() <= names.keys():
+    paths = {_key(name): name for name in _saved(wrapped)}
+    if not learned or not learned.keys() <= paths.keys():
         raise ConfigError(
             "this peft method cannot be averaged: what it trains is not what it saves",
             fix=f"Tested are {', '.join(TESTED)}.",
         )
-    return {names[key]: parameter for key, parameter in learned.items()}
+    return {paths[key]: parameter for key, parameter in learned.items()}
 
 
 def frozen(wrapped: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedft.core import hydra, seeds, sublayers
+from fedft.core import hydra, names, seeds, sublayers
 from fedft.core.algebra import stack, uniform_rows
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
 from fedft.core.memory import Geometry, Load
@@ -184,9 +183,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
     weights = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         weights.update(file_sha256(path).encode())
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja")
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja")
     tokenizer = hashlib.sha256()
-    for path in (folder / name for name in names):
+    for path in (folder / name for name in files):
         if path.exists():
             tokenizer.update(file_sha256(path).encode())
     return {"base_model": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
@@ -298,10 +297,12 @@ def targets(model: nn.Module, lora: LoraSpec) -> dict[str, nn.Module]:
         present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
         for name in lora.target_modules:
             if not any(p == name or p.endswith("." + name) for p in candidates):
-                near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
+                near = names.near(name, present, 3)
                 raise ConfigError(
                     f"[lora] target-modules: no linear layer of this model is called {name!r}",
-                    fix=f"Nearest names: {', '.join(near)}.",
+                    fix=f"Nearest names: {', '.join(near)}."
+                    if near
+                    else f"It has {', '.join(present[:8])}.",
                 )
         candidates = {
             p: m
