@@ -40,6 +40,12 @@ class Proxy:
         self._listener.close()
 
 
+def call(target: str, options: list[tuple[str, int]]) -> None:
+    """One call, which fails: nobody is there."""
+    with grpc.insecure_channel(target, options=options) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/x/y")(b"", timeout=5)
+
+
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     for name in (*VARIABLES, "no_grpc_proxy", "no_proxy"):
@@ -96,14 +102,10 @@ def test_what_is_written_here_is_what_grpc_does(
     monkeypatch.setenv(variable, proxy.url)
     for target, options in ((TARGET, channel_options(TARGET)), ("127.0.0.1:9", [])):
         proxy.asked.clear()
-        with grpc.insecure_channel(target, options=options) as channel:
-            with pytest.raises(grpc.RpcError):
-                channel.unary_unary("/x/y")(b"", timeout=5)
+        call(target, options)
         assert proxy.asked[0].startswith(f"CONNECT {target}".encode())
     proxy.asked.clear()
-    with grpc.insecure_channel("127.0.0.1:9", options=channel_options("127.0.0.1:9")) as channel:
-        with pytest.raises(grpc.RpcError):
-            channel.unary_unary("/x/y")(b"", timeout=5)
+    call("127.0.0.1:9", channel_options("127.0.0.1:9"))
     assert proxy.asked == []
 
 
