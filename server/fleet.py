@@ -40,7 +40,9 @@ from pydantic import (
 )
 
 from fedft.core import names, seeds
+from fedft.core.complaints import complaints
 from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.files import read_text
 from fedft.core.partition import Manifest
 from fedft.core.spec import Table
 
@@ -139,10 +141,10 @@ def read_devices(path: Path) -> list[dict[str, Any]]:
         try:
             device = Device.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            column = str(first["loc"][0]).replace("-", "_")
+            first = complaints(error)[0]
+            column = first.path[0].replace("-", "_")
             raise ConfigError(
-                f"{path}, line {line}: {column} = {first['input']!r}: {first['msg']}",
+                f"{path}, line {line}: {column} = {first.shown}: {first.rule}",
                 fix="Leave a cell empty where a value is not known.",
             ) from error
         rows.append(device.model_dump(mode="json", by_alias=True, exclude_defaults=True))
@@ -159,14 +161,9 @@ def csv_rows(
             twice, or a row has more or fewer cells than there are columns.
     """
     known = tuple(known)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"cannot read {path}: {why}", fix="Check the path.") from error
     lines = [
-        (number, [cell.strip() for cell in next(csv.reader([line]))])
-        for number, line in enumerate(text.splitlines(), 1)
+        (number, _cells(line, f"{path}, line {number}"))
+        for number, line in enumerate(read_text(path).splitlines(), 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if len(lines) < 2:
@@ -190,6 +187,13 @@ def csv_rows(
                 fix="Give every row a cell, if an empty one, for every column.",
             )
         yield number, dict(zip(header, cells, strict=True))
+
+
+def _cells(line: str, where: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise ConfigError(f"{where}: malformed CSV: {error}", fix="Correct the line.") from error
 
 
 def match_sites(named: Sequence[str], manifest: Manifest, what: str) -> None:

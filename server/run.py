@@ -18,7 +18,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedft.core import codec, models, partition
-from fedft.core.data import Data, prepare
+from fedft.core.data import Data, check_test, prepare
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -27,6 +27,7 @@ from fedft.core.errors import (
     Interrupted,
     MismatchError,
     QuorumFailure,
+    SecurityRefusal,
 )
 from fedft.core.files import disk
 from fedft.core.metrics import better
@@ -172,8 +173,9 @@ def simulate(
         FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
     """
     config = resolved(config)
-    with RunDir.create(run_dir, hint=config.strategy.name) as run:
-        run.write_config(config.to_toml())
+    text = config.to_toml()
+    with RunDir.create(run_dir, hint=config.strategy.name, again=text) as run, leaving_nothing(run):
+        run.write_config(text)
         with _resumable(run):
             return _execute(config, run, observer or Silent(), stop, grid, evaluator)
 
@@ -218,6 +220,20 @@ def resume(
             return run
         with _resumable(run):
             return _execute(config, run, observer, stop, grid)
+
+
+@contextmanager
+def leaving_nothing(run: RunDir) -> Iterator[None]:
+    """A model, data or configuration that no round can be run with leave nothing behind.
+
+    What cannot be resumed must not stand in the way of the same command, once all is mended.
+    """
+    try:
+        yield
+    except (ConfigError, MismatchError, SecurityRefusal):
+        if not run.begun:
+            run.discard()
+        raise
 
 
 @contextmanager
@@ -363,6 +379,8 @@ def complete(
     state, progress = _restore(setting, run, grid, checkpoints, observer)
     account = open_account(config, run, federation.roster, state.round)
     federation = replace(federation, privacy=account)
+    for remark in remarks(setting.data):
+        observer.note(remark)
     observer.started(run, config, state)
     for completed in _until_patience(federation, state, progress):
         state = completed.state
@@ -414,9 +432,9 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     """
     folder = models.resolve(config.model)
     encoder = models.input_encoder(config.model, folder)
-    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    data = data_of(config, encoder)
     shapes = models.schema(config.model, config.lora, len(data.classes))
-    _check_ranks(config, shapes)
+    check_rank(config, shapes)
     inputs = {**models.fingerprint(folder), "data": data.fingerprint}
     if (availability := config.availability) is not None:
         inputs["availability"] = availability.fingerprint
@@ -432,7 +450,34 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     return Setting(config, task, data, manifest, shapes, folder)
 
 
-def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
+def data_of(config: RunConfig, encoder: Any) -> Data:
+    """The data of a run, encoded.
+
+    Args:
+        config: of the run.
+        encoder: of its model, see :func:`fedft.core.models.input_encoder`.
+
+    Raises:
+        ConfigError, MismatchError: see :func:`fedft.core.data.prepare`; or nothing is left to test on.
+    """
+    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    check_test(config.data, len(data.test), len(data.train) + len(data.test))
+    return data
+
+
+def remarks(data: Data) -> list[str]:
+    """What whoever watches a run should know of its data, a sentence each."""
+    skipped = ", ".join(f"{reason} {n:,}" for reason, n in sorted(data.skipped.items()))
+    left_out = f"{sum(data.skipped.values()):,} bad rows of the data are left out ({skipped})"
+    return [*data.notes, *([left_out] if skipped else [])]
+
+
+def check_rank(config: RunConfig, shapes: models.Schema) -> None:
+    """Refuse a rank that a layer does not have.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
     for module, (d_out, d_in) in shapes.modules.items():
         if config.rank > min(d_out, d_in):
             raise ConfigError(
@@ -448,14 +493,18 @@ def _facts(config: RunConfig, data: Data) -> dict[str, object]:
         "classes": list(data.classes),
         "examples": {"train": len(data.train), "test": len(data.test)},
         "skipped": dict(data.skipped),
+        "notes": list(data.notes),
     }
 
 
 def _frozen_partition(
     config: RunConfig, run: RunDir, data: Data, inputs: dict[str, str]
 ) -> Manifest:
-    """The run's manifest: built, saved and recorded once, loaded and verified ever after."""
-    if recorded := run.environment().get("hashes"):
+    """The run's manifest: built, saved and recorded once, loaded and verified ever after.
+
+    Before the first round "ever after" has not begun: the data may have been mended since.
+    """
+    if run.begun and (recorded := run.environment().get("hashes")):
         _check_inputs(recorded, inputs)
         manifest = partition.load(run.partition, recorded["partition"])
         manifest.verify()
