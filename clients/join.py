@@ -231,7 +231,10 @@ def _certified(kit: Kit, show: Credentials, key_file: bytes) -> Credentials:
     request = pb.EnrolRequest(csr=csr.public_bytes(serialization.Encoding.PEM))
     reply = _call_enrol(kit, show, request)
     if reply.refusal:
-        raise SecurityRefusal(f"the server refused the kit: {reply.refusal}")
+        raise SecurityRefusal(
+            f"the server refused the kit: {reply.refusal}",
+            fix="Ask whoever runs the server for a new kit.",
+        )
     certificate = certificate_pem(load_certificate(reply.certificate, "the server's answer"))
     return Credentials(show.ca, certificate, key_file).checked("the server's answer")
 

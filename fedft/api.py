@@ -83,7 +83,10 @@ class Run:
         """
         exported = self._record.exported()
         if not exported:
-            raise ConfigError(f"{self.directory} has no adapter yet: no round was evaluated")
+            raise ConfigError(
+                f"{self.directory} has no adapter yet: no round was evaluated",
+                fix=f"Go on with the run: fedft resume {self.directory}",
+            )
         round_ = exported[-1] if which == "last" else self._best() if which == "best" else which
         if round_ not in exported:
             raise ConfigError(

@@ -110,10 +110,15 @@ def cells(config: RunConfig, arms: Sequence[Arm], seeds: Sequence[int], folder: 
         ConfigError: an arm cannot be run, or there is nothing to compare.
     """
     if not arms or not seeds:
-        raise ConfigError("a comparison needs at least one rule or arm, and one seed")
+        raise ConfigError(
+            "a comparison needs at least one rule or arm, and one seed",
+            fix="Name them with --strategies or --arms, and --seeds.",
+        )
     for what, values in (("rule", [arm.name for arm in arms]), ("seed", seeds)):
         if len(set(values)) != len(values):
-            raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
+            raise ConfigError(
+                f"a {what} is named twice: {', '.join(map(str, values))}", fix="Name each one once."
+            )
     return [
         Cell(
             arm.name,

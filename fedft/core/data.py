@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedft.core import labels, tokens
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.examples import Examples, ImageExamples, Rows, image_fault
-from fedft.core.raw import BadRows, RawTable
+from fedft.core.raw import BadRows, RawTable, kind_of
 from fedft.core.readers import local_path, read
 from fedft.core.seeds import numpy_generator
 from fedft.core.spec import DataSpec, PartitionSpec
@@ -372,7 +372,7 @@ def _text_fault(value: object) -> str | None:
     if value is None or value == "" or value != value:  # NaN, an export's word for nothing
         return "missing or empty"
     if not isinstance(value, str):
-        return f"text is expected, got {type(value).__name__}"
+        return f"text is expected, got {kind_of(value)}"
     if not value.strip():
         return "nothing but white space"
     return _unicode_fault(value)
@@ -383,7 +383,7 @@ def _label_fault(value: object, known: Collection[str] | None = None) -> str | N
     if value is None:
         return "missing or empty"
     if not isinstance(value, str):
-        return f"text or an integer is expected, got {type(value).__name__}"
+        return f"text or an integer is expected, got {kind_of(value)}"
     if known is not None and value not in known:
         few = ", ".join(name[:40] for name in sorted(known)[:5]) + (", …" if len(known) > 5 else "")
         return f"{value[:40]!r} is none of the {len(known)} classes ({few}) of the training data"

@@ -14,7 +14,7 @@ from itertools import chain, count, islice
 from typing import IO, Any
 
 from fedft.core.errors import MismatchError
-from fedft.core.raw import BadRows, RawTable
+from fedft.core.raw import BadRows, RawTable, kind_of
 
 MAX_LINE_BYTES = 1_000_000
 """Longest line of a text file. A longer one is not a training example but another kind of file."""
@@ -108,7 +108,7 @@ def _listed(source: str, values: Sequence[Any], bad: BadRows) -> RawTable:
             rows.append(value)
             lines.append(number)
         else:
-            detail = f"a JSON object is expected, got {type(value).__name__}"
+            detail = f"a JSON object is expected, got {kind_of(value)}"
             bad.add(f"{source}:{number}", "malformed", detail)
     return table_of(source, rows, lines)
 
@@ -131,7 +131,7 @@ def _by_line(
             bad.add(f"{source}:{number}", "malformed", "JSON too deep or with too long a number")
             continue
         if not isinstance(value, dict):
-            detail = f"a JSON object is expected, got {type(value).__name__}"
+            detail = f"a JSON object is expected, got {kind_of(value)}"
             bad.add(f"{source}:{number}", "malformed", detail)
             continue
         rows.append(value)
