@@ -17,12 +17,12 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.packages import package_folder
 from fedft.core.raw import BadRows, RawTable
-from fedft.core.text_files import Read, read_csv, read_json, read_tsv, table_of
+from fedft.core.text_files import Read, Stream, read_csv, read_json, read_tsv, table_of
 
 WORDNET = "wordnet-supersenses"
 HUB_TIMEOUT_S = 5.0
@@ -75,7 +75,7 @@ def local_path(source: str) -> Path | None:
     return None if "\0" in source else path
 
 
-def _read_parquet(source: str, stream: IO[bytes], _: BadRows) -> RawTable:
+def _read_parquet(source: str, stream: Stream, _: BadRows) -> RawTable:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -105,7 +105,7 @@ _FILES: Mapping[str, Read] = {
     ".parquet": _read_parquet,
 }
 
-_PACKED: Mapping[str, tuple[bytes, Callable[[IO[bytes]], Any]]] = {
+_PACKED: Mapping[str, tuple[bytes, Callable[[Any], Any]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),
     ".bz2": (b"BZh", bz2.open),
     ".xz": (b"\xfd7zXZ\0", lzma.open),

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
-from typing import IO, Any
+from typing import Protocol, cast
 
 from fedft.core.errors import MismatchError
 from fedft.core.raw import BadRows, RawTable, kind_of
@@ -19,19 +19,38 @@ from fedft.core.raw import BadRows, RawTable, kind_of
 MAX_LINE_BYTES = 1_000_000
 """Longest line of a text file. A longer one is not a training example but another kind of file."""
 
-Read = Callable[[str, IO[bytes], BadRows], RawTable]
+
+class Stream(Protocol):
+    """An open file of bytes, compressed or not, that can be read again from its start."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to ``size`` bytes, or all that are left."""
+        ...
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Up to ``size`` bytes, to the end of the line."""
+        ...
+
+    def seek(self, offset: int, /) -> int:
+        """Go to a place."""
+        ...
+
+
+Read = Callable[[str, Stream, BadRows], RawTable]
 """(source, open file, bad rows) → its rows."""
+
+Row = Mapping[str, object]
 
 _SNIFFED_LINES = 20
 
 
-def table_of(source: str, rows: Sequence[Mapping[str, object]], lines: Sequence[int]) -> RawTable:
+def table_of(source: str, rows: Sequence[Row], lines: Sequence[int]) -> RawTable:
     """Rows as columns; the columns are those of any row, in the order of appearance."""
     names = dict.fromkeys(name for row in rows for name in row)
     return RawTable(source, {name: [row.get(name) for row in rows] for name in names}, lines)
 
 
-def text_lines(stream: IO[bytes], source: str, bad: BadRows) -> Iterator[tuple[int, str]]:
+def text_lines(stream: Stream, source: str, bad: BadRows) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of each usable line; memory stays bounded on endless lines."""
     for number in count(1):
         line = stream.readline(MAX_LINE_BYTES + 1)
@@ -58,7 +77,7 @@ def text_lines(stream: IO[bytes], source: str, bad: BadRows) -> Iterator[tuple[i
 # JSON
 
 
-def read_json(source: str, stream: IO[bytes], bad: BadRows) -> RawTable:
+def read_json(source: str, stream: Stream, bad: BadRows) -> RawTable:
     """One object a line, or one list of objects, whose rows are numbered from 1.
 
     Raises:
@@ -69,7 +88,7 @@ def read_json(source: str, stream: IO[bytes], bad: BadRows) -> RawTable:
     if start.startswith(b"["):
         rows = _whole(stream)
         if isinstance(rows, list):
-            return _listed(source, rows, bad)
+            return _listed(source, cast(list[object], rows), bad)
         if re.match(rb"\[\s*(\{|\n|$)", start):  # a list that was meant, not a line of an array
             raise MismatchError(
                 f"{source} begins as a JSON list and is none: {rows}",
@@ -88,7 +107,7 @@ def read_json(source: str, stream: IO[bytes], bad: BadRows) -> RawTable:
     return table_of(source, rows, lines)
 
 
-def _whole(stream: IO[bytes]) -> Any:
+def _whole(stream: Stream) -> object:
     """The file as one JSON value; why it is none, as text, where it is not a list or an object."""
     try:
         return json.loads(stream.read().decode("utf-8-sig"))
@@ -100,12 +119,12 @@ def _whole(stream: IO[bytes]) -> Any:
         return "too deep or with too long a number"
 
 
-def _listed(source: str, values: Sequence[Any], bad: BadRows) -> RawTable:
-    rows: list[Mapping[str, object]] = []
+def _listed(source: str, values: Sequence[object], bad: BadRows) -> RawTable:
+    rows: list[Row] = []
     lines: list[int] = []
     for number, value in enumerate(values, 1):
         if isinstance(value, dict):
-            rows.append(value)
+            rows.append(cast(Row, value))
             lines.append(number)
         else:
             detail = f"a JSON object is expected, got {kind_of(value)}"
@@ -113,10 +132,8 @@ def _listed(source: str, values: Sequence[Any], bad: BadRows) -> RawTable:
     return table_of(source, rows, lines)
 
 
-def _by_line(
-    source: str, stream: IO[bytes], bad: BadRows
-) -> tuple[list[Mapping[str, object]], list[int]]:
-    rows: list[Mapping[str, object]] = []
+def _by_line(source: str, stream: Stream, bad: BadRows) -> tuple[list[Row], list[int]]:
+    rows: list[Row] = []
     lines: list[int] = []
     for number, line in text_lines(stream, source, bad):
         if not line.strip():
@@ -134,7 +151,7 @@ def _by_line(
             detail = f"a JSON object is expected, got {kind_of(value)}"
             bad.add(f"{source}:{number}", "malformed", detail)
             continue
-        rows.append(value)
+        rows.append(cast(Row, value))
         lines.append(number)
     return rows, lines
 
@@ -142,17 +159,17 @@ def _by_line(
 # CSV
 
 
-def read_csv(source: str, stream: IO[bytes], bad: BadRows) -> RawTable:
+def read_csv(source: str, stream: Stream, bad: BadRows) -> RawTable:
     """Rows under a header, separated by commas, semicolons, tabs or bars, whichever fits best."""
     return _separated(source, stream, bad, ",;\t|")
 
 
-def read_tsv(source: str, stream: IO[bytes], bad: BadRows) -> RawTable:
+def read_tsv(source: str, stream: Stream, bad: BadRows) -> RawTable:
     """The same, where a tab is the likeliest separator."""
     return _separated(source, stream, bad, "\t,;|")
 
 
-def _separated(source: str, stream: IO[bytes], bad: BadRows, separators: str) -> RawTable:
+def _separated(source: str, stream: Stream, bad: BadRows, separators: str) -> RawTable:
     line = 0  # where the reader stands: the last line of the row it gave
     numbered = text_lines(stream, source, bad)
     first = [*islice(numbered, _SNIFFED_LINES)]
@@ -175,7 +192,7 @@ def _separated(source: str, stream: IO[bytes], bad: BadRows, separators: str) ->
 
     reader = csv.reader(text(), delimiter=separator)
     header = _header(source, reader, lambda: line)
-    rows: list[Mapping[str, object]] = []
+    rows: list[Row] = []
     lines: list[int] = []
     while True:
         before = line

@@ -41,6 +41,7 @@ def started_by_simulate(config: RunConfig, run_dir: Path) -> None:
 
 
 def started_by_serve(config: RunConfig, run_dir: Path) -> None:
+    """Without TLS, which a server could not start with in a new folder once."""
     hosting = Hosting(first=1, patience_s=0.1, linger_s=0)
     try:
         serve(config, run_dir, Address("127.0.0.1", 0, None, True), hosting=hosting)
