@@ -68,8 +68,10 @@ def config_of(lora: LoraSpec, targets: Iterable[str], seed: int) -> Any:
     if unknown := lora.options.keys() - known:
         near = names.near(min(unknown), known)
         raise ConfigError(
-            f"[lora] options: {lora.method} has no {min(unknown)!r} in peft",
-            fix=f"Nearest: {', '.join(near)}." if near else "",
+            f"[lora] options: {lora.method} has no {min(unknown)[:60]!r} in peft",
+            fix=f"Nearest: {', '.join(near)}."
+            if near
+            else "Remove it; peft's documentation of the method lists its options.",
         )
     try:
         fitting = {name: value for name, value in wanted.items() if name in known}
@@ -88,7 +90,7 @@ def _kind(method: str) -> tuple[Any, Mapping[str, Any]]:
         known = ["lora", "hydralora", "rslora", "pissa", "olora", *_PRESETS, *map(str.lower, kinds)]
         near = names.near(method, known, 3)
         raise ConfigError(
-            f"[lora] method = {method!r}: peft has no such method",
+            f"[lora] method = {method[:60]!r}: peft has no such method",
             fix=f"Nearest: {', '.join(near)}." if near else f"Tested are {', '.join(TESTED)}.",
         )
     kind = kinds[name]
