@@ -11,9 +11,10 @@ from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
+from server.inputs import check_rank, data_of, remarks
 from server.privacy import forecast_privacy, promises
 from server.pruning import granularity, narrowed, pruning_of, site_footprint
-from server.run import check_rank, data_of, remarks, resolved
+from server.run import resolved
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from server.compare import compare, rules
 from server.config import RunConfig, parse_config
 from server.forecast import as_text, forecast
 from server.identity import Address
-from server.run import Silent, remarks, resume, simulate
+from server.inputs import remarks
+from server.run import Silent, resume, simulate
 from server.serve import Hosting, serve
 
 Table = Callable[..., dict[str, Any]]
