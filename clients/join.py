@@ -25,6 +25,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from pydantic import ValidationError
 
 from clients.app import app
+from clients.proxies import channel_options, proxy_note
 from clients.session import Connection, Failure, Offer, Session, Timing, tls_trouble
 from clients.workbench import Workbench, workbench
 from fedft.core import codec, models
@@ -230,14 +231,17 @@ def _certified(kit: Kit, show: Credentials, key_file: bytes) -> Credentials:
     request = pb.EnrolRequest(csr=csr.public_bytes(serialization.Encoding.PEM))
     reply = _call_enrol(kit, show, request)
     if reply.refusal:
-        raise SecurityRefusal(f"the server refused the kit: {reply.refusal}")
+        raise SecurityRefusal(
+            f"the server refused the kit: {reply.refusal}",
+            fix="Ask whoever runs the server for a new kit.",
+        )
     certificate = certificate_pem(load_certificate(reply.certificate, "the server's answer"))
     return Credentials(show.ca, certificate, key_file).checked("the server's answer")
 
 
 def _call_enrol(kit: Kit, show: Credentials, request: pb.EnrolRequest) -> pb.EnrolReply:
     tls = grpc.ssl_channel_credentials(show.ca, show.key, show.certificate)
-    with grpc.secure_channel(kit.server, tls) as channel:
+    with grpc.secure_channel(kit.server, tls, options=channel_options(kit.server)) as channel:
         try:
             return link_pb2_grpc.FederationStub(channel).Enrol(request, timeout=_ENROL_S)
         except grpc.RpcError as error:
@@ -248,8 +252,10 @@ def _call_enrol(kit: Kit, show: Credentials, request: pb.EnrolRequest) -> pb.Enr
                     fix="Check the clocks of both machines, and that the kit is of this server.",
                 ) from error
             call = cast(grpc.Call, error)
+            note = proxy_note(kit.server)
             raise EnvironmentFailure(
-                f"{kit.server} cannot be reached: {(call.details() or '')[:300]}",
+                f"{kit.server} cannot be reached: {(call.details() or '')[:300]}"
+                + (f" ({note})" if note else ""),
                 fix="Check that the server runs, and the network between here and there.",
             ) from error
 

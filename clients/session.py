@@ -26,6 +26,7 @@ import grpc
 import grpc.aio
 from flwr.app import RecordDict
 
+from clients.proxies import channel_options, proxy_note
 from fedft.core.errors import (
     EnvironmentFailure,
     FedftError,
@@ -138,11 +139,12 @@ class Connection:
 
     def channel(self) -> Any:
         """A new channel; it connects when it is first used."""
+        options = [*_OPTIONS, *channel_options(self.target)]
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+            return grpc.aio.insecure_channel(self.target, options=options)
         own = self.credentials
         tls = grpc.ssl_channel_credentials(own.ca, own.key, own.certificate)
-        return grpc.aio.secure_channel(self.target, tls, options=_OPTIONS)
+        return grpc.aio.secure_channel(self.target, tls, options=options)
 
 
 @dataclass(eq=False)
@@ -224,6 +226,8 @@ class Session:
                 delay, alone_since = self.timing.first_delay, time.monotonic()
             else:
                 await self._check_trust()
+                note = proxy_note(self.connection.target)
+                reason = f"{reason} ({note})" if note else reason
             waited = time.monotonic() - alone_since
             if self.timing.give_up is not None and waited > self.timing.give_up:
                 raise EnvironmentFailure(

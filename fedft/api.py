@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.files import disk
 from fedft.core.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ class ExportedAdapter:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Copy it to another folder, which must not exist or be empty."""
         target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise ConfigError(f"{target} is not empty", fix="Choose another folder.")
-        shutil.copytree(self.path, target, dirs_exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise ConfigError(f"{target} is a file, not a folder", fix="Choose another folder.")
+        with disk(f"write {target}"):
+            if target.exists() and any(target.iterdir()):
+                raise ConfigError(f"{target} is not empty", fix="Choose another folder.")
+            shutil.copytree(self.path, target, dirs_exist_ok=True)
         return target
 
     def factors(self) -> "Adapter":
@@ -79,7 +83,10 @@ class Run:
         """
         exported = self._record.exported()
         if not exported:
-            raise ConfigError(f"{self.directory} has no adapter yet: no round was evaluated")
+            raise ConfigError(
+                f"{self.directory} has no adapter yet: no round was evaluated",
+                fix=f"Go on with the run: fedft resume {self.directory}",
+            )
         round_ = exported[-1] if which == "last" else self._best() if which == "best" else which
         if round_ not in exported:
             raise ConfigError(

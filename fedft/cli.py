@@ -1,5 +1,6 @@
 """The ``fedft`` command. Each subcommand is a few lines: parse, call, show."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def _overrides(settings: list[str] | None, backend: str | None, workers: int | N
     """All overrides of a command line as ``KEY=VALUE``."""
     given = list(settings or [])
     given += [f"engine.backend={backend}"] if backend else []
-    given += [f"engine.workers={workers}"] if workers else []
+    given += [f"engine.workers={workers}"] if workers is not None else []
     return given
 
 
@@ -164,7 +165,7 @@ def export(
     from fedft.api import Run
     from fedft.console import print_json
 
-    which: Any = int(round_) if round_.isdigit() else round_
+    which: Any = int(round_) if re.fullmatch("[0-9]{1,9}", round_) else round_
     if which not in ("best", "last") and not isinstance(which, int):
         raise typer.BadParameter("best, last or a number", param_hint="--round")
     adapter = Run(run_dir).adapter(which)
@@ -201,7 +202,6 @@ def report(
     from fedft.report import write_report
 
     target = output or run_dirs[0] / "report" / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_report(run_dirs, target, confidence)
     print(target)
 

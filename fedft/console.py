@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def clean(text: object) -> str:
+    """Text from elsewhere, with control characters (ANSI escapes) and broken Unicode made harmless."""
+    return _CONTROL.sub("�", str(text).encode(errors="replace").decode())
+
+
 def safe(text: object) -> str:
-    """Text from elsewhere, with control characters (ANSI escapes) and markup made harmless."""
-    return escape(_CONTROL.sub("�", str(text)))
+    """The same, with markup made harmless, too."""
+    return escape(clean(text))
 
 
 class RunConsole:
@@ -69,7 +74,7 @@ class RunConsole:
             clients, kind = f"{per_round} clients a round", "over gRPC"
         self.note(
             f"{config.strategy.name}: {clients}, {config.rounds.count} rounds; {kind}, "
-            f"{engine.precision}, cohorts of {engine.cohort} → {safe(run.path)}"
+            f"{engine.precision}, cohorts of {engine.cohort} → {run.path}"
         )
         if state.round:
             self.note(f"going on after round {state.round}")
@@ -84,12 +89,12 @@ class RunConsole:
         else:
             self._bar.update(self._bar.task_ids[0], completed=record["round"], scores=line)
         for reason, sites in record["failures"].items():
-            self.note(f"round {record['round']}: {reason}: {', '.join(map(safe, sites))}")
+            self.note(f"round {record['round']}: {reason}: {', '.join(sites)}")
 
     def note(self, text: str) -> None:
         """One line for the reader."""
         if not self._json:
-            self._err.print(text, soft_wrap=True)
+            self._err.print(clean(text), soft_wrap=True, markup=False)
 
     def result(self, run: "Run") -> None:
         """The end: a table, or the summary as JSON."""
@@ -137,12 +142,12 @@ class ComparisonConsole:
     def note(self, text: str) -> None:
         """One line for the reader."""
         if not self._json:
-            self._err.print(text, soft_wrap=True)
+            self._err.print(clean(text), soft_wrap=True, markup=False)
 
     def cell(self, cell: "Cell") -> "_CellObserver":
         """What watches one run of the grid."""
         if self._bar is None:
-            self.note(f"{cell.arm}, seed {cell.seed} → {safe(cell.path)}")
+            self.note(f"{cell.arm}, seed {cell.seed} → {cell.path}")
         return _CellObserver(self, cell)
 
     def advance(self, cell: "Cell", rounds_done: int, scores: str) -> None:

@@ -8,15 +8,15 @@ that are finished are skipped, unfinished ones are resumed.
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedft.core.errors import ConfigError
-from fedft.core.files import write_file
-from server.config import RunConfig, configured, differences, parse_toml
+from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
+from fedft.core.files import disk, write_file
+from server.config import RunConfig, configured, differences, parse_toml, read_toml
 from server.run import Observer, Silent, open_grid, resolved, resume, simulate
 
 PLAN = "compare.json"
@@ -81,12 +81,7 @@ def read_arms(path: Path) -> list[Arm]:
     Raises:
         ConfigError: the file cannot be read, or a name cannot name a folder.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="Check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    tables = read_toml(path)
     for name, table in tables.items():
         if not _NAME.fullmatch(name) or not isinstance(table, dict):
             raise ConfigError(
@@ -115,10 +110,15 @@ def cells(config: RunConfig, arms: Sequence[Arm], seeds: Sequence[int], folder: 
         ConfigError: an arm cannot be run, or there is nothing to compare.
     """
     if not arms or not seeds:
-        raise ConfigError("a comparison needs at least one rule or arm, and one seed")
+        raise ConfigError(
+            "a comparison needs at least one rule or arm, and one seed",
+            fix="Name them with --strategies or --arms, and --seeds.",
+        )
     for what, values in (("rule", [arm.name for arm in arms]), ("seed", seeds)):
         if len(set(values)) != len(values):
-            raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
+            raise ConfigError(
+                f"a {what} is named twice: {', '.join(map(str, values))}", fix="Name each one once."
+            )
     return [
         Cell(
             arm.name,
@@ -155,13 +155,13 @@ def compare(
         ConfigError: as for :func:`cells`, or ``folder`` holds a comparison of something else.
     """
     todo = cells(config, arms, seeds, folder)
-    _claim(config, arms, folder)
-    waiting = [cell for cell in todo if not cell.finished]
-    if waiting:
-        with open_grid(waiting[0].config) as grid:
-            for cell in waiting:
-                run = _resume_or_start(cell)
-                run(observer=observer(cell), stop=stop, grid=grid)
+    with _claimed(config, arms, folder):
+        waiting = [cell for cell in todo if not cell.finished]
+        if waiting:
+            with open_grid(waiting[0].config) as grid:
+                for cell in waiting:
+                    run = _resume_or_start(cell)
+                    run(observer=observer(cell), stop=stop, grid=grid)
     return [cell.path for cell in todo]
 
 
@@ -171,12 +171,33 @@ def _resume_or_start(cell: Cell) -> Callable[..., Any]:
     return lambda **options: simulate(cell.config, cell.path, **options)
 
 
+@contextmanager
+def _claimed(config: RunConfig, arms: Sequence[Arm], folder: Path) -> Iterator[None]:
+    """Hold a folder for a comparison; one of which no run could start leaves nothing behind."""
+    made = not folder.exists()
+    _claim(config, arms, folder)
+    try:
+        yield
+    except (ConfigError, MismatchError, SecurityRefusal):
+        if not _started(folder):
+            with disk(f"remove {folder / PLAN}"):
+                (folder / PLAN).unlink()
+                if made:
+                    folder.rmdir()
+        raise
+
+
+def _started(folder: Path) -> bool:
+    """Whether any run of a comparison is there."""
+    return any(folder.glob("*/config.toml"))
+
+
 def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
     """Write down what is compared, or check that it is what was compared here before."""
     shared = resolved(configured(config, {"seed": 0}))
     plan = folder / PLAN
     known: list[str] = []
-    if plan.exists():
+    if plan.exists() and _started(folder):
         before = json.loads(plan.read_text(encoding="utf-8"))
         if lines := list(_that_matter(parse_toml(before["config"], str(plan)), shared)):
             raise ConfigError(
@@ -184,7 +205,10 @@ def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
                 fix="Choose another --run-dir, or go on with the configuration of this one.",
             )
         known = before.get("arms", [])
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder", fix="Choose another folder.")
+    with disk(f"create {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([*known, *(arm.name for arm in arms)]))
     record = {"config": shared.to_toml(), "arms": names}
     write_file(plan, json.dumps(record, indent=2).encode())

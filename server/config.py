@@ -1,15 +1,14 @@
 """The configuration of a run: one TOML file, validated whole before anything starts."""
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import (
-    BaseModel,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -17,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedft.core.complaints import complaints
 from fedft.core.errors import ConfigError
 from fedft.core.spec import (
     AttackSpec,
@@ -28,13 +28,14 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
+from fedft.core.toml import read_toml, toml_table
 from fedft.core.tuners import tuner_of
 from fedft.core.types import Part
 from server.availability import Availability, read_availability
 from server.fleet import Device, Fleet, Numbers, WholeNumbers, check_devices, read_devices, whole
 from server.pruning import PruningSpec, unprunable
+from server.sentences import place, sentence
 from strategies import (
-    RULES,
     AnyStrategy,
     CentralDP,
     FedAvgLoRA,
@@ -42,9 +43,11 @@ from strategies import (
     check_init,
     check_method,
     check_ranks,
-    rule_names,
 )
 from strategies.combinator import Combinator
+
+MOST_CLIENTS = 100_000_000
+"""Registered sites of a simulation: each takes eight bytes and more, wherever the run is looked at."""
 
 
 class FleetSpec(Table):
@@ -70,7 +73,7 @@ class FleetSpec(Table):
         attack: sites that lie, see :class:`~fedft.core.spec.AttackSpec`; None of none.
     """
 
-    clients: PositiveInt = 100
+    clients: Annotated[int, Field(gt=0, le=MOST_CLIENTS)] = 100
     ranks: WholeNumbers = ()
     memory_budgets_mib: Numbers = ()
     model_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
@@ -169,7 +172,7 @@ class EngineSpec(Table):
 
     backend: Literal["ray", "processes", "inline"] = "ray"
     workers: PositiveInt | None = None
-    threads: PositiveInt = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None
     cohort: PositiveInt | Literal["auto"] = "auto"
@@ -477,19 +480,14 @@ def configured(source: "str | Path | RunConfig", overrides: Mapping[str, Any]) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="Check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    table = read_toml(path)
     _anchor(table, path.parent)
     return table
 
 
 def parse_toml(text: str, where: str) -> RunConfig:
     """Read a resolved configuration, as :meth:`RunConfig.to_toml` wrote it."""
-    return parse_config(tomllib.loads(text), where)
+    return parse_config(toml_table(text, where), where)
 
 
 def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
@@ -497,7 +495,12 @@ def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> 
     try:
         return RunConfig.model_validate(_with_devices(table))
     except ValidationError as error:
-        raise ConfigError("\n".join([f"{where} cannot be run:", *_explain(error)])) from error
+        faults = [f"  {sentence(complaint, RunConfig)}" for complaint in complaints(error)]
+        raise ConfigError(
+            "\n".join([f"{where} cannot be run:", *faults]),
+            fix=f"Correct {'it' if len(faults) == 1 else 'them'} there or with --set; "
+            "`fedft plan` checks a configuration without running it.",
+        ) from error
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -511,18 +514,22 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
     a, b = (flat(c.model_dump(mode="json", by_alias=True)) for c in (old, new))
     changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
-    return [f"{_where(key)}: {a.get(key)} → {b.get(key)}" for key in sorted(changed)]
+    return [f"{place(key)}: {a.get(key)} → {b.get(key)}" for key in sorted(changed)]
 
 
 def _setting(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` of the command line; the value is TOML, a bare word is a string."""
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    if text.encode(errors="replace").decode() != text:
+        raise ConfigError(f"--set {text!r} is not UTF-8", fix="Check the encoding of the terminal.")
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {text!r} is not KEY=VALUE", fix="Example: --set training.lr=1e-3")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        read = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        read = {}
+    # More than one line of TOML is no value of one key.
+    return key.strip(), read["value"] if read.keys() == {"value"} else value.strip()
 
 
 def _override(table: dict[str, Any], key: str, value: Any) -> None:
@@ -557,51 +564,8 @@ def _anchor(table: dict[str, Any], folder: Path) -> None:
     for section, key in _PATHS:
         inner = table.get(section)
         value = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(value, str) and ":" not in value and (folder / value).exists():
-            cast(dict[str, Any], inner)[key] = str((folder / value).resolve())
-
-
-def _explain(error: ValidationError) -> list[str]:
-    return [_sentence(item) for item in cast(Sequence[Mapping[str, Any]], error.errors())]
-
-
-def _sentence(item: Mapping[str, Any]) -> str:
-    path = tuple(str(part) for part in item["loc"])
-    kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
-    if not path:
-        return f"  {message}"
-    if kind == "extra_forbidden":
-        return f"  {_where(path)}: unknown key{_nearest(path[-1], _keys_beside(path))}"
-    if kind == "union_tag_invalid":
-        names = rule_names()
-        given = str(item["ctx"]["tag"])
-        return f"  {_where((*path, 'name'))}: no rule is called {given!r}{_nearest(given, names)}"
-    return f"  {_where(path)} = {item['input']!r}: {message}"
-
-
-def _where(path: tuple[str, ...]) -> str:
-    names = rule_names()
-    parts = [p for p in path if p not in names]
-    return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
-
-
-def _nearest(given: str, names: Sequence[str]) -> str:
-    near = get_close_matches(given, names, n=2, cutoff=0.5)
-    if not near:
-        return f"; known: {', '.join(sorted(names))}"
-    return f"; did you mean {' or '.join(map(repr, near))}?"
-
-
-def _keys_beside(path: tuple[str, ...]) -> list[str]:
-    """The valid keys of the table in which an unknown key was found."""
-    model: Any = RunConfig
-    for part in path[:-1]:
-        named = [r for r in RULES if r.model_fields["name"].default == part]
-        if named:
-            model = named[0]
+        if not isinstance(value, str) or ":" in value:
             continue
-        fields = {f.alias or n: f for n, f in model.model_fields.items()}
-        annotation = fields[part].annotation if part in fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+        with suppress(OSError, ValueError):  # no path of any file; whoever opens it will say so
+            if (folder / value).exists():
+                cast(dict[str, Any], inner)[key] = str((folder / value).resolve())

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedft.core import codec
-from fedft.core.errors import QuorumFailure
+from fedft.core.errors import MismatchError, QuorumFailure
 from fedft.core.metrics import Tally
 from fedft.core.sublayers import Layer
 from fedft.core.types import EvalPlan, ServerState, Site
@@ -75,7 +75,13 @@ class Evaluation:
                 "not evaluated",
                 fix="The last committed round stands, and this one is run again.",
             )
-        return Tally.total(t for t in tallies if t is not None).scores(self.federation.kind)
+        total = Tally.total(t for t in tallies if t is not None)
+        if not total.count:
+            raise MismatchError(
+                "nothing in the server's test set can be scored: no row has a token that takes a loss",
+                fix="give test rows with prompts and answers, or raise data.max-length",
+            )
+        return total.scores(self.federation.kind)
 
     def _of_sites(self, ids: Sequence[str], ledger: Ledger) -> dict[str, float]:
         """Each site of the round judges its own model, or its part of it, on its held-out rows."""

@@ -26,7 +26,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,8 +39,10 @@ from pydantic import (
     model_validator,
 )
 
-from fedft.core import seeds
+from fedft.core import names, seeds
+from fedft.core.complaints import complaints
 from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.files import read_text
 from fedft.core.partition import Manifest
 from fedft.core.spec import Table
 
@@ -133,17 +134,17 @@ def read_devices(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: naming the file, the line, the column and the rule.
     """
-    names = {name: field.alias or name for name, field in Device.model_fields.items()}
+    keys = {name: field.alias or name for name, field in Device.model_fields.items()}
     rows: list[dict[str, Any]] = []
-    for line, row in csv_rows(path, known=names):
-        given = {names[column]: cell for column, cell in row.items() if cell}
+    for line, row in csv_rows(path, known=keys):
+        given = {keys[column]: cell for column, cell in row.items() if cell}
         try:
             device = Device.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            column = str(first["loc"][0]).replace("-", "_")
+            first = complaints(error)[0]
+            column = first.path[0].replace("-", "_")
             raise ConfigError(
-                f"{path}, line {line}: {column} = {first['input']!r}: {first['msg']}",
+                f"{path}, line {line}: {column} = {first.shown}: {first.rule}",
                 fix="Leave a cell empty where a value is not known.",
             ) from error
         rows.append(device.model_dump(mode="json", by_alias=True, exclude_defaults=True))
@@ -160,14 +161,9 @@ def csv_rows(
             twice, or a row has more or fewer cells than there are columns.
     """
     known = tuple(known)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"cannot read {path}: {why}", fix="Check the path.") from error
     lines = [
-        (number, [cell.strip() for cell in next(csv.reader([line]))])
-        for number, line in enumerate(text.splitlines(), 1)
+        (number, _cells(line, f"{path}, line {number}"))
+        for number, line in enumerate(read_text(path).splitlines(), 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if len(lines) < 2:
@@ -175,9 +171,10 @@ def csv_rows(
     header = lines[0][1]
     for column in header:
         if column not in known:
-            near = get_close_matches(column, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{path}: unknown column {column!r}; {hint}", fix="Rename it.")
+            raise ConfigError(
+                f"{path}: unknown column {column[:40]!r}; {names.hint(column, known)}",
+                fix="Rename it.",
+            )
     wrong = [c for c in required if c not in header] or [c for c in header if header.count(c) > 1]
     if wrong:
         raise ConfigError(
@@ -190,6 +187,13 @@ def csv_rows(
                 fix="Give every row a cell, if an empty one, for every column.",
             )
         yield number, dict(zip(header, cells, strict=True))
+
+
+def _cells(line: str, where: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise ConfigError(f"{where}: malformed CSV: {error}", fix="Correct the line.") from error
 
 
 def match_sites(named: Sequence[str], manifest: Manifest, what: str) -> None:

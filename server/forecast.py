@@ -11,11 +11,10 @@ from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
+from server.inputs import check_rank, data_of, remarks
 from server.privacy import forecast_privacy, promises
 from server.pruning import granularity, narrowed, pruning_of, site_footprint
 from server.run import resolved
-
-_CLASSES_FROM_DATA = "classification", "image-classification"
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:
@@ -28,7 +27,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         many from the first on, its peak memory by part, and the total with gradient
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
         a model (None where it cannot be measured); no memory where the model's architecture is not
-        known; ``privacy`` where the run promises any, see
+        known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
+        would; ``privacy`` where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -36,8 +36,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     """
     config = resolved(config)
     folder = models.resolve(config.model)
-    classes = _classes(config)
-    shapes = models.schema(config.model, config.lora, classes)
+    data = data_of(config, models.input_encoder(config.model, folder))
+    shapes = models.schema(config.model, config.lora, len(data.classes))
+    check_rank(config, shapes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.strategy.init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
@@ -80,20 +81,20 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         "framework_mib": None if framework is None else framework / MIB,
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
-        **_privacy(config),
+        "data": {
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": list(data.classes),
+            "skipped": dict(data.skipped),
+            "notes": remarks(data),
+        },
+        **_privacy(config, len(data.train)),
     }
 
 
-def _privacy(config: RunConfig) -> dict[str, Any]:
-    """What the run will spend, where it promises privacy; data are read for the sites' sizes alone."""
-    if not promises(config):
-        return {}
-    examples = 0
-    if config.training.dp is not None:
-        from fedft.core.data import load
-
-        examples = len(load(config.data, config.model.task, seed=config.seed).train)
-    return {"privacy": forecast_privacy(config, examples)}
+def _privacy(config: RunConfig, examples: int) -> dict[str, Any]:
+    """What the run will spend on this many examples in all, where it promises privacy."""
+    return {"privacy": forecast_privacy(config, examples)} if promises(config) else {}
 
 
 def _client(
@@ -135,14 +136,6 @@ def _memory(
     }
 
 
-def _classes(config: RunConfig) -> int:
-    if config.model.task not in _CLASSES_FROM_DATA:
-        return 0
-    from fedft.core.data import load
-
-    return len(load(config.data, config.model.task, seed=config.seed).classes)
-
-
 def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     """The forecast and the resolved configuration, for reading."""
     size = cost["parameters"]
@@ -152,6 +145,9 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         f"bytes a round         {per_round['up']:,} up, {per_round['down']:,} down "
         f"({config.rounds.per_round} clients)",
         f"bytes in all          {sum(cost['bytes'].values()):,} in {cost['rounds']} rounds",
+        f"examples              {cost['data']['train']:,} to train on, {cost['data']['test']:,} to test on"
+        + (f", in {len(classes)} classes" if (classes := cost["data"]["classes"]) else ""),
+        *(f"note                  {note}" for note in cost["data"]["notes"]),
     ]
     for client in cost["clients"]:
         if "memory_mib" not in client:

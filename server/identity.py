@@ -500,6 +500,7 @@ def make_private_folder(path: Path) -> None:
 
 def save_address(folder: Path, address: Address) -> None:
     """Remember how sites reach the server, for kits and for a restart."""
+    make_private_folder(folder)  # without TLS nobody made it yet
     write_private(folder / "address.json", json.dumps(asdict(address)).encode() + b"\n")
 
 

@@ -21,7 +21,7 @@ from flwr.app import RecordDict
 
 from fedft.core import codec, models, partition
 from fedft.core.card import Origin, save_card
-from fedft.core.data import Data, prepare
+from fedft.core.data import Data
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -30,6 +30,7 @@ from fedft.core.errors import (
     Interrupted,
     MismatchError,
     QuorumFailure,
+    SecurityRefusal,
 )
 from fedft.core.files import disk
 from fedft.core.metrics import better
@@ -46,6 +47,7 @@ from server.courier import Courier
 from server.federation import Completed, Federation
 from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
+from server.inputs import check_rank, data_of, remarks
 from server.preflight import preflight
 from server.privacy import PrivacyAccount, open_account, promises, resolved_privacy
 from server.pruning import pruning_of
@@ -176,8 +178,9 @@ def simulate(
         FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
     """
     config = resolved(config)
-    with RunDir.create(run_dir, hint=config.strategy.name) as run:
-        run.write_config(config.to_toml())
+    text = config.to_toml()
+    with RunDir.create(run_dir, hint=config.strategy.name, again=text) as run, leaving_nothing(run):
+        run.write_config(text)
         with _resumable(run):
             return _execute(config, run, observer or Silent(), stop, grid, evaluator)
 
@@ -222,6 +225,20 @@ def resume(
             return run
         with _resumable(run):
             return _execute(config, run, observer, stop, grid)
+
+
+@contextmanager
+def leaving_nothing(run: RunDir) -> Iterator[None]:
+    """A model, data or configuration that no round can be run with leave nothing behind.
+
+    What cannot be resumed must not stand in the way of the same command, once all is mended.
+    """
+    try:
+        yield
+    except (ConfigError, MismatchError, SecurityRefusal):
+        if not run.begun:
+            run.discard()
+        raise
 
 
 @contextmanager
@@ -369,6 +386,8 @@ def complete(
     state, progress = _restore(setting, run, grid, checkpoints, observer)
     account = open_account(config, run, federation.roster, state.round)
     federation = replace(federation, privacy=account)
+    for remark in remarks(setting.data):
+        observer.note(remark)
     observer.started(run, config, state)
     for completed in _until_patience(federation, state, progress):
         state = completed.state
@@ -454,9 +473,9 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     """
     folder = models.resolve(config.model)
     encoder = models.input_encoder(config.model, folder)
-    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    data = data_of(config, encoder)
     shapes = models.schema(config.model, config.lora, len(data.classes))
-    _check_ranks(config, shapes)
+    check_rank(config, shapes)
     hashes = models.fingerprint(folder)
     inputs = {**hashes, "data": data.fingerprint}
     if (availability := config.availability) is not None:
@@ -508,32 +527,24 @@ def tried(
     return replace(setting, task=setting.task.model_copy(update={"cohort": 1}))
 
 
-def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
-    if config.lora.whole:  # whose rank peft itself bounds, if it is one
-        return
-    for module, (d_out, d_in) in shapes.modules.items():
-        if config.rank > min(d_out, d_in):
-            raise ConfigError(
-                f"[lora] rank = {config.rank} is more than layer {module} allows: "
-                f"it is {d_out} x {d_in}",
-                fix=f"Choose a rank of at most {min(d_out, d_in)}.",
-            )
-
-
 def _facts(config: RunConfig, data: Data) -> dict[str, object]:
     return {
         "device": "cuda" if config.engine.gpus_per_worker else "cpu",
         "classes": list(data.classes),
         "examples": {"train": len(data.train), "test": len(data.test)},
         "skipped": dict(data.skipped),
+        "notes": list(data.notes),
     }
 
 
 def _frozen_partition(
     config: RunConfig, run: RunDir, data: Data, inputs: dict[str, str]
 ) -> Manifest:
-    """The run's manifest: built, saved and recorded once, loaded and verified ever after."""
-    if recorded := run.environment().get("hashes"):
+    """The run's manifest: built, saved and recorded once, loaded and verified ever after.
+
+    Before the first round "ever after" has not begun: the data may have been mended since.
+    """
+    if run.begun and (recorded := run.environment().get("hashes")):
         _check_inputs(recorded, inputs)
         manifest = partition.load(run.partition, recorded["partition"])
         manifest.verify()

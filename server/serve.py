@@ -43,6 +43,7 @@ from server.run import (
     Silent,
     complete,
     federate,
+    leaving_nothing,
     prepare_run,
     resolved,
     tried,
@@ -150,7 +151,7 @@ def _claimed(config: RunConfig, run_dir: Path | None) -> Iterator[RunDir]:
             _check_same(parse_toml(run.config, str(run.path / "config.toml")), config)
             yield run
         return
-    with RunDir.create(run_dir, hint=config.strategy.name) as run:
+    with RunDir.create(run_dir, hint=config.strategy.name) as run, leaving_nothing(run):
         run.write_config(config.to_toml())
         yield run
 

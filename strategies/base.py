@@ -21,15 +21,17 @@ declares that it :attr:`~Strategy.forgets`.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
 from fedft.core.folding import RunningMean
+from fedft.core.spec import check_numbers
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -57,6 +59,12 @@ class Strategy(BaseModel, ABC):
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, table: Any) -> Any:
+        check_numbers(cls, table)
+        return table
 
     @property
     def mixed_ranks(self) -> bool:

@@ -170,7 +170,7 @@ class Encoder:
             "send": sorted(plan.send),
             "keep": sorted(plan.keep),
             "basis": plan.basis,
-            "training": asdict(plan.training),
+            "training": _training(plan.training),
             "layers": plan.layers,
             "heads": plan.heads,
             "round": plan.round,
@@ -213,6 +213,13 @@ class Encoder:
             self._records[key] = arrays_from(tensors, self._dtype)
             self._alive.append(source)
         return self._records[key]
+
+
+def _training(training: LocalTraining) -> dict[str, object]:
+    """The settings as a site is told them: what a rule asked for is laid over the table by then."""
+    fields = asdict(training)
+    del fields["asked"]
+    return fields
 
 
 def _scale(adapter: Adapter) -> float:

@@ -2,13 +2,14 @@
 
     source ──read──► RawTable ──load──► RawData(train, test) ──prepare──► Data(train, test: Examples)
 
-A bad row is told with file, line and reason, or left out and counted with ``data.skip-bad``.
+Bad rows are told together, each with file, line and reason, or left out and counted with
+``data.skip-bad``.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.core import tokens
+from fedft.core import labels, tokens
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.examples import Examples, ImageExamples, Rows, image_fault
-from fedft.core.readers import BadRows, RawTable, read
+from fedft.core.raw import BadRows, RawTable, kind_of
+from fedft.core.readers import local_path, read
 from fedft.core.seeds import numpy_generator
 from fedft.core.spec import DataSpec, PartitionSpec
 
@@ -77,12 +79,14 @@ class RawData:
     Attributes:
         classes: class names; a class id is an index of this. Empty for causal-lm.
         skipped: bad rows that were left out, by reason.
+        notes: what a reader should know of the data, a sentence each.
     """
 
     train: RawRows
     test: RawRows
     classes: tuple[str, ...]
     skipped: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +100,7 @@ class Data:
         owners: values of ``partition.column``, one a row of ``train``; None without a column.
         skipped: bad rows that were left out, by reason.
         fingerprint: SHA-256 over both splits and the class names, for the run record.
+        notes: what a reader should know of the data, a sentence each.
     """
 
     train: Examples
@@ -104,6 +109,7 @@ class Data:
     owners: Sequence[str] | None
     skipped: Mapping[str, int]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -120,20 +126,21 @@ def load(
 
     Raises:
         ConfigError: the source or the partition's column cannot be.
-        MismatchError: the data are absent, empty, lack a column or have a bad row.
+        MismatchError: the data are absent, empty, lack a column or have bad rows.
     """
     bad = BadRows(spec.skip_bad)
     table = read(spec.source, spec.subset, spec.split, bad)
-    rows, names = _checked(table, spec, task, classes, spec.partition.column, bad)
+    rows, names, notes = _checked(table, spec, task, classes, spec.partition.column, bad)
     if spec.test_source is not None:
         test_table = read(spec.test_source, spec.subset, spec.split, bad)
-        test, _ = _checked(test_table, spec, task, names, None, bad)
+        test, _, _ = _checked(test_table, spec, task, names, None, bad)
         train = rows
     else:
         held = test_rows(len(rows), spec.test_fraction, seed, rows.labels, rows.owners)
         train = rows.take(np.flatnonzero(~held))
         test = rows.take(np.flatnonzero(held))
-    return RawData(train, test, names, dict(bad.counts))
+    bad.check()
+    return RawData(train, test, names, dict(bad.counts), tuple(notes))
 
 
 def prepare(
@@ -161,6 +168,7 @@ def prepare(
     bad = BadRows(spec.skip_bad)
     train, kept = _encode(raw.train, task, encoder, spec.max_length, bad)
     test, _ = _encode(raw.test, task, encoder, spec.max_length, bad)
+    bad.check()
     if not len(train):
         raise MismatchError(
             f"{spec.source} has no training rows left after skipping {dict(bad.counts)}",
@@ -174,6 +182,39 @@ def prepare(
         None if raw.train.owners is None else _take(raw.train.owners, kept),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
+        raw.notes,
+    )
+
+
+def check_test(spec: DataSpec, test: int, rows: int) -> None:
+    """Refuse a run that could never be scored: every path to round 1 asks this first.
+
+    Args:
+        spec: the data's table.
+        test: rows of the central test set.
+        rows: of both splits.
+
+    Raises:
+        ConfigError: there is to be no test set.
+        MismatchError: nothing of it is left.
+    """
+    if test:
+        return
+    if spec.test_source is not None:
+        raise MismatchError(
+            f"data.test-source = {spec.test_source!r} has no row that can be tested on",
+            fix="correct its rows, or leave the key out: data.test-fraction of the rows are then held out",
+        )
+    if not spec.test_fraction:
+        raise ConfigError(
+            "data.test-fraction = 0 leaves the server no test set, and a run without one could not say "
+            "what it came to",
+            fix="set data.test-fraction = 0.1, or name a file in data.test-source",
+        )
+    raise MismatchError(
+        f"data.test-fraction = {spec.test_fraction:g} of {rows:,} rows leaves the server no test row (one "
+        "of every class and owner stays in training)",
+        fix="raise data.test-fraction, give more rows, or name a file in data.test-source",
     )
 
 
@@ -234,6 +275,9 @@ def codes(values: Sequence[str] | None) -> NDArray[np.int64] | None:
 
 # Checking
 
+_NAMES = {"label": ("class", "classes"), "owner": ("owner", "owners")}
+"""Columns whose values are names of something, and what of."""
+
 _COLUMNS: Mapping[Task, tuple[str, str]] = {
     "classification": ("text", "label"),
     "image-classification": ("image", "label"),
@@ -248,8 +292,8 @@ def _checked(
     classes: Sequence[str] | None,
     column: str | None,
     bad: BadRows,
-) -> tuple[RawRows, tuple[str, ...]]:
-    """The usable rows of a table, and the class names; ``column`` None reads no owners."""
+) -> tuple[RawRows, tuple[str, ...], list[str]]:
+    """The usable rows of a table, the class names and notes; ``column`` None reads no owners."""
     faults: dict[str, Callable[[object], str | None]] = {
         "label": _label_fault,
         "owner": _label_fault,
@@ -262,17 +306,24 @@ def _checked(
     }
     if column is not None:
         values["owner"] = table.column(column, "data.partition.column", ConfigError)
+    notes: list[str] = []
+    for key, what in _NAMES.items():
+        if key in values:
+            names_of = labels.named(values[key], classes or () if key == "label" else ())
+            if key == "owner" or not classes:
+                notes += labels.notes(table.source, what, values[key], names_of)
+            values[key] = names_of
     usable = np.ones(len(table), np.bool_)
     for key, column_values in values.items():
         _strike(usable, table, column_values, key, faults.get(key, _text_fault), bad)
     names: tuple[str, ...] = ()
     if "label" in values and usable.any():
         names = tuple(
-            classes or _class_names(_take(values["label"], np.flatnonzero(usable)), table)
+            classes or _class_names(_take(values["label"], np.flatnonzero(usable)), table, bad)
         )
-        known = set(names)
+        known = frozenset(names)
         _strike(usable, table, values["label"], "label", partial(_label_fault, known=known), bad)
-    return _usable(table, values, names, np.flatnonzero(usable), bad), names
+    return _usable(table, values, names, np.flatnonzero(usable), bad), names, notes
 
 
 def _strike(
@@ -299,6 +350,7 @@ def _usable(
     bad: BadRows,
 ) -> RawRows:
     if not len(rows):
+        bad.check()
         raise MismatchError(
             f"{table.source} has no rows left after skipping {dict(bad.counts)}",
             fix="correct the data, or the column names in the table [data]",
@@ -308,43 +360,48 @@ def _usable(
     inputs, target = list(kept.values())[:2]
     return RawRows(
         inputs=inputs,
-        labels=np.array([index[str(v)] for v in target], np.int64) if names else None,
+        labels=np.array([index[v] for v in target], np.int64) if names else None,
         answers=None if names else target,
-        owners=[str(value) for value in kept["owner"]] if "owner" in kept else None,
+        owners=list(kept["owner"]) if "owner" in kept else None,
         source=table.source,
         lines=np.asarray(table.lines, np.int64)[rows],
     )
 
 
 def _text_fault(value: object) -> str | None:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, an export's word for nothing
         return "missing or empty"
     if not isinstance(value, str):
-        return f"text is expected, got {type(value).__name__}"
+        return f"text is expected, got {kind_of(value)}"
     if not value.strip():
         return "nothing but white space"
+    return _unicode_fault(value)
+
+
+def _label_fault(value: object, known: Collection[str] | None = None) -> str | None:
+    """Of a label as :func:`fedft.core.labels.named` has it; ``known``: the class names, once they are."""
+    if value is None:
+        return "missing or empty"
+    if not isinstance(value, str):
+        return f"text or an integer is expected, got {kind_of(value)}"
+    if known is not None and value not in known:
+        few = ", ".join(name[:40] for name in sorted(known)[:5]) + (", …" if len(known) > 5 else "")
+        return f"{value[:40]!r} is none of the {len(known)} classes ({few}) of the training data"
+    return _unicode_fault(value)
+
+
+def _unicode_fault(text: str) -> str | None:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         return "not a valid Unicode text"
     return None
 
 
-def _label_fault(value: object, known: set[str] | None = None) -> str | None:
-    """``known``: the class names, once they are."""
-    if value is None or value == "":
-        return "missing or empty"
-    if not isinstance(value, str | int):
-        return f"text or an integer is expected, got {type(value).__name__}"
-    if known is not None and str(value) not in known:
-        nearest = ", ".join(sorted(known)[:5])
-        return f"{str(value)[:40]!r} is none of the {len(known)} classes ({nearest}, …)"
-    return None
-
-
-def _class_names(values: Sequence[object], table: RawTable) -> list[str]:
-    names = sorted({str(value) for value in values})
+def _class_names(values: Sequence[str], table: RawTable, bad: BadRows) -> list[str]:
+    names = sorted(set(values))
     if len(names) < 2:
+        bad.check()
         raise MismatchError(
             f"{table.source} has {len(names)} class; classification needs two or more",
             fix="check data.label, the column with the classes",
@@ -383,10 +440,10 @@ def _encode(
 
 def _folder(source: str) -> Path:
     """Where the relative paths of a source start."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if path is not None and path.is_dir():
         return path
-    if path.is_file():
+    if path is not None and path.is_file():
         return path.parent
     from huggingface_hub.constants import HF_HOME
 

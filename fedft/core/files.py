@@ -11,7 +11,7 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-from fedft.core.errors import EnvironmentFailure
+from fedft.core.errors import ConfigError, EnvironmentFailure
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -100,6 +100,26 @@ def write_file(path: Path, data: bytes) -> None:
     place(files, path, data)
     with disk(f"write {path}"):
         files.sync_folder(path.parent)
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file that a user named, without a byte order mark.
+
+    Raises:
+        ConfigError: it is not there, not a file, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise ConfigError(f"cannot read {path}: it is a pipe or a device", fix="Name a file.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"cannot read {path}: it is not UTF-8 at byte {error.start + 1}",
+            fix="Save it as UTF-8 text.",
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot read {path}: {why}", fix="Check the path.") from error
 
 
 @contextlib.contextmanager

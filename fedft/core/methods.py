@@ -13,13 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedft.core import names as spelling
 from fedft.core import seeds
 from fedft.core.errors import ConfigError, EnvironmentFailure, FedftError
 from fedft.core.spec import LoraSpec, ModelSpec
@@ -85,9 +85,9 @@ def _kind(method: str) -> tuple[Any, Mapping[str, Any]]:
     if name not in kinds or name not in PeftType.__members__:
         names = ["lora", "hydralora", "rslora", "pissa", "olora", *_PRESETS]
         names += [canonical(kind) for kind in kinds]
-        near = get_close_matches(method, names, n=3, cutoff=0.4)
+        near = spelling.near(method, names, 3)
         raise ConfigError(
-            f"[lora] method = {method!r}: peft has no such method",
+            f"[lora] method = {method[:60]!r}: peft has no such method",
             fix=f"Nearest: {', '.join(near)}." if near else f"Tested are {', '.join(TUNERS)}.",
         )
     kind = kinds[name]
@@ -105,10 +105,12 @@ def _kind(method: str) -> tuple[Any, Mapping[str, Any]]:
 def _options(lora: LoraSpec, known: set[str], targets: Iterable[str] | None) -> dict[str, Any]:
     """`[lora] options`, checked; names of layers in them as paths."""
     if unknown := lora.options.keys() - known:
-        near = get_close_matches(min(unknown), known, n=2, cutoff=0.4)
+        near = spelling.near(min(unknown), known)
         raise ConfigError(
-            f"[lora] options: {lora.method} has no {min(unknown)!r} in peft",
-            fix=f"Nearest: {', '.join(near)}." if near else "",
+            f"[lora] options: {lora.method} has no {min(unknown)[:60]!r} in peft",
+            fix=f"Nearest: {', '.join(near)}."
+            if near
+            else "Remove it; peft's documentation of the method lists its options.",
         )
     for name, value in lora.options.items():
         check_option(_field(lora.method), name, value)
@@ -137,7 +139,7 @@ def _feedforward(names: Any, layers: Sequence[str] | None) -> list[str]:
 
 
 def _unmatched(option: str, name: str, layers: Sequence[str]) -> ConfigError:
-    near = get_close_matches(name, layers, n=2, cutoff=0.3) or layers[:2]
+    near = spelling.near(name, layers) or layers[:2]
     return ConfigError(
         f"[lora] options: {option} names {name!r}, which no adapted layer is called",
         fix=f"Adapted are, for example, {', '.join(near)}.",

@@ -177,9 +177,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
     weights = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         weights.update(file_sha256(path).encode())
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja")
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja")
     tokenizer = hashlib.sha256()
-    for path in (folder / name for name in names):
+    for path in (folder / name for name in files):
         if path.exists():
             tokenizer.update(file_sha256(path).encode())
     return {"base_model": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}

@@ -259,6 +259,11 @@ Parts = tuple[NDArray[np.int64], NDArray[np.int32]]
 
 
 def _bootstrap(examples: int, clients: int, each: int, seed: int) -> Parts:
+    if clients * each >= 2**31:
+        raise ConfigError(
+            f"{clients:,} clients with {each:,} rows each are more than a manifest can number",
+            fix="lower data.partition.rows-per-client or fleet.clients",
+        )
     rng = numpy_generator(seed, "partition")
     rows = rng.integers(0, examples, clients * each, np.int32)
     return np.arange(clients + 1, dtype=np.int64) * each, rows

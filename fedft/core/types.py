@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -249,6 +249,8 @@ class LocalTraining:
         dp_noise: noise multiplier of DP-SGD; 0 trains without. Batches are then Poisson samples of
             mean size ``batch_size``, and ``clip_norm`` is not used.
         dp_clip: DP-SGD's bound on the gradient of one example.
+        asked: names of fields that a rule insists on where they equal the defaults above; see
+            :meth:`asking`. Of no meaning in the `[training]` table.
     """
 
     epochs: int = 1
@@ -264,9 +266,18 @@ class LocalTraining:
     tail_keep: float = 1.0
     dp_noise: float = 0.0
     dp_clip: float = 1.0
+    asked: tuple[str, ...] = ()
+
+    def asking(self, **values: Any) -> "LocalTraining":
+        """With these fields asked for, whatever their values: a rule's side of :meth:`overlaid`.
+
+        ``LocalTraining().asking(epochs=1)`` makes every site train one epoch, whatever the table
+        says; ``LocalTraining(epochs=1)`` is equal to the defaults and asks for nothing.
+        """
+        return replace(self, **values, asked=tuple(sorted({*self.asked, *values})))
 
     def overlaid(self, rule: "LocalTraining") -> "LocalTraining":
-        """These settings, but with those of ``rule`` wherever it departs from the defaults.
+        """These settings, but with those of ``rule`` that it asks for, or that are not the defaults.
 
         The round calls it as ``configured.overlaid(plan.training)``: a rule adds its penalty to
         the `[training]` table without knowing the table.
@@ -275,8 +286,9 @@ class LocalTraining:
         changed = {
             f.name: getattr(rule, f.name)
             for f in fields(self)
-            if getattr(rule, f.name) != getattr(default, f.name)
+            if f.name in rule.asked or getattr(rule, f.name) != getattr(default, f.name)
         }
+        changed["asked"] = ()
         return replace(self, **changed)
 
 

@@ -176,7 +176,8 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
                 f"{path} does not exist",
                 fix="Check the spelling; relative paths start at the working directory.",
             )
-        children = [path] if _is_run(path) else sorted(_below(path, _DEPTH))
+        below = sorted(_below(path, _DEPTH)) if path.is_dir() else []
+        children = [path] if _is_run(path) else below
         if not children:
             raise ConfigError(
                 f"{path} is neither a run directory nor a folder of them: no config.toml in it",

@@ -20,8 +20,10 @@ from fedft.core import readers
 from fedft.core.data import RawData, codes, load, of_site, prepare, test_rows
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.examples import IGNORED, TokenExamples
-from fedft.core.readers import MAX_LINE_BYTES, WORDNET
+from fedft.core.raw import BadRows
+from fedft.core.readers import WORDNET
 from fedft.core.spec import DataSpec, PartitionSpec
+from fedft.core.text_files import MAX_LINE_BYTES, read_csv, read_json, read_tsv
 
 test_rows.__test__ = False  # type: ignore[attr-defined]  # a function of ours, not a test
 
@@ -162,8 +164,8 @@ def test_a_line_of_just_the_limit_is_read(tmp_path: Path) -> None:
 def test_no_bytes_bring_a_reader_down(content: bytes) -> None:
     import io
 
-    bad = readers.BadRows(skip=True)
-    for reader in (readers._read_jsonl, readers._read_csv, readers._read_parquet):
+    bad = BadRows(skip=True)
+    for reader in (read_json, read_csv, read_tsv, readers._read_parquet):
         try:
             table = reader("d", io.BytesIO(content), bad)
         except MismatchError:
@@ -191,11 +193,11 @@ def test_a_bad_csv_line(line: bytes, reason: str, tmp_path: Path) -> None:
     assert raw.train.inputs == ["fine", "also fine"] and raw.train.lines.tolist() == [2, 5]
 
 
-@pytest.mark.parametrize("content", [b"", b"a,a\n1,2\n", b"a,\n1,2\n"])
-def test_a_csv_file_needs_a_header(content: bytes, tmp_path: Path) -> None:
+def test_a_csv_file_needs_a_header(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
-    path.write_bytes(content)
-    assert "must name every column once" in message(DataSpec(source=str(path)))
+    path.write_bytes(b"a,a\n1,2\n")
+    said = message(DataSpec(source=str(path)))
+    assert "must name every column once, and 'a' stands there 2 times" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import math
 import pickle
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,35 @@ def test_a_rule_overlays_only_what_it_asks_for() -> None:
     assert table.overlaid(LocalTraining(proximal_mu=0.5)) == LocalTraining(
         lr=0.1, epochs=3, proximal_mu=0.5
     )
+
+
+def test_a_rule_can_ask_for_what_is_the_default() -> None:
+    """Every field: the default, asked for, wins over a table that says otherwise."""
+    default = LocalTraining()
+    other: dict[str, Any] = {
+        "epochs": 3,
+        "steps": 7,
+        "batch_size": 2,
+        "lr": 0.1,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "clip_norm": None,
+        "proximal_mu": 0.2,
+        "tail_penalty": 0.3,
+        "tail_keep": 0.4,
+        "dp_noise": 0.5,
+        "dp_clip": 0.6,
+    }
+    assert other.keys() == {f.name for f in fields(LocalTraining)} - {"asked"}
+    table = LocalTraining(**other)
+    for name in other:
+        got = table.overlaid(default.asking(**{name: getattr(default, name)}))
+        assert got == replace(table, **{name: getattr(default, name)}), name
+    assert table.overlaid(default) == table, "nothing is asked for"
+    both = default.asking(epochs=1).asking(proximal_mu=0.0)
+    assert table.overlaid(both) == replace(table, epochs=1, proximal_mu=0.0)
+    assert table.overlaid(both).asked == (), "what trains has no rule left in it"
 
 
 def test_what_a_module_runs_is_put_back_whatever_it_was() -> None:

@@ -495,7 +495,7 @@ def test_a_budget_that_is_too_small_is_refused_with_both_figures(
         ({"pruning": {"selection": "cka"}, "lora": {"layers": [0]}}, "layers cannot stand beside"),
         ({"pruning": {"selection": "cka"}, "lora": {"method": "dora"}}, "needs .* method"),
         ({"fleet": {"model-shares": [0.5], "memory-budgets-mib": [9]}}, "either these or MiB"),
-        ({"fleet": {"model-shares": [1.5]}}, "less than or equal to 1"),
+        ({"fleet": {"model-shares": [1.5]}}, "must be at most 1"),
         ({"pruning": {"selection": "ckaa"}}, "selection"),
         (
             {"pruning": {"selection": "cka"}, "strategy": {"name": "central-dp"}},

@@ -73,7 +73,8 @@ def read_private(path: Path) -> bytes:
         raise ConfigError(f"there is no file {path}", fix="Check the path.") from None
     except OSError as error:
         raise SecurityRefusal(
-            f"{path} cannot be opened as a private file: {error.strerror}"
+            f"{path} cannot be opened as a private file: {error.strerror}",
+            fix="Name the file itself, not a link or a folder, and check its permissions.",
         ) from error
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(file.fileno())
@@ -115,9 +116,15 @@ def load_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SecurityRefusal(f"the private key in {where} is damaged") from error
+        raise SecurityRefusal(
+            f"the private key in {where} is damaged",
+            fix="Ask for a new kit, and join with another --site-dir.",
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SecurityRefusal(f"the private key in {where} is not of the kind that fedft makes")
+        raise SecurityRefusal(
+            f"the private key in {where} is not of the kind that fedft makes",
+            fix="Ask for a new kit, and join with another --site-dir.",
+        )
     return key
 
 
@@ -130,7 +137,10 @@ def load_certificate(pem: bytes, where: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
     except (ValueError, x509.InvalidVersion) as error:
-        raise SecurityRefusal(f"the certificate in {where} is damaged") from error
+        raise SecurityRefusal(
+            f"the certificate in {where} is damaged",
+            fix="Ask for a new kit, and join with another --site-dir.",
+        ) from error
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -186,7 +196,10 @@ class Credentials:
                 fix="The file was changed on its way; ask for a new kit.",
             ) from error
         if own.public_key() != key.public_key():
-            raise SecurityRefusal(f"the key in {where} does not belong to its certificate")
+            raise SecurityRefusal(
+                f"the key in {where} does not belong to its certificate",
+                fix="Ask for a new kit, and join with another --site-dir.",
+            )
         return self
 
 
