@@ -4,6 +4,7 @@ Shapes come from the model's configuration; no weight is loaded and no worker is
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedft.core import codec, models
@@ -13,9 +14,7 @@ from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
 from server.privacy import forecast_privacy, promises
 from server.pruning import granularity, narrowed, pruning_of, site_footprint
-from server.run import resolved
-
-_CLASSES_FROM_DATA = "classification", "image-classification"
+from server.run import cut_note, resolved
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:
@@ -27,7 +26,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
         many from the first on, its peak memory by part, and the total with gradient
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
-        a model (None where it cannot be measured); ``privacy`` where the run promises any, see
+        a model (None where it cannot be measured); ``rows`` {train, test} and ``cut``, how many of
+        them are longer than ``data.max-length``, where they are texts; ``privacy`` where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -35,7 +35,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     """
     config = resolved(config)
     folder = models.resolve(config.model)
-    classes = _classes(config)
+    rows, cut, classes = _data(config, folder)
     shapes = models.schema(config.model, config.lora, classes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.strategy.init(initial)
@@ -75,6 +75,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()},
         "clients": clients,
         "framework_mib": None if framework is None else framework / MIB,
+        "rows": rows,
+        "cut": cut,
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
         **_privacy(config),
@@ -124,12 +126,17 @@ def _client(
     }
 
 
-def _classes(config: RunConfig) -> int:
-    if config.model.task not in _CLASSES_FROM_DATA:
-        return 0
-    from fedft.core.data import load
+def _data(config: RunConfig, folder: Path) -> tuple[dict[str, int], dict[str, int], int]:
+    """Numbers of rows by split, how many of them are cut, and the number of classes."""
+    from fedft.core.data import load, prepare
 
-    return len(load(config.data, config.model.task, seed=config.seed).classes)
+    task = config.model.task
+    if task == "image-classification":  # of one size each, and nothing is cut
+        raw = load(config.data, task, seed=config.seed)
+        return {"train": len(raw.train), "test": len(raw.test)}, {}, len(raw.classes)
+    encoder = models.input_encoder(config.model, folder)
+    data = prepare(config.data, task, encoder, seed=config.seed)
+    return {"train": len(data.train), "test": len(data.test)}, dict(data.cut), len(data.classes)
 
 
 def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
@@ -161,6 +168,9 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
             "transformers and peft, and no model"
         )
+    if cost["cut"]:
+        note = cut_note(config, cost["rows"], cost["cut"])
+        lines.append(f"rows cut              {note or 'none'}")
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
 

@@ -34,6 +34,7 @@ from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import Precision, TaskSpec
+from fedft.core.special_tokens import SpecialTokens, TextEncoder
 from fedft.core.types import ServerState
 from server.asynchrony import updates
 from server.checkpoints import Checkpoints
@@ -336,6 +337,7 @@ class Setting:
     manifest: Manifest
     shapes: models.Schema
     folder: Path
+    special: SpecialTokens | None
 
 
 def _execute(
@@ -364,6 +366,8 @@ def complete(
     account = open_account(config, run, federation.roster, state.round)
     federation = replace(federation, privacy=account)
     observer.started(run, config, state)
+    for note in _text_notes(setting):
+        observer.note(note)
     for completed in _until_patience(federation, state, progress):
         state = completed.state
         progress = progress.after(completed, config.model.task)
@@ -420,7 +424,11 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     inputs = {**models.fingerprint(folder), "data": data.fingerprint}
     if (availability := config.availability) is not None:
         inputs["availability"] = availability.fingerprint
-    manifest = _frozen_partition(config, run, data, inputs)
+    special = None
+    if isinstance(encoder, TextEncoder):
+        run.keep_tokenizer(encoder.files())
+        special = encoder.special
+    manifest = _frozen_partition(config, run, data, inputs, special)
     task = config.task(
         run_id=run.path.name,
         precision=config.engine.precision,
@@ -429,7 +437,32 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         manifest=str(run.partition),
         fingerprint=manifest.fingerprint,
     )
-    return Setting(config, task, data, manifest, shapes, folder)
+    return Setting(config, task, data, manifest, shapes, folder, special)
+
+
+def cut_note(config: RunConfig, rows: Mapping[str, int], cut: Mapping[str, int]) -> str:
+    """How many rows are longer than the configuration allows, in words; empty where none is.
+
+    Args:
+        config: of the run.
+        rows: number of ``train`` and of ``test`` rows.
+        cut: how many of each are cut.
+    """
+    kinds = {"train": "training", "test": "test"}
+    told = [f"{cut[k]:,} of {rows[k]:,} {word} rows" for k, word in kinds.items() if cut.get(k)]
+    return f"{' and '.join(told)} are cut at [data] max-length = {config.data.max_length}" * bool(
+        told
+    )
+
+
+def _text_notes(setting: Setting) -> Iterator[str]:
+    """What the user should know of how texts became rows."""
+    data, special = setting.data, setting.special
+    sizes = {"train": len(data.train), "test": len(data.test)}
+    if note := cut_note(setting.config, sizes, data.cut):
+        yield note
+    if setting.config.model.task == "causal-lm" and special is not None and special.end is None:
+        yield "the tokenizer has no end-of-text token: the model does not learn where to stop"
 
 
 def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
@@ -442,17 +475,23 @@ def _check_ranks(config: RunConfig, shapes: models.Schema) -> None:
             )
 
 
-def _facts(config: RunConfig, data: Data) -> dict[str, object]:
+def _facts(config: RunConfig, data: Data, special: SpecialTokens | None) -> dict[str, object]:
+    text = {} if special is None else {"cut": dict(data.cut), "special_tokens": special.facts()}
     return {
         "device": "cuda" if config.engine.gpus_per_worker else "cpu",
         "classes": list(data.classes),
         "examples": {"train": len(data.train), "test": len(data.test)},
         "skipped": dict(data.skipped),
+        **text,
     }
 
 
 def _frozen_partition(
-    config: RunConfig, run: RunDir, data: Data, inputs: dict[str, str]
+    config: RunConfig,
+    run: RunDir,
+    data: Data,
+    inputs: dict[str, str],
+    special: SpecialTokens | None,
 ) -> Manifest:
     """The run's manifest: built, saved and recorded once, loaded and verified ever after."""
     if recorded := run.environment().get("hashes"):
@@ -469,7 +508,8 @@ def _frozen_partition(
         owners=data.owners,
     )
     manifest.save(run.partition)
-    run.write_environment({**inputs, "partition": manifest.fingerprint}, _facts(config, data))
+    facts = _facts(config, data, special)
+    run.write_environment({**inputs, "partition": manifest.fingerprint}, facts)
     return partition.load(run.partition)  # mapped: a million sites leave the memory again
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from fedft.core.special_tokens import TextEncoder
+
 Task = Literal["classification", "causal-lm", "image-classification"]
 T = TypeVar("T")
 
@@ -96,6 +98,7 @@ class Data:
         owners: values of ``partition.column``, one a row of ``train``; None without a column.
         skipped: bad rows that were left out, by reason.
         fingerprint: SHA-256 over both splits and the class names, for the run record.
+        cut: rows of ``train`` and of ``test`` that were longer than ``data.max-length``.
     """
 
     train: Examples
@@ -104,6 +107,7 @@ class Data:
     owners: Sequence[str] | None
     skipped: Mapping[str, int]
     fingerprint: str
+    cut: Mapping[str, int]
 
 
 def load(
@@ -139,7 +143,7 @@ def load(
 def prepare(
     spec: DataSpec,
     task: Task,
-    encoder: "PreTrainedTokenizerBase | Callable[[Any], Tensor]",
+    encoder: "TextEncoder | PreTrainedTokenizerBase | Callable[[Any], Tensor]",
     *,
     seed: int = 0,
     classes: Sequence[str] | None = None,
@@ -149,7 +153,7 @@ def prepare(
     Args:
         spec: the data's table.
         task: what is fine-tuned.
-        encoder: the model's tokenizer; for image-classification a function from an RGB image
+        encoder: the model's tokenizer, with what was decided about its special tokens or without; for image-classification a function from an RGB image
             to pixel values [c, h, w].
         seed: as for :func:`load`.
         classes: as for :func:`load`.
@@ -159,8 +163,8 @@ def prepare(
     """
     raw = load(spec, task, seed=seed, classes=classes)
     bad = BadRows(spec.skip_bad)
-    train, kept = _encode(raw.train, task, encoder, spec.max_length, bad)
-    test, _ = _encode(raw.test, task, encoder, spec.max_length, bad)
+    train, kept, cut = _encode(raw.train, task, encoder, spec.max_length, bad)
+    test, _, cut_of_test = _encode(raw.test, task, encoder, spec.max_length, bad)
     if not len(train):
         raise MismatchError(
             f"{spec.source} has no training rows left after skipping {dict(bad.counts)}",
@@ -174,6 +178,7 @@ def prepare(
         None if raw.train.owners is None else _take(raw.train.owners, kept),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
+        {"train": cut, "test": cut_of_test},
     )
 
 
@@ -358,27 +363,27 @@ def _class_names(values: Sequence[object], table: RawTable) -> list[str]:
 
 def _encode(
     rows: RawRows, task: Task, encoder: Any, max_length: int, bad: BadRows
-) -> tuple[Examples, Rows]:
-    """The rows as examples, and which of them were encoded."""
+) -> tuple[Examples, Rows, int]:
+    """The rows as examples, which of them were encoded, and how many of these were cut."""
     every = np.arange(len(rows))
     if task == "image-classification":
         assert rows.labels is not None
-        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every
-    spilled: Mapping[int, int] = {}
+        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every, 0
     if rows.answers is not None:
-        examples, spilled = tokens.answered(rows.inputs, rows.answers, encoder, max_length)
+        encoded = tokens.answered(rows.inputs, rows.answers, encoder, max_length)
     else:
         assert rows.labels is not None
-        examples = tokens.classified(rows.inputs, rows.labels, encoder, max_length)
+        encoded = tokens.classified(rows.inputs, rows.labels, encoder, max_length)
+    examples, spilled = encoded.examples, encoded.spilled
     empty = np.flatnonzero(examples.lengths == 0)
     if not len(empty):
-        return examples, every
+        return examples, every, int(encoded.cut.sum())
     for row in empty.tolist():
         prompt = f"the prompt takes {spilled.get(row)} tokens of data.max-length = {max_length}"
         detail = f"{prompt}: no token of the answer is left" if row in spilled else "no tokens"
         bad.add(rows.where(row), "tokens", detail)
     kept = np.flatnonzero(examples.lengths)
-    return examples.subset(kept), kept
+    return examples.subset(kept), kept, int(encoded.cut[kept].sum())
 
 
 def _folder(source: str) -> Path:

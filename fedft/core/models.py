@@ -35,6 +35,7 @@ from fedft.core.memory import Geometry, Load
 from fedft.core.overrides import overridden
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
+from fedft.core.special_tokens import SpecialTokens, special_tokens, text_encoder
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of, in_blocks
@@ -192,24 +193,20 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return {"base_model": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The fast tokenizer; a missing padding token becomes the end-of-sequence token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def load_tokenizer(folder: Path, task: str = "classification") -> "PreTrainedTokenizerBase":
+    """The tokenizer, with the padding token that :mod:`fedft.core.special_tokens` decides on."""
+    return text_encoder(folder, task).tokenizer
 
 
 def input_encoder(spec: ModelSpec, folder: Path) -> Any:
-    """What turns an example into the model's input: a tokenizer, or a function of an RGB image.
+    """What turns an example into the model's input: a :class:`~fedft.core.special_tokens.TextEncoder`,
+    or a function of an RGB image.
 
     The function gives pixel values [c, h, w], resized and normalised as the model's own processor
     does it.
     """
     if spec.task != "image-classification":
-        return load_tokenizer(folder)
+        return text_encoder(folder, spec.task)
     from transformers import AutoImageProcessor
 
     processor: Any = AutoImageProcessor.from_pretrained(folder)
@@ -744,8 +741,10 @@ def load_base(
         "ignore_mismatched_sizes": True,
     }
     folder = resolve(spec)
+    images = spec.task == "image-classification"
+    special = None if images else special_tokens(folder, spec.task)
     if lean:
-        load = partial(_of_blocks, spec, folder, classes, options, device)
+        load = partial(_of_blocks, spec, folder, classes, options, device, special)
         bare = load(())
         output = output_of(bare) if spec.task == "causal-lm" else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
@@ -762,7 +761,7 @@ def load_base(
     )
     if shared and precision == "bf16" and device == "cpu" and not spec.trust_remote_code:
         folder = _in_bfloat16(folder, load)
-    return Base(_ready(load(folder), device), lora, spec.task)
+    return Base(_ready(load(folder), device, special), lora, spec.task)
 
 
 _WORTH_SHARING = 32 << 20
@@ -840,8 +839,8 @@ def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
     return {} if spec.task == "causal-lm" else {"num_labels": classes}
 
 
-def _ready(model: nn.Module, device: str) -> nn.Module:
-    """Frozen, in evaluation mode, on its device."""
+def _ready(model: nn.Module, device: str, special: SpecialTokens | None) -> nn.Module:
+    """Frozen, in evaluation mode, on its device; its configuration says what pads."""
     model.requires_grad_(False).eval()
     if not getattr(model, "is_quantized", False):  # which was put there as it was loaded
         model.to(device)
@@ -849,8 +848,11 @@ def _ready(model: nn.Module, device: str) -> nn.Module:
         if isinstance(head := getattr(model, name, None), nn.Module):
             head.float().register_forward_pre_hook(_widen)
     config: Any = model.config
-    if getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = config.eos_token_id
+    if special is not None:
+        special.follow(model)
+    elif getattr(config, "pad_token_id", 0) is None:  # rows come from elsewhere, and some pad
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return model
 
 
@@ -860,6 +862,7 @@ def _of_blocks(
     classes: int,
     options: Mapping[str, Any],
     device: str,
+    special: SpecialTokens | None,
     layers: Sequence[Layer],
 ) -> nn.Module:
     """The pretrained network of some blocks, or of one half of each, alone, in the order given.
@@ -884,7 +887,7 @@ def _of_blocks(
                     weights[_renumbered(name, position)] = file.get_tensor(name)
     kind: Any = _lacking(type(whole), layers)
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    return _ready(model, device)
+    return _ready(model, device, special)
 
 
 def _lacking(kind: type[nn.Module], layers: Sequence[Layer]) -> type[nn.Module]:
