@@ -112,7 +112,7 @@ class PlainText:
             suspect |= np.array([self._found.search(text) is not None for text in texts], bool)
         if not suspect.any():
             return own
-        odd = np.flatnonzero(suspect)
+        odd: list[int] = np.flatnonzero(suspect).tolist()
         again = self._neutral([texts[i] for i in odd], special, max_length)
         for i, row, cut in zip(odd, again.rows, again.cut, strict=True):
             own.rows[i], own.cut[i] = row, cut
@@ -136,8 +136,9 @@ class PlainText:
             return ids
         written = np.array([self._controls_in("".join(row)) for row in parts], np.int64)
         theirs = np.array([any(map(found.search, row)) for row in rows], bool)
-        odd = np.flatnonzero(theirs | (self._count([*chain(*row)] for row in ids) > written))
-        if len(odd):
+        found_in = self._count([*chain(*row)] for row in ids)
+        odd: list[int] = np.flatnonzero(theirs | (found_in > written)).tolist()
+        if odd:
             veiled = render([tuple(map(self._veil, rows[i])) for i in odd])
             named = [tuple(self._unveil(self._named(t)) for t in row) for row in veiled]
             again = self._in_parts(named, lambda texts: self._neutral(texts, False, None).rows)
