@@ -450,9 +450,8 @@ def cut_note(config: RunConfig, rows: Mapping[str, int], cut: Mapping[str, int])
     """
     kinds = {"train": "training", "test": "test"}
     told = [f"{cut[k]:,} of {rows[k]:,} {word} rows" for k, word in kinds.items() if cut.get(k)]
-    return f"{' and '.join(told)} are cut at [data] max-length = {config.data.max_length}" * bool(
-        told
-    )
+    limit = f"longer than data.max-length = {config.data.max_length}, and cut there"
+    return f"{' and '.join(told)} are {limit}" if told else ""
 
 
 def _text_notes(setting: Setting) -> Iterator[str]:
