@@ -71,7 +71,7 @@ def _rows(task_json: str, index: int) -> Examples:
     own = raw.train.take(manifest.rows_of(index))
     assert own.labels is not None
     tokenizer = load_tokenizer(resolve(task.model))
-    return tokens.classified(own.inputs, own.labels, tokenizer, task.data.max_length)
+    return tokens.classified(own.inputs, own.labels, tokenizer, task.data.max_length).examples
 
 
 @lru_cache(maxsize=1)

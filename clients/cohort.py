@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from fedft.core.metrics import Tally
 from fedft.core.models import Base, linears
 from fedft.core.overrides import overridden
 from fedft.core.spec import LoraSpec
+from fedft.core.special_tokens import reads_last
 from fedft.core.sublayers import Layer
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
 
@@ -109,6 +110,7 @@ class CohortEngine:
         self._packs = wanted and self._packing.possible
         config: Any = base.model.config
         self._pad_token = int(getattr(config, "pad_token_id", None) or 0)
+        self._side: Literal["left", "right"] = "left" if reads_last(config) else "right"
         self._prefix = Prefix(base, self._packing, self._joined)
         wide = any(p.dtype == torch.float64 for p in base.model.parameters())
         self._dtype = torch.float64 if wide else torch.float32
@@ -259,7 +261,8 @@ class CohortEngine:
         return replace(step, entering=self._prefix.entering(batches, step, kept))
 
     def _joined(self, batches: Sequence[Batch]) -> Step:
-        return join(batches, self._pad_token, packs=self._packs).to(self.base.device)
+        step = join(batches, self._pad_token, packs=self._packs, side=self._side)
+        return step.to(self.base.device)
 
     def _answers(self, now: _Now) -> Tensor:
         """Logits for the step's targets, [m, classes]; with a vocabulary its states, [m, d]."""

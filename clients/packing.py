@@ -106,13 +106,20 @@ class Step:
         )
 
 
-def join(batches: Sequence[Batch], pad_token: int, *, packs: bool) -> Step:
+def join(
+    batches: Sequence[Batch],
+    pad_token: int,
+    *,
+    packs: bool,
+    side: Literal["left", "right"] = "right",
+) -> Step:
     """Put the batches of several sites under each other, in order.
 
     Args:
         batches: one of each site.
         pad_token: token id of padding.
         packs: whether padding is to be left out.
+        side: where shorter rows get more padding.
     """
     rows = tuple(len(batch) for batch in batches)
     columns = [dict(batch.inputs) for batch in batches]
@@ -120,7 +127,7 @@ def join(batches: Sequence[Batch], pad_token: int, *, packs: bool) -> Step:
         if "input_ids" in own:
             own.setdefault("attention_mask", torch.ones_like(own["input_ids"]))
     inputs = {
-        name: _cat([own[name] for own in columns], pad_token if name == "input_ids" else 0)
+        name: _cat([own[name] for own in columns], pad_token if name == "input_ids" else 0, side)
         for name in columns[0]
     }
     labels = _cat([batch.labels for batch in batches], IGNORED)
@@ -147,11 +154,13 @@ def _length(inputs: Mapping[str, Tensor]) -> int:
     return inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
 
 
-def _cat(tensors: Sequence[Tensor], value: int) -> Tensor:
-    """Under each other; token sequences are padded on the right to the longest."""
+def _cat(tensors: Sequence[Tensor], value: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """Under each other; token sequences are padded to the longest."""
     if tensors[0].ndim == 2:
         longest = max(tensor.shape[1] for tensor in tensors)
-        tensors = [F.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
+        for i, tensor in enumerate(tensors := list(tensors)):
+            more = longest - tensor.shape[1]
+            tensors[i] = F.pad(tensor, (more, 0) if side == "left" else (0, more), value=value)
     return torch.cat(list(tensors))
 
 

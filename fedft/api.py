@@ -28,19 +28,23 @@ class ExportedAdapter:
     Attributes:
         path: the folder.
         round: the round it is from.
+        tokenizer: a folder with the tokenizer as the run used it; None where the run has none.
     """
 
     path: Path
     round: int
+    tokenizer: Path | None = None
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Copy it to another folder, which must not exist or be empty."""
+        """Copy it, with the tokenizer, to another folder, which must not exist or be empty."""
         target = Path(folder)
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target} is a file, not a folder", fix="Choose another folder.")
         with disk(f"write {target}"):
             if target.exists() and any(target.iterdir()):
                 raise ConfigError(f"{target} is not empty", fix="Choose another folder.")
+            if self.tokenizer is not None:
+                shutil.copytree(self.tokenizer, target, dirs_exist_ok=True)
             shutil.copytree(self.path, target, dirs_exist_ok=True)
         return target
 
@@ -93,7 +97,8 @@ class Run:
                 f"the adapter of round {round_} was not kept; there are {exported}",
                 fix="Set [rounds] keep-adapters = true to keep the adapter of every evaluation.",
             )
-        return ExportedAdapter(self._record.adapter(round_), round_)
+        own = self._record.tokenizer
+        return ExportedAdapter(self._record.adapter(round_), round_, own if own.is_dir() else None)
 
     def _best(self) -> int:
         best = self.metrics.get("best")

@@ -175,6 +175,9 @@ def export(
     else:
         print(f"round {adapter.round} → {target}")
         print(f"load it with PeftModel.from_pretrained(base_model, {str(target)!r})")
+        if adapter.tokenizer is not None:
+            print("beside it is the tokenizer of the run: give the model its padding token by")
+            print("base_model.config.pad_token_id = tokenizer.pad_token_id")
 
 
 @cli.command()

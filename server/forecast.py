@@ -28,7 +28,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
         a model (None where it cannot be measured); no memory where the model's architecture is not
         known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
-        would; ``privacy`` where the run promises any, see
+        would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
+        ``privacy`` where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -86,7 +87,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
             "test": len(data.test),
             "classes": list(data.classes),
             "skipped": dict(data.skipped),
-            "notes": remarks(data),
+            "cut": dict(data.cut),
+            "notes": remarks(config, data),
         },
         **_privacy(config, len(data.train)),
     }

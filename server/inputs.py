@@ -5,6 +5,7 @@ from typing import Any
 from fedft.core import models
 from fedft.core.data import Data, check_test, prepare
 from fedft.core.errors import ConfigError
+from fedft.core.special_tokens import SpecialTokens
 from server.config import RunConfig
 
 
@@ -23,11 +24,32 @@ def data_of(config: RunConfig, encoder: Any) -> Data:
     return data
 
 
-def remarks(data: Data) -> list[str]:
+def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None) -> list[str]:
     """What whoever watches a run should know of its data, a sentence each."""
     skipped = ", ".join(f"{reason} {n:,}" for reason, n in sorted(data.skipped.items()))
     left_out = f"{sum(data.skipped.values()):,} bad rows of the data are left out ({skipped})"
-    return [*data.notes, *([left_out] if skipped else [])]
+    endless = config.model.task == "causal-lm" and special is not None and special.end is None
+    return [
+        *data.notes,
+        *([left_out] if skipped else []),
+        *_cut(config, data),
+        *([_ENDLESS] if endless else []),
+    ]
+
+
+_ENDLESS = "the tokenizer has no end-of-text token: the model does not learn where to stop"
+
+
+def _cut(config: RunConfig, data: Data) -> list[str]:
+    """How many rows are longer than the configuration allows."""
+    rows = {"train": ("training", len(data.train)), "test": ("test", len(data.test))}
+    told = [
+        f"{data.cut[split]:,} of {count:,} {word} rows"
+        for split, (word, count) in rows.items()
+        if data.cut.get(split)
+    ]
+    limit = f"longer than data.max-length = {config.data.max_length}, and cut there"
+    return [f"{' and '.join(told)} are {limit}"] if told else []
 
 
 def check_rank(config: RunConfig, shapes: models.Schema) -> None:

@@ -38,6 +38,7 @@ from fedft.core.partition import Manifest
 from fedft.core.peft_io import save_adapter, save_mixture, save_whole
 from fedft.core.rundir import RunDir
 from fedft.core.spec import LoraSpec, Precision, TaskSpec
+from fedft.core.special_tokens import SpecialTokens, TextEncoder
 from fedft.core.types import ServerState
 from server.asynchrony import updates
 from server.checkpoints import Checkpoints
@@ -358,6 +359,7 @@ class Setting:
     shapes: models.Schema
     folder: Path
     hashes: Mapping[str, str]
+    special: SpecialTokens | None
 
 
 def _execute(
@@ -386,7 +388,7 @@ def complete(
     state, progress = _restore(setting, run, grid, checkpoints, observer)
     account = open_account(config, run, federation.roster, state.round)
     federation = replace(federation, privacy=account)
-    for remark in remarks(setting.data):
+    for remark in remarks(config, setting.data, setting.special):
         observer.note(remark)
     observer.started(run, config, state)
     for completed in _until_patience(federation, state, progress):
@@ -427,6 +429,7 @@ def _verified(
             head=setting.shapes.saved,
             test=setting.data.test.subset(np.arange(0)) if gated else setting.data.test,
             precision=setting.task.precision,
+            special=setting.special,
             stop=federation.stop,
         )
 
@@ -480,7 +483,11 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     inputs = {**hashes, "data": data.fingerprint}
     if (availability := config.availability) is not None:
         inputs["availability"] = availability.fingerprint
-    manifest = _frozen_partition(config, run, data, inputs)
+    special = None
+    if isinstance(encoder, TextEncoder):
+        run.keep_tokenizer(encoder.files())
+        special = encoder.special
+    manifest = _frozen_partition(config, run, data, inputs, special)
     task = config.task(
         lora=_pinned(config, shapes),
         run_id=run.path.name,
@@ -490,7 +497,7 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         manifest=str(run.partition),
         fingerprint=manifest.fingerprint,
     )
-    return Setting(config, task, data, manifest, shapes, folder, hashes)
+    return Setting(config, task, data, manifest, shapes, folder, hashes, special)
 
 
 def _pinned(config: RunConfig, shapes: models.Schema) -> LoraSpec:
@@ -527,18 +534,24 @@ def tried(
     return replace(setting, task=setting.task.model_copy(update={"cohort": 1}))
 
 
-def _facts(config: RunConfig, data: Data) -> dict[str, object]:
+def _facts(config: RunConfig, data: Data, special: SpecialTokens | None) -> dict[str, object]:
+    text = {} if special is None else {"cut": dict(data.cut), "special_tokens": special.facts()}
     return {
         "device": "cuda" if config.engine.gpus_per_worker else "cpu",
         "classes": list(data.classes),
         "examples": {"train": len(data.train), "test": len(data.test)},
         "skipped": dict(data.skipped),
         "notes": list(data.notes),
+        **text,
     }
 
 
 def _frozen_partition(
-    config: RunConfig, run: RunDir, data: Data, inputs: dict[str, str]
+    config: RunConfig,
+    run: RunDir,
+    data: Data,
+    inputs: dict[str, str],
+    special: SpecialTokens | None,
 ) -> Manifest:
     """The run's manifest: built, saved and recorded once, loaded and verified ever after.
 
@@ -558,7 +571,8 @@ def _frozen_partition(
         owners=data.owners,
     )
     manifest.save(run.partition)
-    run.write_environment({**inputs, "partition": manifest.fingerprint}, _facts(config, data))
+    facts = _facts(config, data, special)
+    run.write_environment({**inputs, "partition": manifest.fingerprint}, facts)
     return partition.load(run.partition)  # mapped: a million sites leave the memory again
 
 

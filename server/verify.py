@@ -19,6 +19,7 @@ from fedft.core.errors import MismatchError
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
 from fedft.core.spec import ModelSpec, Precision
+from fedft.core.special_tokens import SpecialTokens
 from fedft.core.types import Batch, EvalPlan, ServerState
 from server.courier import Courier, ask_to_evaluate, replies
 from server.evaluation import tally_of
@@ -45,6 +46,7 @@ def verify(
     head: Head,
     test: Examples,
     precision: Precision,
+    special: SpecialTokens | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Compare a run's own scores with those of its exported adapter in stock peft.
@@ -60,6 +62,7 @@ def verify(
         head: of the base model.
         test: the server's test set; where it is empty the tensors alone are compared.
         precision: of the run.
+        special: what pads, and ends, its texts.
         stop: is asked several times a second whether to stop.
 
     Returns:
@@ -71,7 +74,7 @@ def verify(
     count = max(1, math.ceil(len(test) / ROWS))
     shards = range(min(SLICES, count) if len(test) else 0)
     own = list(_of_run(grid, task, state, shards, count, stop))
-    loaded = stock.stock_model(export, model, folder, classes, precision)
+    loaded = stock.stock_model(export, model, folder, classes, precision, special)
     lost = stock.unlike(loaded, export, head)
     groups = [list(_rows(test, shard, count)) for shard in shards]
     theirs = list(stock.tallies(loaded, groups))

@@ -101,12 +101,21 @@ def _loading(origin: Origin) -> list[str]:
             f"label2id={dict(zip(origin.classes, named, strict=True))}",
             "ignore_mismatched_sizes=True",
         ]
+    text = model.task != "image-classification"
     return [
         "from peft import PeftModel",
-        f"from transformers import {auto}",
+        f"from transformers import {auto}{', AutoTokenizer' if text else ''}",
         "",
         f"base = {auto}.from_pretrained(",
         *(f"    {argument}," for argument in given),
         ")",
+        *(_PADDING if text else ()),
         'model = PeftModel.from_pretrained(base, "FOLDER")',
     ]
+
+
+_PADDING = (
+    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    "base.config.pad_token_id = tokenizer.pad_token_id",
+)
+"""As the run padded: what a checkpoint's own configuration says may be another token, or none."""

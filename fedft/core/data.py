@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from fedft.core.special_tokens import TextEncoder
+
 Task = Literal["classification", "causal-lm", "image-classification"]
 T = TypeVar("T")
 
@@ -101,6 +103,7 @@ class Data:
         skipped: bad rows that were left out, by reason.
         fingerprint: SHA-256 over both splits and the class names, for the run record.
         notes: what a reader should know of the data, a sentence each.
+        cut: rows of ``train`` and of ``test`` that were longer than ``data.max-length``.
     """
 
     train: Examples
@@ -109,6 +112,7 @@ class Data:
     owners: Sequence[str] | None
     skipped: Mapping[str, int]
     fingerprint: str
+    cut: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
 
@@ -146,7 +150,7 @@ def load(
 def prepare(
     spec: DataSpec,
     task: Task,
-    encoder: "PreTrainedTokenizerBase | Callable[[Any], Tensor]",
+    encoder: "TextEncoder | PreTrainedTokenizerBase | Callable[[Any], Tensor]",
     *,
     seed: int = 0,
     classes: Sequence[str] | None = None,
@@ -156,7 +160,7 @@ def prepare(
     Args:
         spec: the data's table.
         task: what is fine-tuned.
-        encoder: the model's tokenizer; for image-classification a function from an RGB image
+        encoder: the model's tokenizer, with what was decided about its special tokens or without; for image-classification a function from an RGB image
             to pixel values [c, h, w].
         seed: as for :func:`load`.
         classes: as for :func:`load`.
@@ -166,8 +170,8 @@ def prepare(
     """
     raw = load(spec, task, seed=seed, classes=classes)
     bad = BadRows(spec.skip_bad)
-    train, kept = _encode(raw.train, task, encoder, spec.max_length, bad)
-    test, _ = _encode(raw.test, task, encoder, spec.max_length, bad)
+    train, kept, cut = _encode(raw.train, task, encoder, spec.max_length, bad)
+    test, _, cut_of_test = _encode(raw.test, task, encoder, spec.max_length, bad)
     bad.check()
     if not len(train):
         raise MismatchError(
@@ -182,6 +186,7 @@ def prepare(
         None if raw.train.owners is None else _take(raw.train.owners, kept),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
+        {"train": cut, "test": cut_of_test},
         raw.notes,
     )
 
@@ -415,27 +420,27 @@ def _class_names(values: Sequence[str], table: RawTable, bad: BadRows) -> list[s
 
 def _encode(
     rows: RawRows, task: Task, encoder: Any, max_length: int, bad: BadRows
-) -> tuple[Examples, Rows]:
-    """The rows as examples, and which of them were encoded."""
+) -> tuple[Examples, Rows, int]:
+    """The rows as examples, which of them were encoded, and how many of these were cut."""
     every = np.arange(len(rows))
     if task == "image-classification":
         assert rows.labels is not None
-        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every
-    spilled: Mapping[int, int] = {}
+        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every, 0
     if rows.answers is not None:
-        examples, spilled = tokens.answered(rows.inputs, rows.answers, encoder, max_length)
+        encoded = tokens.answered(rows.inputs, rows.answers, encoder, max_length)
     else:
         assert rows.labels is not None
-        examples = tokens.classified(rows.inputs, rows.labels, encoder, max_length)
+        encoded = tokens.classified(rows.inputs, rows.labels, encoder, max_length)
+    examples, spilled = encoded.examples, encoded.spilled
     empty = np.flatnonzero(examples.lengths == 0)
     if not len(empty):
-        return examples, every
+        return examples, every, int(encoded.cut.sum())
     for row in empty.tolist():
         prompt = f"the prompt takes {spilled.get(row)} tokens of data.max-length = {max_length}"
         detail = f"{prompt}: no token of the answer is left" if row in spilled else "no tokens"
         bad.add(rows.where(row), "tokens", detail)
     kept = np.flatnonzero(examples.lengths)
-    return examples.subset(kept), kept
+    return examples.subset(kept), kept, int(encoded.cut[kept].sum())
 
 
 def _folder(source: str) -> Path:

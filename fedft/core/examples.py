@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Examples(ABC):
 
     @abstractmethod
     def collate(self, rows: Rows) -> Batch:
-        """The given rows as one batch, padded on the right to the longest of them."""
+        """The given rows as one batch, padded to the longest of them."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -64,6 +64,7 @@ class TokenExamples(Examples):
         pad_id: token id of padding; the attention mask hides it.
         labels: class ids, int64 [n].
         answers: position in the row of the first token that takes a loss, int32 [n].
+        side: where padding goes; answers are padded on the right.
     """
 
     ids: NDArray[np.int32]
@@ -71,11 +72,14 @@ class TokenExamples(Examples):
     pad_id: int
     labels: NDArray[np.int64] | None = None
     answers: NDArray[np.int32] | None = None
+    side: Literal["left", "right"] = "right"
 
     def __post_init__(self) -> None:
         target = self.answers if self.labels is None else self.labels
         if (self.labels is None) == (self.answers is None) or target is None:
             raise ValueError("give class labels or the start of the answers, not both")
+        if self.answers is not None and self.side != "right":
+            raise ValueError("rows with answers are padded on the right")
         if len(self.offsets) != len(target) + 1 or self.offsets[-1] != len(self.ids):
             raise ValueError(
                 f"{len(self.offsets)} offsets up to {self.offsets[-1]} do not fit "
@@ -90,6 +94,7 @@ class TokenExamples(Examples):
         *,
         labels: Sequence[int] | NDArray[np.int64] | None = None,
         answers: Sequence[int] | None = None,
+        side: Literal["left", "right"] = "right",
     ) -> "TokenExamples":
         """Packs one list of token ids a row."""
         offsets = np.zeros(len(ids) + 1, np.int64)
@@ -101,6 +106,7 @@ class TokenExamples(Examples):
             pad_id,
             None if labels is None else np.asarray(labels, np.int64),
             None if answers is None else np.asarray(answers, np.int32),
+            side,
         )
 
     def __len__(self) -> int:
@@ -127,8 +133,10 @@ class TokenExamples(Examples):
         starts: NDArray[np.int64] = self.offsets[rows][:, None]  # [b, 1]
         ends: NDArray[np.int64] = self.offsets[rows + 1][:, None]  # [b, 1]
         position = np.arange(int((ends - starts).max()))  # [t]
-        mask = starts + position < ends  # [b, t]
-        ids = self.ids[np.minimum(starts + position, len(self.ids) - 1)]
+        first = starts if self.side == "right" else ends - len(position)
+        found = first + position  # [b, t]
+        mask = (starts <= found) & (found < ends)  # [b, t]
+        ids = self.ids[np.clip(found, 0, len(self.ids) - 1)]
         ids = np.where(mask, ids, self.pad_id).astype(np.int64)  # [b, t]
         inputs = {
             "input_ids": _tensor(ids),

@@ -35,6 +35,7 @@ from fedft.core.memory import Geometry, Load
 from fedft.core.overrides import overridden
 from fedft.core.packages import package_folder
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
+from fedft.core.special_tokens import SpecialTokens, special_tokens, text_encoder
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.tables import Output, leave_in_file, output_of, parameters_in_file
 from fedft.core.tuners import chosen, norms, tuner_of
@@ -185,24 +186,20 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return {"base_model": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The fast tokenizer; a missing padding token becomes the end-of-sequence token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def load_tokenizer(folder: Path, task: str = "classification") -> "PreTrainedTokenizerBase":
+    """The tokenizer, with the padding token that :mod:`fedft.core.special_tokens` decides on."""
+    return text_encoder(folder, task).tokenizer
 
 
 def input_encoder(spec: ModelSpec, folder: Path) -> Any:
-    """What turns an example into the model's input: a tokenizer, or a function of an RGB image.
+    """What turns an example into the model's input: a :class:`~fedft.core.special_tokens.TextEncoder`,
+    or a function of an RGB image.
 
     The function gives pixel values [c, h, w], resized and normalised as the model's own processor
     does it.
     """
     if spec.task != "image-classification":
-        return load_tokenizer(folder)
+        return text_encoder(folder, spec.task)
     from transformers import AutoImageProcessor
 
     processor: Any = AutoImageProcessor.from_pretrained(folder)
@@ -802,8 +799,9 @@ def load_base(
     options = _options(precision, eager=eager)
     folder = resolve(spec)
     head = head_of(spec, folder, classes)
+    special = special_of(spec, folder)
     if lean:
-        load = partial(_of_blocks, spec, folder, classes, head, options, device)
+        load = partial(_of_blocks, spec, folder, classes, head, options, device, special)
         bare = load(())
         output = output_of(bare) if spec.task == "causal-lm" else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
@@ -822,7 +820,7 @@ def load_base(
         folder = _in_bfloat16(folder, load)
     with refusing(spec, folder):
         model = load(folder)
-    return Base(_ready(model, device, head), lora, spec.task, head=head)
+    return Base(_ready(model, device, head, special), lora, spec.task, head=head)
 
 
 def load_first(
@@ -841,8 +839,15 @@ def load_first(
     folder = resolve(spec)
     head = head_of(spec, folder, classes)
     options = _options("fp32", eager=eager)
-    model = _of_blocks(spec, folder, classes, head, options, device, range(blocks))
+    special = special_of(spec, folder)
+    model = _of_blocks(spec, folder, classes, head, options, device, special, range(blocks))
     return Base(model, lora.model_copy(update={"layers": None}), spec.task, head=head)
+
+
+def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:
+    """What was decided about a model's special tokens; None where its inputs are images."""
+    images = spec.task == "image-classification"
+    return None if images else special_tokens(folder, spec.task)
 
 
 def _options(precision: Precision, *, eager: bool) -> dict[str, Any]:
@@ -931,8 +936,8 @@ def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
     return {} if spec.task == "causal-lm" else {"num_labels": classes}
 
 
-def _ready(model: nn.Module, device: str, head: Head) -> nn.Module:
-    """Frozen, in evaluation mode, on its device; the head in float32."""
+def _ready(model: nn.Module, device: str, head: Head, special: SpecialTokens | None) -> nn.Module:
+    """Frozen, in evaluation mode, on its device; the head in float32, and what pads is said."""
     narrow = next((p.dtype for n, p in model.named_parameters() if not head.holds(n)), None)
     model.requires_grad_(False).eval()
     if not getattr(model, "is_quantized", False):  # which was put there as it was loaded
@@ -943,8 +948,11 @@ def _ready(model: nn.Module, device: str, head: Head) -> nn.Module:
         if path not in head.outputs and narrow == torch.bfloat16:
             module.register_forward_hook(_narrow)  # a frozen layer may come after it
     config: Any = model.config
-    if getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = config.eos_token_id
+    if special is not None:
+        special.follow(model)
+    elif getattr(config, "pad_token_id", 0) is None:  # rows come from elsewhere, and some pad
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return model
 
 
@@ -955,6 +963,7 @@ def _of_blocks(
     head: Head,
     options: Mapping[str, Any],
     device: str,
+    special: SpecialTokens | None,
     layers: Sequence[Layer],
 ) -> nn.Module:
     """The pretrained network of some blocks, or of one half of each, alone, in the order given.
@@ -979,7 +988,7 @@ def _of_blocks(
                     weights[_renumbered(name, position)] = file.get_tensor(name)
     kind: Any = _lacking(type(whole), layers)
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    return _ready(model, device, head)
+    return _ready(model, device, head, special)
 
 
 def _lacking(kind: type[nn.Module], layers: Sequence[Layer]) -> type[nn.Module]:

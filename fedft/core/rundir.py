@@ -6,6 +6,7 @@
     clients.jsonl          one line a reply
     privacy.jsonl          one line an attempt at a round, where the run promises privacy
     adapters/round-0020/   PEFT adapters
+    tokenizer/             the tokenizer as the run used it: what pads is decided, see special_tokens
     checkpoints/           ServerState, see server.checkpoints
     partition/             who holds which rows
     report/                derived; delete at will
@@ -233,6 +234,27 @@ class RunDir:
         self._writer()
         write_file(self.path / "environment.json", _pretty(self.environment() | dict(facts)))
 
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer as the run used it; absent where inputs are no text."""
+        return self.path / "tokenizer"
+
+    def keep_tokenizer(self, files: Mapping[str, bytes]) -> None:
+        """Stores a tokenizer, once.
+
+        Args:
+            files: as ``save_pretrained`` writes them, by name.
+        """
+        self._writer()
+        last = "tokenizer_config.json"  # where this is, all are
+        if (self.tokenizer / last).exists():
+            return
+        with disk(f"create {self.tokenizer}"):
+            Files().mkdir(self.tokenizer)
+            Files().sync_folder(self.path)
+        for name in sorted(files, key=lambda name: (name == last, name)):
+            write_file(self.tokenizer / name, files[name])
+
     def changed_versions(self) -> dict[str, tuple[str | None, str | None]]:
         """Libraries that decide about bits, by (version then, version now), where they differ.
 
@@ -352,8 +374,9 @@ class RunDir:
     def _clear(self) -> None:
         """Remove what a run is started from; its configuration, which marks it as a run, last."""
         with disk(f"clear {self.path}"):
-            if self.partition.exists():
-                shutil.rmtree(self.partition)
+            for folder in (self.partition, self.tokenizer):
+                if folder.exists():
+                    shutil.rmtree(folder)
             (self.path / "environment.json").unlink(missing_ok=True)
             self._config.unlink(missing_ok=True)
 
@@ -414,7 +437,7 @@ class RunDir:
 
 
 _LOCK = ".lock"
-_UNBEGUN = frozenset({_LOCK, "config.toml", "environment.json", "partition"})
+_UNBEGUN = frozenset({_LOCK, "config.toml", "environment.json", "partition", "tokenizer"})
 """What is in the folder of a run before its first round, or its first client."""
 
 _writers: "weakref.WeakSet[RunDir]" = weakref.WeakSet()

@@ -14,11 +14,17 @@ from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.peft_io import WEIGHTS
 from fedft.core.spec import ModelSpec, Precision
+from fedft.core.special_tokens import SpecialTokens
 from fedft.core.types import PREFIX, Batch
 
 
 def stock_model(
-    export: Path, spec: ModelSpec, folder: Path, classes: int, precision: Precision
+    export: Path,
+    spec: ModelSpec,
+    folder: Path,
+    classes: int,
+    precision: Precision,
+    special: SpecialTokens | None,
 ) -> nn.Module:
     """The base by ``from_pretrained`` with the adapter by ``PeftModel.from_pretrained``.
 
@@ -28,6 +34,7 @@ def stock_model(
         folder: where it is on this machine.
         classes: number of classes; ignored for a causal language model.
         precision: ``bf16`` loads the base in bfloat16, anything else in float32.
+        special: what pads, as a user takes it from the tokenizer that comes with an export.
 
     Raises:
         MismatchError: stock peft cannot load the adapter.
@@ -46,6 +53,8 @@ def stock_model(
             trust_remote_code=spec.trust_remote_code,
             **labels,
         )
+    if special is not None:
+        special.follow(base)
     try:
         model: nn.Module = PeftModel.from_pretrained(base, export).eval()
     except Exception as error:  # peft raises whatever torch and json do

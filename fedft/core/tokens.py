@@ -2,7 +2,9 @@
 
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedft.core.errors import MismatchError
 from fedft.core.examples import TokenExamples
+from fedft.core.special_tokens import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,87 +25,103 @@ _FIXED_DATE = "26 Jul 2024"
 the data, and so their fingerprint, would change overnight."""
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of a data set as examples.
+
+    Attributes:
+        examples: one a row.
+        cut: which rows were longer than the limit, bool [n].
+        spilled: of each row whose prompt alone fills the limit, so that no token of its answer is
+            left, the length of the prompt in tokens. Such a row has no tokens.
+    """
+
+    examples: TokenExamples
+    cut: NDArray[np.bool_]
+    spilled: Mapping[int, int] = field(default_factory=dict[int, int])
+
+
 def classified(
     texts: Sequence[str],
     labels: NDArray[np.int64],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
     max_length: int,
-) -> TokenExamples:
+) -> Encoded:
     """Texts with one class each; longer ones are cut to ``max_length`` tokens."""
+    encoder = TextEncoder.of(tokenizer)
     ids: list[list[int]] = []
+    cut: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
     for rows in _chunks(len(texts)):
-        encoded: Any = tokenizer(
-            list(texts[rows]),
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        ids += encoded["input_ids"]
-    return TokenExamples.from_lists(ids, _pad_id(tokenizer), labels=labels)
+        found = encoder.plain.encode(texts[rows], special=True, max_length=max_length)
+        ids += found.rows
+        cut.append(found.cut)
+    special = encoder.special
+    examples = TokenExamples.from_lists(ids, special.pad, labels=labels, side=special.side)
+    return Encoded(examples, np.concatenate(cut))
 
 
 def answered(
     prompts: Sequence[str],
     answers: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
     max_length: int,
-) -> tuple[TokenExamples, dict[int, int]]:
+) -> Encoded:
     """Prompts with answers; the loss is on the answer and on the token that ends its turn.
 
     With a chat template the prompt is the user's turn and the answer the assistant's; without
     one a row is ``bos prompt newline answer eos``. Prompt and answer are tokenised apart, since
-    that is what the model meets when it generates. A row longer than ``max_length`` loses the
-    end of its answer.
-
-    Returns:
-        The examples; and of each row whose prompt alone fills ``max_length``, so that no token of
-        its answer is left, the length of the prompt in tokens. Such a row has no tokens.
+    that is what the model meets when it generates. An answer ends in the control token with which
+    the template ends its turn; one that does not, in the end of text. A row longer than
+    ``max_length`` loses the end of its answer.
 
     Raises:
         MismatchError: the chat template is not usable for training.
     """
+    encoder = TextEncoder.of(tokenizer)
     ids: list[list[int]] = []
     starts: list[int] = []
+    cut: list[bool] = []
     for rows in _chunks(len(prompts)):
-        turns = _turns(tokenizer, prompts[rows], answers[rows])
-        for prompt, answer in zip(*turns, strict=True):
-            ids.append((prompt + answer)[:max_length] if len(prompt) < max_length else [])
+        for prompt, answer in _turns(encoder, prompts[rows], answers[rows]):
+            row = prompt + answer
+            cut.append(len(row) > max_length)
+            ids.append(row[:max_length] if len(prompt) < max_length else [])
             starts.append(len(prompt))
     spilled = {row: starts[row] for row, tokens in enumerate(ids) if not tokens}
-    return TokenExamples.from_lists(ids, _pad_id(tokenizer), answers=starts), spilled
+    examples = TokenExamples.from_lists(ids, encoder.special.pad, answers=starts)
+    return Encoded(examples, np.array(cut, np.bool_), spilled)
 
 
 def _turns(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts and of the answers, each answer with the end of its turn."""
-    bos: list[int] = []
+    encoder: TextEncoder, prompts: Sequence[str], answers: Sequence[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its answer with the end of its turn."""
+    tokenizer: Any = encoder.tokenizer
+    plain, special = encoder.plain, encoder.special
     if tokenizer.chat_template is None:
-        prompts = [f"{prompt}\n" for prompt in prompts]
         bos = _bos(tokenizer)
+        asked = [bos + ids for ids in plain.encode([f"{prompt}\n" for prompt in prompts]).rows]
+        turns = zip(asked, plain.encode(answers).rows, strict=True)
     else:
-        prompts, answers = _chat_texts(tokenizer, prompts, answers)
-    prompt_ids = [bos + ids for ids in _encode(tokenizer, prompts)]
-    ends = set(tokenizer.added_tokens_decoder) | {tokenizer.eos_token_id}
-    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answer_ids = [
-        ids if ids and ids[-1] in ends else ids + closing for ids in _encode(tokenizer, answers)
-    ]
-    return prompt_ids, answer_ids
+        rows = list(zip(prompts, answers, strict=True))
+        turns = iter(plain.rendered(partial(_chat_texts, tokenizer), rows))
+    # What users wrote gives no control token: one that is last here is the template's.
+    ends = special.ends | plain.control
+    closing = [] if special.end is None else [special.end]
+    for prompt, answer in turns:
+        ended = bool(answer) and answer[-1] in ends
+        yield prompt, answer if ended else answer + closing
 
 
-def _chat_texts(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """What the template writes before the answer, and the answer with what it writes after.
+def _chat_texts(tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What the template writes before each answer, and the answer with what it writes after.
 
     White space after the end of the turn belongs to the next turn and is left out.
     """
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
     told = [
         [*turn, {"role": "assistant", "content": answer}]
-        for turn, answer in zip(asked, answers, strict=True)
+        for turn, (_, answer) in zip(asked, rows, strict=True)
     ]
     options: dict[str, Any] = {"tokenize": False, "date_string": _FIXED_DATE}
     before: list[str] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
@@ -113,33 +132,15 @@ def _chat_texts(
             "so that the answer's tokens cannot be told apart",
             fix="use a model whose template does, or a tokenizer without a chat template",
         )
-    return before, [
-        text[len(prefix) :].rstrip() for prefix, text in zip(before, whole, strict=True)
+    return [
+        (prefix, text[len(prefix) :].rstrip()) for prefix, text in zip(before, whole, strict=True)
     ]
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with none that are not written in it."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        # A prompt may well be longer than the model takes: it is measured here and refused above.
-        verbose=False,
-    )["input_ids"]
 
 
 def _bos(tokenizer: Any) -> list[int]:
     """The beginning-of-text token, where this tokenizer puts one before a text."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """The padding token, or where there is none the end of text: the mask hides either."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
 
 
 def _chunks(rows: int) -> Iterator[slice]:

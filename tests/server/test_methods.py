@@ -275,7 +275,10 @@ def test_both_ends_of_a_stream_know_what_may_come(lora: dict[str, Any], tiny_tab
         ({"target-modules": ["querry"]}, "no linear layer of this model is called 'querry'"),
         ({"exclude-modules": ["key"]}, "exclude-modules: no linear layer"),
         ({"exclude-modules": ["query", "value"]}, "leaves no layer to adapt"),
-        ({"method": "ln-tuning"}, "no norm layer of this model is called 'query'"),
+        (
+            {"method": "ln-tuning", "target-modules": ["query"]},
+            "no norm layer of this model is called 'query'",
+        ),
         ({"method": "ln-tuning", "target-modules": "all-linear"}, "no norm layer's whole path"),
         ({"options": {"rank_pattern": {"key": 2}}}, "rank_pattern names 'key'"),
         ({"method": "ia3", "options": {"feedforward_modules": ["key"]}}, "names 'key'"),
