@@ -72,7 +72,7 @@ def _pld(events: tuple[Event, ...], delta: float) -> float:
 @lru_cache(maxsize=65536)
 def _rdp(events: tuple[Event, ...], delta: float) -> float:
     orders = _opacus_orders()
-    divergences = sum(n * _divergences(z, q) for z, q, n in events)
+    divergences: Any = sum(n * _divergences(z, q) for z, q, n in events)
     with warnings.catch_warnings():
         # "Optimal order is the largest alpha": a tighter figure exists, this one holds.
         warnings.simplefilter("ignore", UserWarning)

@@ -47,7 +47,7 @@ class Keystream:
 
     def random(self, count: int, /) -> NDArray[np.float64]:
         """Uniform on [0, 1), in steps of 2^-53. [count]"""
-        return (self._words(count) >> np.uint64(11)) * 2.0**-53
+        return (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int, /) -> NDArray[np.float64]:
         """Independent standard normal numbers, by Box and Muller. [count]
@@ -67,7 +67,7 @@ class Keystream:
 
     def _positive(self, count: int) -> NDArray[np.float64]:
         """Uniform on (0, 1], down to 2^-117: the tails of a Gaussian end at 12.7, not at 8.6."""
-        return (self._words(count) + (1 - self.random(count))) * 2.0**-64
+        return (self._words(count).astype(np.float64) + (1 - self.random(count))) * 2.0**-64
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         return np.frombuffer(self.bytes(8 * count), dtype="<u8")

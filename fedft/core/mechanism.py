@@ -34,6 +34,7 @@ k is at least 20, and so large that rounding costs at most a 512th of C.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -117,8 +118,7 @@ class GaussianSum:
             int64 [*shape], for each tensor.
         """
         parts = [_rows(part) for part in vectors]
-        own = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in parts]
-        norms = torch.linalg.vector_norm(torch.stack([n.cpu() for n in own]), dim=0)  # [n]
+        norms = _norms(torch.stack([_norms(part).cpu() for part in parts], dim=1))  # [n]
         inner = self.bound * (1 - _SLACK) - self.step * math.sqrt(self.size) / 2
         factors = (inner / norms).clamp(max=1.0) / self.step
         usable = norms.isfinite()
@@ -148,10 +148,16 @@ def _rows(part: Tensor) -> Tensor:
     return where.detach().reshape(len(part), math.prod(part.shape[1:]))
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """The length of each row, in double precision. [n]"""
+    return cast(Any, torch.linalg).vector_norm(rows, dim=1, dtype=torch.float64)
+
+
 def _whole_sum(rows: Tensor, factors: Tensor) -> Tensor:
     """The sum of rows [n, d] times factors [n, 1], each rounded to whole numbers. int64 [d]"""
     total = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
     count = max(1, _CHUNK // max(1, rows.shape[1]))
-    for some, own in zip(rows.split(count), factors.split(count), strict=True):
-        total += (some.double() * own).round_().to(torch.int64).sum(0)
+    for first in range(0, len(rows), count):
+        some = slice(first, first + count)
+        total += (rows[some].double() * factors[some]).round_().to(torch.int64).sum(0)
     return total
