@@ -25,7 +25,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from pydantic import ValidationError
 
 from clients.app import app
-from clients.ledger import Ledger, release_of
+from clients.ledger import Ledger, release_of, usable
 from clients.ledger import default_folder as default_ledgers
 from clients.session import UNUSABLE, Connection, Failure, Offer, Session, Timing, tls_trouble
 from clients.workbench import Workbench, workbench
@@ -125,6 +125,7 @@ def join(
             f"{kit_path} is for a server without TLS on another machine, {kit.server}",
             fix="Ask for a kit of a server with TLS.",
         )
+    usable(site.ledger or default_ledgers())
     folder = folder or default_folder(kit)
     with _occupied(folder):
         credentials = None if kit.insecure else enrolled(kit, folder, tell)

@@ -197,7 +197,7 @@ class Ledger:
             EnvironmentFailure: the disk refused; the result must not leave.
         """
         with disk(f"create {self._folder}"):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _made(self._folder)
         rows = self._folder / f"{self.name}{_ROWS}"
         if not rows.exists():
             write_file(rows, self._keys.astype("<u8").tobytes())
@@ -236,10 +236,29 @@ def ledgers(folder: Path) -> list[Ledger]:
     return [Ledger(folder, keys) for _, keys in found if keys is not None]
 
 
+def usable(folder: Path) -> Path:
+    """The folder, made and tried out, so that a client does not train for what it cannot enter.
+
+    Raises:
+        EnvironmentFailure: nothing can be written there.
+    """
+    with disk(f"create {folder}"):
+        _made(folder)
+    trial = folder / f".{os.getpid()}.trial"
+    with disk(f"write {folder}"):
+        trial.touch()
+        trial.unlink()
+    return folder
+
+
 def default_folder() -> Path:
     """Where a user's ledgers lie."""
     root = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))
     return root / "fedft" / "ledger"
+
+
+def _made(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _ledgers(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clients.join import KeptParts, Resident, Site
-from clients.ledger import Account, Ledger, Release, ledgers, release_of
+from clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
 from clients.session import Failure
 from fedft.cli import cli
 from fedft.core import codec, models
@@ -176,6 +176,40 @@ def test_lines_that_lie_about_their_cost_are_not_believed(ledger: Ledger) -> Non
         ledger.path.write_text(json.dumps(line) + "\n" + json.dumps({**line, **change}) + "\n")
         account = ledger.account()
         assert account.torn == 1 and account.epsilon() >= epsilon(ONE, ONE), change
+
+
+def test_processes_that_enter_at_once_lose_nothing(ledger: Ledger) -> None:
+    children: list[int] = []
+    ledger.spend(ONE)
+
+    def many() -> None:
+        for _ in range(30):
+            Ledger(ledger.path.parent, DATA).spend(ONE)
+
+    import warnings
+
+    for _ in range(4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                many()
+            finally:
+                os._exit(0)
+        children.append(child)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    assert (ledger.account().results, ledger.account().torn) == (121, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    assert usable(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EnvironmentFailure, match="cannot create"):
+            usable(path)
 
 
 # ── kills ─────────────────────────────────────────────────────────────────────────────────────
