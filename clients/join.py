@@ -25,7 +25,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from pydantic import ValidationError
 
 from clients.app import app
-from clients.ledger import Ledger, release_of, usable
+from clients.ledger import Ledger, Release, release_of, usable
 from clients.ledger import default_folder as default_ledgers
 from clients.session import UNUSABLE, Connection, Failure, Offer, Session, Timing, tls_trouble
 from clients.workbench import Workbench, workbench
@@ -382,7 +382,7 @@ class Resident:
         if reply.has_error():
             return Failure(reply.error.code, reply.error.reason or "")
         try:
-            self._spend(ticket, plan)
+            self._spend(self._release(ticket, plan))
         except EnvironmentFailure as error:
             self.tell(
                 f"{error}\n  The result stays here: what it says about the data is not entered."
@@ -398,16 +398,22 @@ class Resident:
         if (before := ledger.account()).results:
             self.tell(f"privacy spent before: {before.text()}")
 
-    def _spend(self, ticket: Ticket, plan: str) -> None:
-        """Enter what a result says about the data, before it leaves."""
-        assert self._bench is not None and self._ledger is not None
+    def _release(self, ticket: Ticket, plan: str) -> Release | None:
+        """What an answer would say about the data; None where no example is looked at."""
+        assert self._bench is not None
         fields = json.loads(plan)
-        if ticket.kind == "evaluate" and fields.get("probe") is None:
-            split = self._bench.data.test if fields["split"] == "test" else self._bench.rows(0)[1]
-            if not len(split):
-                return  # nothing was looked at
-        rows = len(self._bench.rows(0)[0])
-        release = release_of(ticket.kind, fields, rows, run=ticket.run, round_=ticket.round)
+        rows, held = self._bench.rows(0)
+        if ticket.kind == "evaluate" and fields["probe"] is None:
+            judged = self._bench.data.test if fields["split"] == "test" else held
+            if not len(judged):
+                return None
+        return release_of(ticket.kind, fields, len(rows), run=ticket.run, round_=ticket.round)
+
+    def _spend(self, release: Release | None) -> None:
+        """Enter a result in the ledger, before it leaves."""
+        if release is None:
+            return
+        assert self._ledger is not None
         self._ledger.spend(release)
         account = self._ledger.account()
         if release.mechanism != "none" or account.unprotected == 1:

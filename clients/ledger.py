@@ -32,6 +32,7 @@ import numpy as np
 
 from fedft.core.accounting import example_epsilon
 from fedft.core.batches import poisson_schedule
+from fedft.core.errors import EnvironmentFailure
 from fedft.core.files import Files, disk, write_file
 from fedft.core.rowkeys import Keys, fingerprint
 from fedft.core.types import LocalTraining
@@ -242,12 +243,16 @@ def usable(folder: Path) -> Path:
     Raises:
         EnvironmentFailure: nothing can be written there.
     """
-    with disk(f"create {folder}"):
-        _made(folder)
     trial = folder / f".{os.getpid()}.trial"
-    with disk(f"write {folder}"):
+    try:
+        _made(folder)
         trial.touch()
         trial.unlink()
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"the privacy ledger of this client cannot be kept in {folder}: {error.strerror}",
+            fix="Name another folder with --ledger, the same for all runs on these data.",
+        ) from error
     return folder
 
 

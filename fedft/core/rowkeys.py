@@ -1,8 +1,8 @@
 """Which rows a data set has, whatever file they lie in: what a client's ledger goes by.
 
-A row is known by its values, in any order and under any column names, and by its longest text alone
-where that is long enough to be nobody else's. A renamed, sorted, converted, extended or partly
-replaced file is therefore recognised by the rows that it shares with an earlier one.
+A row is known by its values, in any order, case and spacing and under any column names, and by its
+longest text alone where that is long enough to be nobody else's. A renamed, sorted, converted,
+extended or partly replaced file is therefore recognised by the rows that it shares with an earlier one.
 """
 
 import hashlib
@@ -73,10 +73,10 @@ def _value(cell: object, images: Path | None) -> str:
     if content is not None:
         return hashlib.sha256(content).hexdigest()
     if isinstance(cell, str):
-        return cell.strip()
+        return " ".join(cell.split()).casefold()
     if isinstance(cell, Mapping | list):
         return json.dumps(cell, sort_keys=True, default=str)
-    return str(cell)
+    return str(cell).casefold()
 
 
 def _bytes(cell: object) -> bytes | None:

@@ -208,8 +208,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(
     assert usable(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(EnvironmentFailure, match="cannot create"):
+        with pytest.raises(EnvironmentFailure, match=r"cannot be kept in .*file") as told:
             usable(path)
+        assert "--ledger" in told.value.fix
 
 
 # ── kills ─────────────────────────────────────────────────────────────────────────────────────

@@ -50,6 +50,7 @@ def test_the_same_rows_have_one_name_in_any_file_order_format_and_naming(tmp_pat
         jsonl(tmp_path / "elsewhere" / "b.jsonl", shuffled),
         jsonl(tmp_path / "twice.jsonl", ROWS + ROWS),
         jsonl(tmp_path / "renamed.jsonl", renamed),
+        jsonl(tmp_path / "spaced.jsonl", [{**r, "text": f" {r['text']}\n".upper()} for r in ROWS]),
         as_csv(tmp_path / "a.csv", ROWS),
         as_parquet(tmp_path / "a.parquet", ROWS),
     ):
