@@ -1,4 +1,4 @@
-"""DP-SGD: local training that protects each example of a site, with Opacus.
+"""DP-SGD: local training that protects each example of a site.
 
     Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv:1607.00133.
 
@@ -10,14 +10,15 @@ example i's own loss over all trained tensors as one vector, C the bound and z t
 takes the place of the gradient; the optimiser goes on from there. An empty batch is a step of noise.
 
 Per-example gradients are Opacus's, from hooks on the layers that train: PEFT's factors and the head
-are plain linear layers to it. Penalties (FedProx, HetLoRA) depend on weights alone and are added
-after the noise. Sampling and noise take their seeds from the operating system.
+are plain linear layers to it. Its optimiser is not used: it takes noise from torch's generator,
+which keeps 32 bits of a seed, and sums in single precision. Clipping, sum and noise are those of
+:mod:`fedft.core.mechanism`, the random numbers those of :mod:`fedft.core.entropy`. Penalties
+(FedProx, HetLoRA) depend on weights alone and are added after the noise.
 
 What a site reports beside its tensors would not be covered by the noise: it reports the number of
 its steps, which is no secret, and neither loss nor gradient norms.
 """
 
-import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedft.core.errors import EnvironmentFailure
+from fedft.core import entropy
+from fedft.core.errors import EnvironmentFailure, MismatchError
+from fedft.core.mechanism import GaussianSum
 from fedft.core.types import Batch, LocalTraining
 
 
@@ -53,23 +56,45 @@ def private_steps(
 
     Raises:
         EnvironmentFailure: Opacus is not installed.
+        ConfigError: no noise can be made of these figures.
+        MismatchError: a tensor trains in a layer whose gradients cannot be told by example.
     """
     trained: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+    size = sum(p.numel() for p in trained)
+    mechanism = GaussianSum(training.dp_clip, training.dp_noise, size)
     with _per_example(model):
-        private = _noisy(optimizer, training)
         for batch in batches:
-            private.zero_grad()
-            if len(batch):
-                loss(batch).backward()
-            else:
-                for parameter in trained:
-                    cast(Any, parameter).grad_sample = parameter.new_zeros(0, *parameter.shape)
-            private.pre_step()  # clips, sums, adds the noise, divides
+            own = _own_gradients(trained, batch, loss)
+            released = mechanism.released(mechanism.clipped(own), entropy.gaussian)
+            for parameter, gradient in zip(trained, released, strict=True):
+                mean = gradient / training.batch_size
+                parameter.grad = mean.to(parameter.dtype).to(parameter.device)
             for parameter, gradient in _gradients(penalties(), trained):
                 assert parameter.grad is not None
                 parameter.grad += gradient
-            private.original_optimizer.step()
+            optimizer.step()
     return {"steps": float(len(batches))}
+
+
+def _own_gradients(
+    trained: Sequence[nn.Parameter], batch: Batch, loss: Callable[[Batch], Tensor]
+) -> list[Tensor]:
+    """Each example's own gradient. [n, *shape], for each tensor that trains"""
+    if not len(batch):
+        return [p.detach().new_zeros(0, *p.shape) for p in trained]
+    for parameter in trained:
+        parameter.grad = cast(Any, parameter).grad_sample = None
+    loss(batch).backward()
+    own = [cast(Any, p).grad_sample for p in trained]
+    for gradients in own:
+        if not isinstance(gradients, Tensor) or len(gradients) != len(batch):
+            raise MismatchError(
+                "a tensor that trains is in a layer whose gradients cannot be told by example",
+                fix="Choose other target modules; DP-SGD trains linear layers.",
+            )
+    for parameter in trained:
+        cast(Any, parameter).grad_sample = None
+    return own
 
 
 def _gradients(
@@ -100,19 +125,6 @@ def _per_example(model: nn.Module) -> Iterator[None]:
             hooks.to_standard_module()
             for module, mode in zip(learning, modes, strict=True):
                 module.training = mode
-
-
-def _noisy(optimizer: torch.optim.Optimizer, training: LocalTraining) -> Any:
-    from opacus.optimizers import DPOptimizer
-
-    return DPOptimizer(
-        optimizer,
-        noise_multiplier=training.dp_noise,
-        max_grad_norm=training.dp_clip,
-        expected_batch_size=training.batch_size,
-        generator=torch.Generator().manual_seed(secrets.randbits(63)),
-        secure_mode=True,  # four draws for one, against attacks on floating point
-    )
 
 
 def _opacus() -> Any:

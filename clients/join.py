@@ -25,8 +25,10 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from pydantic import ValidationError
 
 from clients.app import app
+from clients.ledger import Ledger, Release, release_of, usable
+from clients.ledger import default_folder as default_ledgers
 from clients.proxies import channel_options, proxy_note
-from clients.session import Connection, Failure, Offer, Session, Timing, tls_trouble
+from clients.session import UNUSABLE, Connection, Failure, Offer, Session, Timing, tls_trouble
 from clients.workbench import Workbench, workbench
 from fedft.core import codec, models
 from fedft.core.data import of_site
@@ -54,6 +56,7 @@ from fedft.core.link.secrets import (
     write_private,
 )
 from fedft.core.link.shapes import of_work
+from fedft.core.rowkeys import row_keys
 from fedft.core.rundir import child
 from fedft.core.spec import TaskSpec
 
@@ -75,6 +78,7 @@ class Site:
         model: where the base model is here, if not where the run says; its hash must be the run's.
         skip_bad: leave malformed rows out, instead of stopping at the first.
         trust_remote_code: let the base model bring code of its own.
+        ledger: folder of this user's privacy ledgers; None takes one under the user's state folder.
     """
 
     data: Path
@@ -85,6 +89,7 @@ class Site:
     model: str | None = None
     skip_bad: bool = False
     trust_remote_code: bool = False
+    ledger: Path | None = None
 
 
 def join(
@@ -121,10 +126,11 @@ def join(
             f"{kit_path} is for a server without TLS on another machine, {kit.server}",
             fix="Ask for a kit of a server with TLS.",
         )
+    usable(site.ledger or default_ledgers())
     folder = folder or default_folder(kit)
     with _occupied(folder):
         credentials = None if kit.insecure else enrolled(kit, folder, tell)
-        worker = Resident(kit.name, site, KeptParts(folder / "kept"))
+        worker = Resident(kit.name, site, KeptParts(folder / "kept"), tell)
         session = Session(
             Connection(kit.server, kit.name, credentials),
             worker,
@@ -328,12 +334,15 @@ class Resident:
         name: of the site.
         site: what it brings.
         kept: its own parts.
+        tell: takes lines for whoever watches.
     """
 
     name: str
     site: Site
     kept: KeptParts
+    tell: Callable[[str], None] = lambda text: None
     _task: str = field(default="", init=False)
+    _ledger: Ledger | None = field(default=None, init=False)
     _bench: Workbench | None = field(default=None, init=False)
 
     def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
@@ -350,6 +359,7 @@ class Resident:
         _compare({name: found[name] for name in ("base_model", "tokenizer")}, hashes)
         self._task = own.model_dump_json()
         self._bench = bench = workbench(self._task)
+        self._open_ledger(own)
         rows, _ = bench.rows(0)
         own_hashes = {**found, "data_schema": data_schema(own, bench.data.classes)}
         return Offer(len(rows), self.site.rank, self.site.memory_mib, own_hashes)
@@ -377,8 +387,43 @@ class Resident:
         reply = app(message, context)
         if reply.has_error():
             return Failure(reply.error.code, reply.error.reason or "")
+        try:
+            self._spend(self._release(ticket, plan))
+        except EnvironmentFailure as error:
+            self.tell(
+                f"{error}\n  The result stays here: what it says about the data is not entered."
+            )
+            return Failure(UNUSABLE, "the client's privacy ledger cannot be written")
         self.kept.store(ticket, context.state)
         return reply.content
+
+    def _open_ledger(self, task: TaskSpec) -> None:
+        folder = self.site.ledger or default_ledgers()
+        self._ledger = ledger = Ledger(folder, row_keys(task.data, task.model.task))
+        self.tell(f"privacy ledger of these data: {ledger.path}")
+        if (before := ledger.account()).results:
+            self.tell(f"privacy spent before: {before.text()}")
+
+    def _release(self, ticket: Ticket, plan: str) -> Release | None:
+        """What an answer would say about the data; None where no example is looked at."""
+        assert self._bench is not None
+        fields = json.loads(plan)
+        rows, held = self._bench.rows(0)
+        if ticket.kind == "evaluate" and fields["probe"] is None:
+            judged = self._bench.data.test if fields["split"] == "test" else held
+            if not len(judged):
+                return None
+        return release_of(ticket.kind, fields, len(rows), run=ticket.run, round_=ticket.round)
+
+    def _spend(self, release: Release | None) -> None:
+        """Enter a result in the ledger, before it leaves."""
+        if release is None:
+            return
+        assert self._ledger is not None
+        self._ledger.spend(release)
+        account = self._ledger.account()
+        if release.mechanism != "none" or account.unprotected == 1:
+            self.tell(f"privacy spent: {account.text()}")
 
     def judged(self, ticket: Ticket, *, counted: bool) -> None:
         """See :class:`clients.session.Worker`."""

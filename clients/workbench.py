@@ -13,7 +13,7 @@ import numpy as np
 
 from clients.engine import Engine
 from fedft.core import entropy, memory, models, partition, seeds
-from fedft.core.batches import batch_count, batches, eval_batches, poisson_batches
+from fedft.core.batches import batches, eval_batches, poisson_batches, poisson_schedule
 from fedft.core.data import Data, prepare
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Rows
@@ -80,12 +80,8 @@ class Workbench:
 
     def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
         """As many as usual, each a Poisson sample by the operating system's randomness."""
-        steps = batch_count(
-            len(rows), training.batch_size, epochs=training.epochs, steps=training.steps
-        )
-        generator = entropy.generator()
-        rate = training.batch_size / max(1, len(rows))
-        return list(poisson_batches(self.data.train, rows, rate, steps, generator))
+        rate, steps = poisson_schedule(len(rows), training)
+        return list(poisson_batches(self.data.train, rows, rate, steps, entropy.Keystream()))
 
     def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
         """One of ``count`` slices of the central test set."""

@@ -1,4 +1,4 @@
-"""The commands of a deployment: ``serve``, ``invite``, ``join``, ``clients`` and ``revoke``."""
+"""The commands of a deployment: ``serve``, ``invite``, ``join``, ``ledger``, ``clients``, ``revoke``."""
 
 import os
 from collections.abc import Callable
@@ -16,6 +16,12 @@ Existing = Annotated[
     Path, typer.Option("--run-dir", help="The run directory of the server.", show_default=False)
 ]
 Name = Annotated[str, typer.Argument(help="Of the client.", show_default=False)]
+Ledgers = Annotated[
+    Path | None,
+    typer.Option(
+        "--ledger", help="Folder of this user's privacy ledgers; by default under ~/.local/state."
+    ),
+]
 Graceful = Callable[[], AbstractContextManager[Any]]
 
 
@@ -108,6 +114,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         site_dir: Annotated[
             Path | None, typer.Option(help="This site's own folder: key, kept parts.")
         ] = None,
+        ledger: Ledgers = None,
         give_up: Annotated[
             float, typer.Option(help="Seconds without a server after which to end.")
         ] = 86_400.0,
@@ -120,7 +127,9 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         def tell(text: str) -> None:
             typer.echo(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}", err=True)
 
-        site = joining.Site(data, rank, memory, device, threads, model, skip_bad, trust_remote_code)
+        site = joining.Site(
+            data, rank, memory, device, threads, model, skip_bad, trust_remote_code, ledger
+        )
         tell("loading the libraries is done; connecting …")
         try:
             with graceful() as stop:
@@ -130,6 +139,46 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         except KeyboardInterrupt:
             os._exit(130)  # a second signal: not even the training in hand is waited for
         tell(last)
+
+    @cli.command("ledger")
+    def print_ledger(
+        ledger: Ledgers = None,
+        delta: Annotated[
+            float, typer.Option(help="δ to account at.", min=1e-300, max=0.999)
+        ] = 1e-5,
+        json: Json = False,
+    ) -> None:
+        """What this user's clients have given away about each data set, over all runs."""
+        from clients.ledger import ADJACENCY, default_folder, ledgers
+        from fedft.console import print_json, safe
+        from fedft.core.rundir import plain
+
+        folder = ledger or default_folder()
+        found = [(one, one.account()) for one in ledgers(folder)]
+        if json:
+            lines = [
+                {
+                    "data": one.name,
+                    "path": str(one.path),
+                    "epsilon": account.epsilon(delta),  # null is ∞
+                    "delta": delta,
+                    "adjacency": ADJACENCY,
+                    "results": account.results,
+                    "unprotected": account.unprotected,
+                    "torn": account.torn,
+                    "runs": sorted(account.runs),
+                    "last": account.last,
+                }
+                for one, account in found
+            ]
+            print_json(plain(lines))
+            return
+        for one, account in found:
+            print(f"data {one.name}: {account.text(delta)}; {ADJACENCY}")
+            print(f"  runs: {safe(', '.join(sorted(account.runs)))}; last {safe(account.last)}")
+            print(f"  {one.path}")
+        if not found:
+            print(f"nothing is entered in {folder}")
 
     @cli.command()
     def clients(run_dir: Existing, json: Json = False) -> None:

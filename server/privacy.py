@@ -16,31 +16,26 @@ leaves a site or the server. ε is computed from the ledger, never from the comp
 that is killed anywhere and resumed repeats its round with fresh noise and a fresh cohort, and both
 attempts count. The account can be too high that way, by the attempts that released nothing; it
 cannot be too low.
+
+A fork carries the ledger over and keeps the units and at least the δ of its promise, see
+:func:`check_fork`: every line of a ledger is then about every unit that the run promises, under
+whichever noise and rate it was released.
 """
 
-import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from statistics import median
 from typing import Any
 
 from fedft.core import entropy
-from fedft.core.batches import batch_count
-from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
+from fedft.core.accounting import example_epsilon, site_epsilon, solved_noise
+from fedft.core.batches import poisson_schedule
+from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
 from fedft.core.rundir import RunDir
 from fedft.core.types import Site
 from server.config import RunConfig
 from server.roster import Roster, SimulatedRoster
 from strategies import CentralDP
-
-_TOLERANCE = 1e-3
-"""Of a solved noise multiplier."""
-
-_INTERVAL = 1e-3
-"""Width of the steps in which privacy losses are rounded up: ten times the library's default, for a
-tenth of its time. The figure stays an upper bound, and moves in the sixth digit."""
 
 
 class PrivacyAccount:
@@ -68,6 +63,15 @@ class PrivacyAccount:
                 "what this run has released is not known",
                 fix="Restore the file from a copy; a run without it cannot go on.",
             )
+        promised = units(config)
+        for line in self._lines:
+            if units_of(line) != promised:
+                raise IntegrityError(
+                    f"{run.path}/privacy.jsonl has a release that protects {_named(units_of(line))} in "
+                    f"round {line['round']}, and this run promises to protect {_named(promised)}: no "
+                    "account covers both",
+                    fix="Restore config.toml and privacy.jsonl from a copy, or start a new run.",
+                )
 
     @property
     def poisson(self) -> bool:
@@ -81,7 +85,7 @@ class PrivacyAccount:
         run's seed stands in its configuration.
         """
         assert isinstance(self._roster, SimulatedRoster)  # check_real refuses the others
-        return self._roster.poisson(sampling_rate(self._config), entropy.generator())
+        return self._roster.poisson(sampling_rate(self._config), entropy.Keystream())
 
     def spend(self, round_: int, cohort: Sequence[Site]) -> None:
         """Enter an attempt at a round. When this returns, the line is on disk.
@@ -95,15 +99,19 @@ class PrivacyAccount:
         self._lines.append(line)
 
     def guarantee(self) -> dict[str, Any]:
-        """What has been spent so far, for ``rounds.jsonl``."""
+        """What has been spent so far, for ``rounds.jsonl``.
+
+        Where releases differed, after a fork, noise multiplier and rate are the least private ones; ε
+        is of all releases as they were.
+        """
         spent: dict[str, Any] = {}
         if (rule := _central(self._config)) is not None:
             spent["site"] = {
                 "epsilon": _spent_by_site(self._lines, rule.delta),
                 "delta": rule.delta,
-                "noise_multiplier": rule.noise_multiplier,
+                "noise_multiplier": min([rule.noise_multiplier, *(z for z, _ in self._sites())]),
                 "sampling": "poisson",
-                "sampling_rate": sampling_rate(self._config),
+                "sampling_rate": max([sampling_rate(self._config), *(q for _, q in self._sites())]),
                 "adjacency": "add or remove one site",
                 "releases": len(self._lines),
             }
@@ -113,7 +121,7 @@ class PrivacyAccount:
                 "epsilon": max(each.values(), default=0.0),
                 "median": median(each.values()) if each else 0.0,
                 "delta": dp.delta,
-                "noise_multiplier": dp.noise_multiplier,
+                "noise_multiplier": min([dp.noise_multiplier, *self._example_noises()]),
                 "sampling": "poisson",
                 "adjacency": "add or remove one example of a site",
                 "sites": len(each),
@@ -124,6 +132,12 @@ class PrivacyAccount:
         """Example-level ε of some sites so far; empty without ``[training] dp``."""
         dp = self._config.training.dp
         return {} if dp is None else example_epsilons(self._lines, dp.delta, names)
+
+    def _sites(self) -> list[tuple[float, float]]:
+        return [(float(line["site"][0]), float(line["site"][1])) for line in self._lines]
+
+    def _example_noises(self) -> list[float]:
+        return [float(own[0]) for line in self._lines for own in line["example"].values()]
 
     def _entry(self, round_: int, cohort: Sequence[Site]) -> dict[str, Any]:
         line: dict[str, Any] = {"round": round_}
@@ -158,7 +172,60 @@ def open_account(
 
 def promises(config: RunConfig) -> bool:
     """Whether a run has a privacy guarantee of either kind."""
-    return _central(config) is not None or config.training.dp is not None
+    return bool(units(config))
+
+
+def units(config: RunConfig) -> frozenset[str]:
+    """Whom a run promises to protect: ``site``, ``example``, both or nobody."""
+    return frozenset(_deltas(config))
+
+
+def units_of(line: Mapping[str, Any]) -> frozenset[str]:
+    """Whom a release protects, by its line in the ledger."""
+    return frozenset({"site", "example"} & line.keys())
+
+
+def check_fork(old: RunConfig, new: RunConfig) -> None:
+    """Whether one account can cover what was released before a fork and what will be after it.
+
+    Noise, bounds, rates and rules may change: accounts add up releases of any strength. The unit may
+    not: rounds that protected examples say nothing about whole sites, so that neither account
+    would cover all of the run. Nor may δ grow, by which ε would be lower than what was spent.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if units(old) != units(new):
+        raise ConfigError(
+            f"this run promises to protect {_named(units(old))}, and the fork {_named(units(new))}: a "
+            "fork cannot begin or end a promise of privacy, because no account would cover the rounds "
+            "before it and those after",
+            fix="Keep the mechanisms of the run ([strategy] central-dp, [training] dp), or start a new "
+            "run.",
+        )
+    now = _deltas(new)
+    for unit, delta in _deltas(old).items():
+        if now[unit] > delta:
+            raise ConfigError(
+                f"this run accounts for each {unit} at delta = {delta:g}, and the fork at "
+                f"{now[unit]:g}: its epsilon would be below what is spent already",
+                fix=f"Choose a delta of at most {delta:g}.",
+            )
+
+
+def _deltas(config: RunConfig) -> dict[str, float]:
+    """Unit → δ of its promise."""
+    found: dict[str, float] = {}
+    if (rule := _central(config)) is not None:
+        found["site"] = rule.delta
+    if (dp := config.training.dp) is not None:
+        found["example"] = dp.delta
+    return found
+
+
+def _named(found: frozenset[str]) -> str:
+    words = {"site": "whole sites", "example": "single examples"}
+    return " and ".join(words[unit] for unit in words if unit in found) or "nobody"
 
 
 def resolved_privacy(config: RunConfig) -> RunConfig:
@@ -206,9 +273,7 @@ def sampling_rate(config: RunConfig) -> float:
 
 def local_steps(config: RunConfig, examples: int) -> tuple[float, int]:
     """Rate and number of a site's DP-SGD steps in one round."""
-    training = config.training
-    steps = batch_count(examples, training.batch_size, epochs=training.epochs, steps=training.steps)
-    return min(1.0, training.batch_size / examples), steps
+    return poisson_schedule(examples, config.training.local())
 
 
 def _central(config: RunConfig) -> CentralDP | None:
@@ -216,9 +281,6 @@ def _central(config: RunConfig) -> CentralDP | None:
 
 
 # ── ε ─────────────────────────────────────────────────────────────────────────────────────────
-
-Event = tuple[float, float, int]
-"""Noise multiplier, sampling rate, and how often."""
 
 
 def _spent_by_site(lines: Sequence[Mapping[str, Any]], delta: float) -> float:
@@ -241,106 +303,3 @@ def example_epsilons(
         name: example_epsilon([(z, q, n) for (z, q), n in sorted(own.items())], delta)
         for name, own in sorted(steps.items())
     }
-
-
-def site_epsilon(events: Sequence[Event], delta: float) -> float:
-    """ε of Gaussian mechanisms on Poisson samples, by privacy loss distributions.
-
-    Args:
-        events: what was released; none is ε = 0.
-        delta: of the guarantee.
-    """
-    return _pld(tuple(events), delta) if events else 0.0
-
-
-def example_epsilon(events: Sequence[Event], delta: float) -> float:
-    """As :func:`site_epsilon` by Opacus's Rényi accountant: a hundred times faster, some 10 % higher.
-
-    A round has as many accounts as sites, each with its own rate.
-    """
-    return _rdp(tuple(events), delta) if events else 0.0
-
-
-@lru_cache(maxsize=256)
-def _pld(events: tuple[Event, ...], delta: float) -> float:
-    dp = _accounting()
-    from dp_accounting.pld import PLDAccountant
-
-    accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
-    for event in events:
-        accountant.compose(_composed(dp, *event))
-    return float(accountant.get_epsilon(delta))
-
-
-@lru_cache(maxsize=65536)
-def _rdp(events: tuple[Event, ...], delta: float) -> float:
-    try:
-        from opacus.accountants import RDPAccountant
-    except ImportError as error:
-        raise _not_installed("opacus") from error
-    accountant = RDPAccountant()
-    accountant.history = list(events)
-    with warnings.catch_warnings():
-        # "Optimal order is the largest alpha": a tighter figure exists, this one holds.
-        warnings.simplefilter("ignore", UserWarning)
-        return float(accountant.get_epsilon(delta))
-
-
-@lru_cache(maxsize=64)
-def solved_noise(target: float, rate: float, releases: int, delta: float) -> float:
-    """The smallest noise multiplier, to a thousandth, with which ``releases`` spend at most ``target``.
-
-    Raises:
-        ConfigError: none below a million does.
-    """
-    dp = _accounting()
-    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
-
-    def event(z: float) -> Any:
-        return _composed(dp, z, rate, releases)
-
-    try:
-        # Rényi accounting asks for a little more noise than is needed, at no cost: it brackets.
-        above = dp.calibrate_dp_mechanism(
-            lambda: RdpAccountant(_ORDERS), event, target, delta, tol=_TOLERANCE
-        )
-        z = dp.calibrate_dp_mechanism(
-            lambda: PLDAccountant(value_discretization_interval=_INTERVAL),
-            event,
-            target,
-            delta,
-            dp.ExplicitBracketInterval(above / 2, above),
-            tol=_TOLERANCE,
-        )
-    except (ValueError, NoBracketIntervalFoundError) as error:
-        raise ConfigError(
-            f"[strategy] target-epsilon = {target}: no noise multiplier comes to it ({error})",
-            fix="Raise the target, or lower [rounds] count or per-round.",
-        ) from error
-    return math.ceil(z / _TOLERANCE) * _TOLERANCE
-
-
-_ORDERS = (*range(2, 64), 96, 128, 256, 512, 1024)
-"""Of Rényi divergences. Whole numbers, for which the sampled mechanism has a finite sum."""
-
-
-def _composed(dp: Any, noise_multiplier: float, rate: float, count: int) -> Any:
-    once = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise_multiplier))
-    return dp.SelfComposedDpEvent(once, count)
-
-
-def _accounting() -> Any:
-    try:
-        import dp_accounting
-    except ImportError as error:
-        raise _not_installed("dp-accounting") from error
-    return dp_accounting
-
-
-def _not_installed(package: str) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        f"{package} is not installed, and this run promises differential privacy",
-        fix="pip install 'fedft[privacy]'",
-    )

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedft.core import seeds
+from fedft.core.batches import Uniform, poisson_rows
 from fedft.core.errors import QuorumFailure
 from fedft.core.partition import Manifest
 from fedft.core.types import Site
@@ -69,14 +70,13 @@ class SimulatedRoster:
         indices = drawn if eligible is None else eligible[drawn]
         return [self.site(int(i)) for i in np.sort(indices)]
 
-    def poisson(self, rate: float, generator: np.random.Generator) -> list[Site]:
+    def poisson(self, rate: float, generator: Uniform) -> list[Site]:
         """Every site with data independently with probability ``rate``; nobody at times."""
         eligible = self._eligible
         population = len(self.manifest) if eligible is None else len(eligible)
-        count = int(generator.binomial(population, rate))
-        drawn = generator.choice(population, size=count, replace=False, shuffle=False)
+        drawn = poisson_rows(population, rate, generator)
         indices = drawn if eligible is None else eligible[drawn]
-        return [self.site(int(i)) for i in np.sort(indices)]
+        return [self.site(int(i)) for i in indices]
 
     def shuffled(self, generator: np.random.Generator) -> Iterator[Site]:
         """All sites with data in a random order, each drawn when it is asked for (Fisher-Yates)."""

@@ -50,7 +50,7 @@ from server.grids.base import SimulationGrid
 from server.grids.inline import InlineGrid
 from server.inputs import check_rank, data_of, remarks
 from server.preflight import preflight
-from server.privacy import PrivacyAccount, open_account, promises, resolved_privacy
+from server.privacy import PrivacyAccount, check_fork, open_account, resolved_privacy
 from server.pruning import pruning_of
 from server.roster import SimulatedRoster
 from server.rounds import rounds
@@ -266,7 +266,7 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
             because the state only means something on them.
 
     Raises:
-        ConfigError: a change that the state cannot follow.
+        ConfigError: a change that the state, or the account of a private run, cannot follow.
     """
     with RunDir.open(run_dir) as old:
         config = parse_toml(old.config, str(run_dir))
@@ -279,12 +279,7 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
                 + "\n  ".join(fixed),
                 fix=f"Only {', '.join(_FORKABLE)} may change in a fork.",
             )
-        if promises(config) != promises(new):
-            raise ConfigError(
-                "a fork cannot begin or end the promise of privacy: what was trained before would not "
-                "be covered, or what comes after not be accounted for",
-                fix="Start a new run.",
-            )
+        check_fork(config, new)
         with RunDir.create(target) as run:
             for line in old.releases():
                 run.append_release(line)

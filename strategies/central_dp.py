@@ -24,8 +24,8 @@ With ``quantile`` = g the bound follows that quantile of the norms, from b_k = [
 and the changes get noise of z_D = (z^-2 - (2 s)^-2)^(-1/2), so that both releases together cost what
 one of multiplier z does.
 
-The noise is the operating system's, never the seed's. The server keeps the account, see
-:mod:`server.privacy`.
+Clipping, sum and noise are done in whole numbers, see :mod:`fedft.core.mechanism`; the noise is never
+the seed's, see :mod:`fedft.core.entropy`. The server keeps the account, see :mod:`server.privacy`.
 
 Departures from the papers: the change is of LoRA factors and head. Under noise the product of two
 noisy factors has a term in the product of the noises; FFA-LoRA has one factor to disturb, and is the
@@ -34,26 +34,23 @@ default here.
 Wire: as the inner rule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import exp
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
 
 from fedft.core import entropy
+from fedft.core.mechanism import GaussianSum, Noise
 from fedft.core.types import ClientUpdate, ServerState, Site
-from strategies.changes import change_of, clip_factor, norm_of
+from strategies.changes import change_of, norm_of
 from strategies.ffa_lora import FFALoRA
 from strategies.summary import Summary
 
 if TYPE_CHECKING:
     from strategies import AnyStrategy
-
-Noise = Callable[[int], Tensor]
-"""Number of values → so many independent standard normal numbers, float64."""
 
 _CLIP = "central-dp/clip"
 
@@ -145,32 +142,37 @@ class CentralDP(Summary):
         # The plan of nobody in particular, as it was sent: there may be no reply to read it from.
         plan = self.inner.plan(replace(state, round=state.round - 1), Site("", 1))
         start, C = plan.sent(), self.bound(state)
-        total = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in start.items()}
+        size = sum(t.numel() for t in start.values())
+        mechanism = GaussianSum(C, self.change_multiplier, size)
+        sums = [torch.zeros_like(t, dtype=torch.int64) for t in start.values()]
         below = 0
         for change in map(change_of, updates):
-            norm = norm_of(change)
-            below += norm <= C
-            for name, d in change.items():
-                total[name].add_(d, alpha=clip_factor(norm, C))
-        sigma = self.change_multiplier * C
+            below += norm_of(change) <= C
+            clipped = mechanism.clipped([change[name].unsqueeze(0) for name in start])
+            for total, own in zip(sums, clipped, strict=True):
+                total += own
+        released = mechanism.released(sums, noise)
         tensors = {
-            name: (t.double() + (total[name] + sigma * _like(t, noise)) / self.sites).to(t.dtype)
-            for name, t in start.items()
+            name: (t.double() + noisy / self.sites).to(t.dtype)
+            for (name, t), noisy in zip(start.items(), released, strict=True)
         }
         after = self.handed(state, tensors, plan.start)
         if self.quantile is None:
             return after
-        return self._adapted(after, self.quantile, C, below - len(updates) / 2, noise)
+        return self._adapted(after, self.quantile, C, below, len(updates), noise)
 
     def _adapted(
-        self, after: ServerState, quantile: float, C: float, count: float, noise: Noise
+        self, after: ServerState, quantile: float, C: float, below: int, count: int, noise: Noise
     ) -> ServerState:
-        """With the next bound, a geometric step towards the quantile; ``count`` = sum (b_k - 1/2)."""
-        share = (count + self.count_deviation * float(noise(1))) / self.sites + 0.5
+        """With the next bound, a geometric step towards the quantile.
+
+        sum (b_k - 1/2) is a sum of vectors of one number, each within 1/2.
+        """
+        mechanism = GaussianSum(0.5, 2 * self.count_deviation, 1)
+        signs = torch.ones(count, dtype=torch.float64) / 2
+        signs[below:] *= -1
+        (noisy,) = mechanism.released(mechanism.clipped([signs]), noise)
+        share = float(noisy) / self.sites + 0.5
         following = C * exp(-self.clip_lr * (share - quantile))
         slot = torch.tensor(following, dtype=torch.float64)
         return replace(after, slots={**after.slots, _CLIP: slot})
-
-
-def _like(tensor: Tensor, noise: Noise) -> Tensor:
-    return noise(tensor.numel()).view(tensor.shape)

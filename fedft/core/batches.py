@@ -7,13 +7,14 @@ sorted by length within windows of a few batches, cut, and the batches shuffled 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedft.core.examples import Examples, Rows
-from fedft.core.types import Batch, Origin
+from fedft.core.types import Batch, LocalTraining, Origin
 
 EVALUATION_BATCH = 64
 """Rows a batch when no gradients are kept."""
@@ -70,8 +71,32 @@ def batch_rows(
     yield from islice(order, steps)
 
 
+class Uniform(Protocol):
+    """A source of uniform numbers; :class:`fedft.core.entropy.Keystream` where they protect people."""
+
+    def random(self, count: int, /) -> NDArray[np.float64]:
+        """Uniform on [0, 1). [count]"""
+        ...
+
+
+def poisson_rows(count: int, rate: float, generator: Uniform) -> Rows:
+    """Positions below ``count``, each there independently with probability ``rate``, in order."""
+    return np.flatnonzero(generator.random(count) < rate)
+
+
+def poisson_schedule(rows: int, training: LocalTraining) -> tuple[float, int]:
+    """Sampling rate and number of a client's DP-SGD steps in one round, as accounted for.
+
+    Args:
+        rows: that it trains on.
+        training: its settings.
+    """
+    steps = batch_count(rows, training.batch_size, epochs=training.epochs, steps=training.steps)
+    return min(1.0, training.batch_size / max(1, rows)), steps
+
+
 def poisson_batches(
-    examples: Examples, rows: Rows, rate: float, steps: int, generator: np.random.Generator
+    examples: Examples, rows: Rows, rate: float, steps: int, generator: Uniform
 ) -> Iterator[Batch]:
     """Batches that every row is in independently with probability ``rate``; some may be empty.
 
@@ -83,7 +108,7 @@ def poisson_batches(
         generator: of who is in which.
     """
     for _ in range(steps):
-        chosen = np.flatnonzero(generator.random(len(rows)) < rate)
+        chosen = poisson_rows(len(rows), rate, generator)
         if len(chosen):
             yield examples.collate(rows[chosen])
         else:

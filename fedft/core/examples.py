@@ -294,6 +294,14 @@ def _content(value: object, folder: Path) -> bytes:
     return _pixels(image).tobytes() if isinstance(value, list) else image.tobytes()
 
 
+def image_bytes(value: object, folder: Path) -> bytes | None:
+    """The content of an image as :func:`open_image` takes it; None where it cannot be had."""
+    try:
+        return _content(value, folder)
+    except (OSError, ValueError, AttributeError, SecurityRefusal):
+        return None
+
+
 def _unwrapped(value: object) -> object:
     if not isinstance(value, dict):
         return value

@@ -1,6 +1,7 @@
 """DP-SGD against its own definition, one example at a time."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from clients.train import PeftEngine
 from fedft.api import Run
 from fedft.core import models
 from fedft.core.batches import poisson_batches
-from fedft.core.errors import ConfigError
+from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan, part_of
 from server.config import parse_config
@@ -114,6 +115,70 @@ def test_noise_has_the_stated_size_also_without_examples(
     assert not torch.equal(
         values, torch.cat([d.flatten() for d in moved(engine, plan, [EMPTY]).values()])
     )
+
+
+def test_equal_seeds_of_torch_give_other_noise_and_other_samples(
+    engine: PeftEngine, start: Adapter
+) -> None:
+    """Nothing of it comes from a global generator, nor changes one."""
+    plan = TrainPlan(start=start, training=replace(SGD, dp_noise=1.0), seed=7)
+    seen: list[dict[str, torch.Tensor]] = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        before = torch.get_rng_state()
+        seen.append(moved(engine, plan, [batch(1, 2), EMPTY]))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(not torch.equal(seen[0][name], d) for name, d in seen[1].items())
+
+
+def test_the_noise_of_a_step_is_the_mechanisms(
+    engine: PeftEngine, start: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two empty steps of ones: the change is lr z C / b, and each number has a draw of its own."""
+    drawn: list[int] = []
+
+    def ones(count: int) -> torch.Tensor:
+        drawn.append(count)
+        return torch.ones(count, dtype=torch.float64)
+
+    monkeypatch.setattr("fedft.core.entropy.gaussian", ones)
+    training = replace(SGD, lr=1.0, dp_noise=2.0, dp_clip=0.25)
+    change = moved(engine, TrainPlan(start=start, training=training), [EMPTY, EMPTY])
+    assert sum(drawn) == 2 * sum(d.numel() for d in change.values())
+    for name, d in change.items():
+        assert torch.allclose(d, torch.full_like(d, -2 * 2.0 * 0.25 / 4), atol=1e-6), name
+
+
+def test_an_example_that_overflows_does_not_spoil_the_step(
+    engine: PeftEngine, start: Adapter
+) -> None:
+    """Its gradient is not finite, and counts as zero; the loss is the sum of losses."""
+    plan = TrainPlan(start=start, training=SGD)
+    bad = replace(start, head={n: t.clone() for n, t in start.head.items()})
+    for tensor in bad.head.values():
+        tensor.fill_(float("inf"))
+    change = moved(engine, replace(plan, start=bad), [batch(1, 2)])
+    lora = [d for n, d in change.items() if part_of(n) in ("A", "B")]
+    assert lora and all(float(d.abs().max()) < 1e-6 for d in lora)
+
+
+@pytest.mark.parametrize("bad", [{"dp_noise": -1.0}, {"dp_noise": float("nan")}, {"dp_clip": 0.0},
+                                 {"dp_clip": float("inf")}, {"dp_noise": 1e300}])  # fmt: skip
+def test_a_plan_with_figures_that_make_no_noise_is_refused(
+    bad: dict[str, float], engine: PeftEngine, start: Adapter
+) -> None:
+    plan = TrainPlan(start=start, training=replace(SGD, **bad))
+    with pytest.raises(ConfigError, match="cannot be made"):
+        engine.train([plan], [[batch(1)]])
+
+
+def test_a_layer_without_gradients_by_example_is_refused(
+    engine: PeftEngine, start: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the hooks: without them no step is taken."""
+    monkeypatch.setattr(dp_sgd, "_per_example", lambda model: nullcontext())
+    with pytest.raises(MismatchError, match="by example"):
+        engine.train([TrainPlan(start=start, training=SGD)], [[batch(1)]])
 
 
 def test_penalties_come_after_the_noise(engine: PeftEngine, start: Adapter) -> None:

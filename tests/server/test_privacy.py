@@ -97,7 +97,7 @@ def test_each_site_is_drawn_with_its_own_probability(tiny_table: Table, tmp_path
     from server.roster import SimulatedRoster
 
     roster = SimulatedRoster(partition.load(run.partition))
-    generator = entropy.generator()
+    generator = entropy.Keystream()
     cohorts = [[s.name for s in roster.poisson(0.25, generator)] for _ in range(4000)]
     sizes = torch.tensor([len(c) for c in cohorts], dtype=torch.float64)
     assert float(sizes.mean()) == pytest.approx(2, abs=0.15)

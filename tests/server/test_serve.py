@@ -20,11 +20,15 @@ import pytest
 
 from benchmarks.superlink import free_port
 from clients.join import Site, join
+from clients.ledger import Account, Ledger
 from clients.session import Timing as ClientTiming
 from fedft.api import Run
 from fedft.core import partition
+from fedft.core.accounting import example_epsilon
 from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
+from fedft.core.rowkeys import row_keys
 from fedft.core.rundir import RunDir
+from fedft.core.spec import DataSpec
 from server import identity
 from server.config import RunConfig, parse_config
 from server.grids.grpc import Timing
@@ -108,10 +112,14 @@ class Stage:
     client_timing: ClientTiming = QUICK
     cable: Cable | None = None
     """Between the server and the clients that are invited."""
+    name: str = "run"
+    """Of the run directory, by which clients know the run."""
+    ledgers: Path | None = None
+    """Where the clients keep their ledgers, if not in the folder of the stage."""
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "run"
+        return self.folder / self.name
 
     @property
     def run(self) -> Run:
@@ -134,9 +142,11 @@ class Stage:
             replace(kit, server=f"127.0.0.1:{self.cable.port}").write(self.folder / f"{name}.kit")
 
     def start_client(self, name: str, data: Path) -> None:
+        ledger = self.ledgers or self.folder / "ledger"
+        site = Site(data, rank=self.ranks.get(name), threads=1, ledger=ledger)
         process = self.processes.Process(
             target=join,
-            args=(self.folder / f"{name}.kit", Site(data, rank=self.ranks.get(name), threads=1)),
+            args=(self.folder / f"{name}.kit", site),
             kwargs={"folder": self.folder / name, "timing": self.client_timing},
             daemon=True,
         )
@@ -261,6 +271,73 @@ def test_sites_that_train_with_dp_sgd_spend_what_the_simulation_says(
     assert not any({"loss", "grad_A_norm", "grad_B_norm"} & line.keys() for line in told)
     # Noise is each process's own: it is no repetition.
     assert run.metrics["adapter_sha256"] != reference.metrics["adapter_sha256"]
+    # What each client entered by itself comes to the same, to the last bit.
+    last = max(line["round"] for line in told)
+    for name, file in files.items():
+        account = client_ledger(play.folder / "ledger", file).account()
+        assert account.results == 2 and account.runs == {"run"}
+        assert account.epsilon() == own[last, name]
+
+
+def client_ledger(folder: Path, data: Path) -> Ledger:
+    return Ledger(folder, row_keys(DataSpec(source=str(data)), "classification"))
+
+
+def test_a_clients_ledger_covers_kills_renamed_runs_and_moved_files(
+    tiny_table: Table, stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """Two runs of different names on the same rows, a client killed with -9 in each of them.
+
+    What the servers took of it, both together, is never more than what the client has entered.
+    """
+    config = parse_config(
+        tiny_table(
+            fleet={"clients": 2},
+            rounds={"count": 3, "per-round": 2, "evaluate-every": 3},
+            strategy={"name": "ffa-lora"},
+            training={"steps": 2, "dp": {"noise-multiplier": 1.5, "max-grad-norm": 0.5}},
+        )
+    )
+    files = site_files(config, simulated(config, tmp_path / "simulated"), tmp_path / "files")
+    victim, other = sorted(files)
+    taken: dict[str, int] = dict.fromkeys(files, 0)
+    for attempt in ("one", "two"):
+        play = stage(config, attempt)
+        play.name, play.ledgers = f"run-{attempt}", tmp_path / "ledger"
+        play.start_server()
+        for name, file in files.items():
+            moved = play.folder / f"{name}-moved.jsonl"
+            rows = file.read_text().splitlines(keepends=True)
+            moved.write_text("".join(reversed(rows) if attempt == "two" else rows))
+            files[name] = moved
+            play.invite(name)
+            play.start_client(name, moved)
+        before = client_ledger(play.ledgers, files[victim]).account().results
+
+        def entered(before: int = before, play: Stage = play) -> bool:
+            assert play.ledgers is not None
+            return client_ledger(play.ledgers, files[victim]).account().results > before
+
+        until(entered)  # the first result is about to leave, or has left
+        kill(play.clients[victim])
+        play.start_client(victim, files[victim])
+        run = play.finish()
+        for line in RunDir.open(run.directory).clients():
+            taken[line["site"]] += line["kind"] == "train" and line["status"] == "ok"
+        for name, file in files.items():
+            account = client_ledger(play.ledgers, file).account()
+            assert account.results >= taken[name]
+            assert account.epsilon() >= spent_by(account, taken[name]), "over both runs"
+            assert account.runs == ({"run-one"} if attempt == "one" else {"run-one", "run-two"})
+        assert client_ledger(play.ledgers, files[other]).account().results == taken[other]
+        assert client_ledger(play.ledgers, files[victim]).account().results <= taken[victim] + 2
+    assert taken == dict.fromkeys(files, 6)
+    assert len(list((tmp_path / "ledger").glob("*.jsonl"))) == 2, "one a data set, not one a run"
+
+
+def spent_by(account: Account, results: int) -> float:
+    ((event, _),) = account.steps.items()
+    return example_epsilon([(*event, 2 * results)], 1e-5)
 
 
 def kill(process: Any) -> None:
