@@ -34,6 +34,10 @@ class Courier(Protocol):
         """Give up on messages; their replies are dropped."""
         ...
 
+    def refuse(self, message_id: str, reason: str) -> None:
+        """Say that the reply to a message, which was pulled, was of no use."""
+        ...
+
 
 def messages(
     kind: str, round_: int, contents: Sequence[RecordDict], nodes: Sequence[int]

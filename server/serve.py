@@ -24,8 +24,9 @@ from fedft.core.types import Site
 from server.checkpoints import Checkpoints
 from server.config import RunConfig, check_real, configured, differences, parse_toml
 from server.enrolment import EnrolledRoster
-from server.grids.grpc import GrpcGrid, Terms, Timing
+from server.grids.grpc import GrpcGrid
 from server.grids.inline import InlineGrid
+from server.grids.stream import Terms, Timing
 from server.identity import (
     Address,
     Audit,

@@ -32,8 +32,10 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, chunks, describe
 from fedft.core.link.secrets import key_pem, new_key
 from fedft.core.types import Site
-from server.grids import grpc as grid_module
-from server.grids.grpc import Desk, GrpcGrid, Terms, Timing
+from server.grids import hub as hub_module
+from server.grids.grpc import GrpcGrid
+from server.grids.outbox import Outbox, Verdict
+from server.grids.stream import Terms, Timing
 from server.identity import Address, Audit, Authority, Registry, serial_of
 from server.validation import REPLY_REFUSED
 
@@ -256,7 +258,7 @@ class TestWork:
     def test_a_result_of_something_else_is_stale(
         self, place: Callable[..., Place], change: dict[str, Any]
     ) -> None:
-        """Row 23; also one in the name of another site, whose errand stays open."""
+        """Row 23; also one in the name of another site, whose work stays open."""
         here = place()
         here.invite("ann", "bob")
         client, other = here.script("ann").join(), here.script("bob").join()
@@ -276,28 +278,29 @@ class TestWork:
         """Positive control of the three tests above."""
         opened: dict[Any, Any] = {}
 
-        def forgetful(desk: Desk, ticket: Any) -> Any:
-            errand = desk._open.get(ticket) or next(iter(opened.values()), None)
-            opened.setdefault("first", errand)
-            return errand
+        def forgetful(outbox: Outbox, ticket: Any) -> Any:
+            pending = outbox._open.get(ticket) or next(iter(opened.values()), None)
+            opened.setdefault("first", pending)
+            return pending
 
-        def always(desk: Desk, ticket: Any, reply: Message, verdict: Any) -> Any:
-            desk._answers.append((opened["first"].message, reply))
+        def always(outbox: Outbox, ticket: Any, answer: RecordDict, verdict: Verdict) -> Verdict:
+            asked = opened["first"].message
+            outbox._answers.append((asked, Message(answer, reply_to=asked)))
             return verdict
 
         here = place()
         client = here.script("ann").join()
         here.grid.push_messages([message()])
         work, _ = client.work()
-        monkeypatch.setattr(Desk, "errand", forgetful)
-        monkeypatch.setattr(Desk, "settle", always)
+        monkeypatch.setattr(Outbox, "pending", forgetful)
+        monkeypatch.setattr(Outbox, "settle", always)
         for _ in range(2):
             client.announce(work.ticket, answer())
             assert client.send(answer()).verdict == pb.ACCEPTED
-        assert len(here.grid._desk.fetch()) == 2
+        assert len(here.grid._outbox.fetch()) == 2
 
     def test_work_waits_for_a_site_that_comes_back(self, place: Callable[..., Place]) -> None:
-        """Rows 24 and 26: the same errand, once more, to the new connection."""
+        """Rows 24 and 26: the same work, once more, to the new connection."""
         here = place()
         first = here.script("ann").join()
         ids = here.grid.push_messages([message()])
@@ -560,7 +563,7 @@ class TestJoining:
 
         with grpc.insecure_channel(f"127.0.0.1:{place().grid.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            for service in ("", grid_module.SERVICE):
+            for service in ("", hub_module.SERVICE):
                 reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
 

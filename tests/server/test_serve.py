@@ -27,7 +27,7 @@ from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
 from fedft.core.rundir import RunDir
 from server import identity
 from server.config import RunConfig, parse_config
-from server.grids.grpc import Timing
+from server.grids.stream import Timing
 from server.run import simulate
 from server.serve import Hosting, serve
 
