@@ -69,7 +69,7 @@ class RunConsole:
             clients, kind = f"{per_round} clients a round", "over gRPC"
         self.note(
             f"{config.strategy.name}: {clients}, {config.rounds.count} rounds; {kind}, "
-            f"{engine.precision}, cohorts of {engine.cohort} → {safe(run.path)}"
+            f"{engine.precision}, cohorts of {engine.cohort} → {run.path}"
         )
         if state.round:
             self.note(f"going on after round {state.round}")
@@ -84,12 +84,12 @@ class RunConsole:
         else:
             self._bar.update(self._bar.task_ids[0], completed=record["round"], scores=line)
         for reason, sites in record["failures"].items():
-            self.note(f"round {record['round']}: {reason}: {', '.join(map(safe, sites))}")
+            self.note(f"round {record['round']}: {reason}: {', '.join(sites)}")
 
     def note(self, text: str) -> None:
-        """One line for the reader."""
+        """One line for the reader; what of it comes from elsewhere is made harmless here."""
         if not self._json:
-            self._err.print(text, soft_wrap=True)
+            self._err.print(safe(text), soft_wrap=True)
 
     def result(self, run: "Run") -> None:
         """The end: a table, or the summary as JSON."""

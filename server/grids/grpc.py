@@ -19,9 +19,7 @@ from server.grids.outbox import Outbox, Pending
 from server.grids.serve import Answer, describe, error_reply
 from server.grids.stream import Terms, Timing
 from server.identity import Address, Audit, Authority, Registry
-
-UNSENT = 113
-"""Code of an error reply for a message that could not be made ready for its client."""
+from server.validation import PLAN_FAILED
 
 
 class GrpcGrid(SimulationGrid):
@@ -134,7 +132,7 @@ class GrpcGrid(SimulationGrid):
             try:
                 work.append(self._pending(message))
             except Exception as error:  # a fact about this client: the others go on
-                self._deliver(message, Answer(error_reply(message, UNSENT, describe(error))))
+                self._deliver(message, Answer(error_reply(message, PLAN_FAILED, describe(error))))
         self._outbox.post(work)
         self._loop.call_soon_threadsafe(self._hub.hand_out, work)
 

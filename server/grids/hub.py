@@ -249,7 +249,7 @@ class Hub(link_pb2_grpc.FederationServicer):
             if isinstance(broke, asyncio.CancelledError):
                 raise
         except Exception as error:  # a fact about this client, known or not: the others go on
-            logger.warning("the stream of %s failed", stream.site or "?", exc_info=error)
+            logger.debug("the stream of %s failed", stream.site or "?", exc_info=error)
             reason = f"the server cannot deal with this client: {type(error).__name__}: {error}"
             # Before it was let in it would meet the same again.
             await self._refuse(stream, Refused(reason[:500], retry=stream.arrived, mismatch=True))

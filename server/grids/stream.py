@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MOST_EXAMPLES = 10**12
 """Examples that a site can claim to have. Their sum is a weight, and must stay a number."""
 
-_WIRE: dict[Verdict, "pb.Verdict"] = {v: pb.Verdict.Value(v.name) for v in Verdict}
+_WIRE: dict[Verdict, Any] = {v: pb.Verdict.Value(v.name) for v in Verdict}
 _DOING = {
     pb.LOADING: "loading the model",
     pb.WAITING: "waiting",
