@@ -356,7 +356,9 @@ class Session:
         word = pb.Verdict.Name(ack.verdict).lower()
         detail = f" ({ack.reason})" if ack.reason else ""
         if not failed:
-            self.tell(f"round {ticket.round}: {ticket.kind} {word}{detail}")
+            idle = all(other.outcome is not None for other in self._jobs.values())
+            then = "; waiting for work" if idle else ""
+            self.tell(f"round {ticket.round}: {ticket.kind} {word}{detail}{then}")
         if failed or not counted:
             self._jobs.pop(ticket)
         self._forget_old()
