@@ -126,7 +126,7 @@ def replies(
         patience_s: how long to wait, in seconds from now; None is as long as it takes.
         stop: is asked several times a second whether to stop.
         watch: is told several times a second which ids have no reply yet, and when they are given
-            up, on the monotonic clock.
+            up, on the monotonic clock; of none when the wait is over, however it ended.
 
     Raises:
         Interrupted: ``stop`` said so.
@@ -147,4 +147,5 @@ def replies(
             if not arrived and time.monotonic() < look_up:
                 break  # nothing is under way that could still answer
     finally:
+        watch((), closes)
         grid.cancel(waiting)

@@ -17,6 +17,9 @@ from server.roster import Roster
 from server.validation import Limits
 from strategies import Strategy
 
+_TOLD_S = 0.1
+"""Least time between two words on a wait."""
+
 
 class Account(Protocol):
     """What the rounds ask of a privacy account; see :class:`~server.privacy.PrivacyAccount`."""
@@ -70,7 +73,7 @@ class Federation:
         real: whether the sites are real clients. Whatever goes wrong with one of them costs it its
             place; in a simulation an exception is a mistake of ours, and ends the run.
         pace: of the slowest client that is waited for where no deadline is set; None waits for all.
-        watch: is told whom the run waits for.
+        watch: is told whom the run waits for; None tells nobody.
     """
 
     strategy: Strategy
@@ -93,7 +96,7 @@ class Federation:
     privacy: Account | None = None
     real: bool = False
     pace: Pace | None = None
-    watch: Watch = field(default=lambda waiting: None)
+    watch: Watch | None = None
 
     def patience_s(self, work: Iterable[tuple[int, int]]) -> float | None:
         """Seconds of this machine's time for which replies are waited; None is as long as it takes.
@@ -118,15 +121,23 @@ class Federation:
             what: is waited for.
             names: id of a message → name of the site that is to answer it.
         """
+        watch = self.watch
+        if watch is None:  # a simulation may have thousands of names
+            return lambda ids, closes: None
         since = time.monotonic()
+        told = float("-inf")
 
         def missing(ids: Collection[str], closes: float) -> None:
+            nonlocal told
             if not ids:
-                self.watch(None)
+                watch(None)
                 return
+            if (now := time.monotonic()) - told < _TOLD_S:
+                return
+            told = now
             waited = tuple(sorted(names[id_] for id_ in ids))
             answered = len(names) - len(waited)
-            self.watch(Waiting(what, "answered", len(names), waited, answered, since, ends=closes))
+            watch(Waiting(what, "answered", len(names), waited, answered, since, ends=closes))
 
         return missing
 

@@ -5,14 +5,20 @@ with both, under every rule of real clients, every selection of blocks, and Hydr
 """
 
 import json
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 import server.serve
+from clients.session import Failure
 from fedft.core.errors import ConfigError
+from fedft.core.link.framing import Ticket
 from fedft.core.rundir import RunDir
 from server import pruning
 from server.config import RunConfig, check_real, parse_config
@@ -139,3 +145,83 @@ def test_a_client_that_cannot_be_planned_costs_itself_its_place(
     [first, second] = [line for line in lines(run) if line["site"] == "both"]
     assert first["code"] == second["code"] == PLAN_FAILED
     assert first["status"] == "plan" and "KeyError: 2" in first["reason"]
+
+
+def spoiled(good: RecordDict, how: str) -> RecordDict:
+    """A good answer with something wrong in it."""
+    arrays, metrics = good.array_records["arrays"], dict(good.metric_records["metrics"])
+    if how == "no metrics":
+        return RecordDict({"arrays": arrays})
+    change = {
+        "nan": lambda x: x * np.nan,
+        "shape": lambda x: x.T.copy(),
+        "dtype": lambda x: x.astype(np.int64),
+    }.get(how, lambda x: x)
+    record = ArrayRecord({name: Array(change(array.numpy())) for name, array in arrays.items()})
+    if how == "nothing":
+        record = ArrayRecord({})
+    if how == "examples":
+        metrics["num-examples"] = -1
+    if how == "inf":
+        metrics["loss"] = float("inf")
+    return RecordDict({"arrays": record, "metrics": MetricRecord(metrics)})
+
+
+def bad(seed: int, over: threading.Event) -> Callable[[Ticket, RecordDict], Any]:
+    """Answers as chance will have it."""
+    rng = random.Random(seed)
+    spoils = ("nan", "shape", "dtype", "nothing", "no metrics", "examples", "inf")
+
+    def answer(ticket: Ticket, good: RecordDict) -> Any:
+        match rng.choice(["good", "raise", "fail", "hang", "late", *spoils]):
+            case "good":
+                return None
+            case "raise":
+                raise ZeroDivisionError("[red] \x1b[31m")
+            case "fail":
+                return Failure(rng.choice([-5, 0, 110, 111, 2**31 - 1]), "x" * 5000)
+            case "hang":
+                over.wait(60)
+                return None
+            case "late":
+                over.wait(3.5)
+                return None
+            case how:
+                return spoiled(good, how)
+
+    return answer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_the_others_answer_two_good_clients_finish_the_run(
+    tiny_table: Table, tmp_path: Path, seed: int
+) -> None:
+    """Nothing here was chosen: rule, selection, facts and answers are drawn."""
+    rng, over = random.Random(seed), threading.Event()
+    rule = rng.choice(["fedavg-lora", "hetlora", "flora", "flexlora", "krum", "fedsa-lora"])
+    selection = rng.choice(["none", "cka", "random"])
+    rounds = {"count": 4, "per-round": 6, "quorum": 2, "deadline-s": 3, "gather-s": 1}
+    table = tiny_table(
+        strategy={"name": rule},
+        pruning={"selection": selection},
+        fleet={"clients": 6},
+        data={"holdout": rng.choice([0.0, 0.2])},
+        rounds={**rounds, "evaluate-every": 2},
+    )
+    config = parse_config(table)
+    mixed = config.strategy.mixed_ranks
+    clients = {
+        f"site-{i}": Stub(
+            rank=rng.choice([None, 1, 2, 3, 4]) if mixed else None,
+            memory_mib=rng.choice([None, least_mib(config, 4)]),
+            answer=(lambda ticket, good: None) if i < 2 else bad(10 * seed + i, over),
+        )
+        for i in range(6)
+    }
+    try:
+        run = run_with(config, tmp_path / "run", clients, linger_s=1.0)
+    finally:
+        over.set()
+    counted = {(x["round"], x["site"]) for x in lines(run) if x["status"] == "ok"}
+    assert {(r, f"site-{i}") for r in range(1, 5) for i in range(2)} <= counted
+    assert len(run.rounds()) == 4
