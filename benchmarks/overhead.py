@@ -38,7 +38,8 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
 from fedft.core.link.secrets import Credentials, key_pem, new_key, read_private, write_private
 from fedft.core.quiet import quiet
-from server.grids.grpc import GrpcGrid, Terms
+from server.grids.grpc import GrpcGrid
+from server.grids.stream import Terms
 from server.identity import Address, Audit, Authority, Registry, serial_of
 
 SECTIONS = ["resident-1", "resident-100", "supernode-1"]

@@ -8,6 +8,7 @@ runs is what is installed here, and the data are the file that was named here.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,7 @@ from fedft.core.rundir import child
 from fedft.core.spec import TaskSpec
 
 _ENROL_S = 30.0
+_MOST_RANK = 1 << 20
 _VERSIONS = 3
 """Rounds of which the kept parts stay on disk: the server may go back to an older checkpoint."""
 
@@ -90,6 +92,23 @@ class Site:
     skip_bad: bool = False
     trust_remote_code: bool = False
     ledger: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not 1 <= self.rank <= _MOST_RANK:
+            raise ConfigError(
+                f"--rank {self.rank} is no rank: it counts from 1, and no model has {_MOST_RANK}",
+                fix="Leave it away to train the run's rank.",
+            )
+        if self.memory_mib is not None and not 0 < self.memory_mib < math.inf:
+            raise ConfigError(
+                f"--memory {self.memory_mib:g} is no amount of memory: it is in MiB, above 0",
+                fix="Leave it away to grant any amount.",
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(
+                f"--threads {self.threads} is no number of threads: it counts from 1",
+                fix="Leave it away to take as many as this machine has.",
+            )
 
 
 def join(

@@ -191,6 +191,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned_away = 0  # times in a row
         self._offer: tuple[tuple[str, ...], Offer] | None = None
+        self._doing = pb.Heartbeat()
 
     def run(self) -> str:
         """Stay until the run is over.
@@ -296,20 +297,46 @@ class Session:
         return job.outcome if job is not None else None
 
     async def _do(self, job: _Job, plan: str, content: RecordDict) -> None:
+        loop, ticket = asyncio.get_running_loop(), job.ticket
+
         def work() -> RecordDict | Failure | None:
-            # Called off while it waited behind other work: nothing is lost.
+            if not job.wanted:
+                return None  # called off while it waited behind other work: nothing is lost
+            loop.call_soon_threadsafe(self._begun, ticket)
             try:
-                return self.worker.work(job.ticket, plan, content) if job.wanted else None
+                return self.worker.work(ticket, plan, content)
             except Exception as error:  # a bug here must not leave the server waiting
-                logger.exception("work on %s failed", job.ticket)
+                logger.exception("work on %s failed", ticket)
                 return Failure(UNUSABLE, f"{type(error).__name__}: {error}")
 
-        outcome = await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        if outcome is None:
-            self._jobs.pop(job.ticket, None)
-            return
+        while (outcome := await loop.run_in_executor(self._thread, work)) is None:
+            if not job.wanted:
+                self._jobs.pop(ticket, None)
+                return
+            # It was asked for again just after it was called off.
         job.outcome = outcome
+        self.does(pb.WAITING)
+        if isinstance(outcome, Failure):
+            self.tell(f"round {ticket.round}: {ticket.kind} failed: {outcome.reason}")
         self.offer_results()
+
+    def _begun(self, ticket: Ticket) -> None:
+        if ticket.kind == "train":
+            self.does(pb.TRAINING, ticket.round)
+            self.tell(f"round {ticket.round}: training")
+        else:
+            self.does(pb.EVALUATING, ticket.round)
+
+    def does(self, activity: "pb.Activity", round_: int = 0) -> None:
+        """What this site does from now on; the server hears it with the next heartbeat."""
+        self._doing = pb.Heartbeat(activity=activity, round=round_)
+        if self._stream is not None:
+            self._stream.pulse()
+
+    @property
+    def heartbeat(self) -> pb.Heartbeat:
+        """Says what this site does."""
+        return self._doing
 
     def offer_results(self, *, again: bool = False) -> None:
         """Announce every result that is not judged yet; ``again`` on a new connection."""
@@ -332,7 +359,10 @@ class Session:
         job.judged, job.announced = True, False
         word = pb.Verdict.Name(ack.verdict).lower()
         detail = f" ({ack.reason})" if ack.reason else ""
-        self.tell(f"round {ticket.round}: {ticket.kind} {'failed' if failed else word}{detail}")
+        if not failed:
+            idle = all(other.outcome is not None for other in self._jobs.values())
+            then = "; waiting for work" if idle else ""
+            self.tell(f"round {ticket.round}: {ticket.kind} {word}{detail}{then}")
         if failed or not counted:
             self._jobs.pop(ticket)
         self._forget_old()
@@ -345,7 +375,7 @@ class Session:
         for ticket in judged[:-_KEPT_RESULTS]:
             del self._jobs[ticket]
 
-    async def offer(self, task: pb.Task, hashes: Mapping[str, str]) -> Offer:
+    async def offer(self, task: pb.Task, hashes: Mapping[str, str], pipe: Pipe) -> Offer:
         """What the worker brings to this task; known at once when it was asked before.
 
         A reconnect must not wait for the training that is under way in the worker's thread.
@@ -353,13 +383,18 @@ class Session:
         key = (task.run, task.spec, *hashes.values())
         if self._offer is None or self._offer[0] != key:
             loop, load = asyncio.get_running_loop(), self.worker.load
+            self.tell("connected; loading the model and the data")
+            self.does(pb.LOADING)
+            await pipe.say(heartbeat=self._doing)
             made = await loop.run_in_executor(self._thread, load, task.run, task.spec, hashes)
             self._offer = (key, made)
+            self.does(pb.WAITING)
         return self._offer[1]
 
     def connected(self, stream: "_Stream") -> None:
         """A stream is open for work."""
         self._stream = stream
+        stream.pulse()
         self.offer_results(again=True)
 
     @property
@@ -374,7 +409,7 @@ class _Stream:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._timing = session.timing
-        self._outbox: asyncio.Queue[Ticket | _Upload] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Ticket | _Upload | pb.Heartbeat] = asyncio.Queue()
         self._inbox: _Download | None = None
         self._pipe: Pipe  # from serve() on
         self._refused = False
@@ -383,6 +418,10 @@ class _Stream:
     def announce(self, ticket: Ticket) -> None:
         """Tell the server about a result, in its turn."""
         self._outbox.put_nowait(ticket)
+
+    def pulse(self) -> None:
+        """Tell the server what the site does now, without waiting for the next heartbeat."""
+        self._outbox.put_nowait(self._session.heartbeat)
 
     async def goodbye(self, reason: str) -> None:
         """A last word, if the server still listens."""
@@ -402,7 +441,8 @@ class _Stream:
             try:
                 await self._pipe.say(hello=self._hello())
                 task = (await self._expect("task")).task
-                heart = asyncio.create_task(self._pipe.beat(self._timing.heartbeat))
+                beats = self._pipe.beat(self._timing.heartbeat, lambda: self._session.heartbeat)
+                heart = asyncio.create_task(beats)
                 await self._pipe.say(offer=await self._offer(task))
                 await self._expect("welcome")
                 self.welcomed = True
@@ -440,7 +480,7 @@ class _Stream:
 
     async def _offer(self, task: pb.Task) -> pb.Offer:
         hashes = {f: getattr(task.hashes, f) for f in ("base_model", "tokenizer", "data_schema")}
-        offer = await self._session.offer(task, hashes)
+        offer = await self._session.offer(task, hashes, self._pipe)
         return pb.Offer(
             examples=offer.examples,
             rank=offer.rank or 0,
@@ -466,7 +506,9 @@ class _Stream:
     async def _send_on(self) -> None:
         while True:
             item = await self._outbox.get()
-            if isinstance(item, _Upload):
+            if isinstance(item, pb.Heartbeat):
+                await self._pipe.say(heartbeat=item)
+            elif isinstance(item, _Upload):
                 await self._pipe.send(item.content)
             elif (outcome := self._session.outcome(item)) is not None:
                 await self._pipe.say(result=_result(item, outcome))

@@ -92,7 +92,7 @@ class RunConsole:
             self.note(f"round {record['round']}: {reason}: {', '.join(sites)}")
 
     def note(self, text: str) -> None:
-        """One line for the reader."""
+        """One line for the reader; what of it comes from elsewhere is made harmless here."""
         if not self._json:
             self._err.print(clean(text), soft_wrap=True, markup=False)
 

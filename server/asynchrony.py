@@ -30,9 +30,10 @@ from fedft.core import codec
 from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import ClientUpdate, ServerState, Site
 from server.clock import SimulatedClock, check_reachable, elapsed
+from server.exchange import plan_for, train
 from server.federation import Asked, Completed, Federation, Ledger, Stopwatch
 from server.intake import Intake
-from server.rounds import concluded, plan_for, train
+from server.rounds import concluded
 
 LOSSES = ("late", "left")
 """Why a job is lost: after the deadline, or because its site could no longer be reached."""

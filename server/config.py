@@ -120,7 +120,11 @@ class RoundsSpec(Table):
         per_round: sites sampled each round.
         quorum: usable replies without which the model stays as it is; None is 70 % of ``per_round``.
         deadline_s: seconds after which a round closes with what has arrived, on the simulated clock
-            where the fleet has one, else from when the last round is committed; None waits for all.
+            where the fleet has one, else from when the last round is committed. None waits for all
+            in a simulation; real clients are given what the slowest of them would need, see
+            :mod:`server.deadline`.
+        gather_s: of real clients: seconds for which a round waits for more of them, once as many as
+            the quorum are connected.
         spares: sites asked beyond ``per_round``; the round closes without the slowest. Needs the
             simulated clock.
         retries: further tries with a fresh cohort before the run pauses.
@@ -135,6 +139,7 @@ class RoundsSpec(Table):
     per_round: PositiveInt = 10
     quorum: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
+    gather_s: Annotated[float, Field(ge=0)] = 60.0
     spares: Annotated[int, Field(ge=0)] = 0
     retries: Annotated[int, Field(ge=0)] = 2
     evaluate_every: PositiveInt = 5

@@ -4,7 +4,7 @@ An evaluation is asked for first and waited for later, so that the sites can beg
 while its last slices are scored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedft.core.metrics import Tally
 from fedft.core.sublayers import Layer
 from fedft.core.types import EvalPlan, ServerState, Site
 from server.courier import Courier, ask_to_evaluate, replies
+from server.exchange import site_errors
 from server.federation import Federation, Ledger
 from server.pruning import submodel
 
@@ -30,7 +31,8 @@ class Evaluation:
     Attributes:
         federation: of which sites.
         state: whose model.
-        cohort: the sites of the round.
+        cohort: the sites of the round that judge their own models.
+        patience_s: seconds for which they are waited for; None is as long as it takes.
         whole: ids of the messages on the whole model, a slice of the test set each.
         submodels: the same of submodels, by their size; None where sites hold all of the model.
         sites: ids of the messages to the cohort, on each one's own rows; None where none are held out.
@@ -39,6 +41,7 @@ class Evaluation:
     federation: Federation
     state: ServerState
     cohort: Sequence[Site]
+    patience_s: float | None
     whole: Sequence[str]
     submodels: Mapping[int, Sequence[str]] | None
     sites: Sequence[str] | None
@@ -87,7 +90,9 @@ class Evaluation:
         """Each site of the round judges its own model, or its part of it, on its held-out rows."""
         scores: list[Mapping[str, float]] = []
         federation = self.federation
-        tallies = self._tallies(federation.grid, ids, federation.patience_s)
+        names = dict(zip(ids, (site.name for site in self.cohort), strict=True))
+        watched = federation.waits(f"the evaluation of round {self.state.round}", names)
+        tallies = self._tallies(federation.grid, ids, self.patience_s, watched)
         for site, tally in zip(self.cohort, tallies, strict=True):
             if tally is None or tally.count == 0:
                 continue
@@ -100,11 +105,15 @@ class Evaluation:
         return {**means, "n": len(scores)}
 
     def _tallies(
-        self, grid: Courier, ids: Sequence[str], patience_s: float | None
+        self,
+        grid: Courier,
+        ids: Sequence[str],
+        patience_s: float | None,
+        watched: Callable[[Collection[str], float], None] = lambda missing, closes: None,
     ) -> list[Tally | None]:
         """The sums behind the replies, in the order of the messages; None where there was none."""
         tallies: dict[str, Tally] = {}
-        for reply in replies(grid, ids, patience_s, self.federation.stop):
+        for reply in replies(grid, ids, patience_s, self.federation.stop, watched):
             tally = None if reply.has_error() else tally_of(reply.content)
             if tally is not None:
                 tallies[reply.metadata.reply_to_message_id] = tally
@@ -123,9 +132,10 @@ def asked(federation: Federation, state: ServerState, cohort: Sequence[Site]) ->
     if (pruning := federation.pruning) is not None:
         typical = {k: pruning.typical(state, k) for k in pruning.sizes}
         submodels = {k: _ask_central(federation, state, held) for k, held in typical.items()}
+    patience_s = None
     if federation.holdout:
-        sites = _ask_sites(federation, state, cohort)
-    return Evaluation(federation, state, cohort, whole, submodels, sites)
+        cohort, sites, patience_s = _ask_sites(federation, state, cohort)
+    return Evaluation(federation, state, cohort, patience_s, whole, submodels, sites)
 
 
 def _scorer(federation: Federation) -> Courier:
@@ -147,8 +157,14 @@ def _ask_central(
     return ask_to_evaluate(_scorer(federation), state.round, contents, nodes)
 
 
-def _ask_sites(federation: Federation, state: ServerState, cohort: Sequence[Site]) -> list[str]:
-    """Have each site of the round judge its own model, or its part of it, on its held-out rows."""
+def _ask_sites(
+    federation: Federation, state: ServerState, cohort: Sequence[Site]
+) -> tuple[Sequence[Site], list[str], float | None]:
+    """Have each site of the round judge its own model, or its part of it, on its held-out rows.
+
+    Returns:
+        The sites that were asked, the ids of the messages, and the seconds to wait for them.
+    """
     encoder = codec.Encoder(federation.task, federation.wire)
     own = EvalPlan(
         state.adapter,
@@ -158,13 +174,17 @@ def _ask_sites(federation: Federation, state: ServerState, cohort: Sequence[Site
         round=state.round,
     )
     pruning = federation.pruning
-    parts = [None if pruning is None else pruning.layers(state, site) for site in cohort]
-    contents = [
-        encoder.evaluate(replace(submodel(own, layers), site=site.name))
-        for site, layers in zip(cohort, parts, strict=True)
-    ]
-    nodes = [federation.roster.node_of(site) for site in cohort]
-    return ask_to_evaluate(federation.grid, state.round, contents, nodes)
+    asked: list[tuple[Site, RecordDict, int]] = []
+    for site in cohort:
+        with site_errors(federation):
+            part = submodel(own, None if pruning is None else pruning.layers(state, site))
+            content = encoder.evaluate(replace(part, site=site.name))
+            asked.append((site, content, federation.roster.node_of(site)))
+    sites = [site for site, _, _ in asked]
+    contents, nodes = [c for _, c, _ in asked], [node for _, _, node in asked]
+    ids = ask_to_evaluate(federation.grid, state.round, contents, nodes)
+    work = [(site.examples, codec.content_bytes(content)) for site, content, _ in asked]
+    return sites, ids, federation.patience_s(work)
 
 
 def tally_of(content: RecordDict) -> Tally | None:

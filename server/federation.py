@@ -1,7 +1,7 @@
 """What a run consists of apart from its state, and what is written down while a round goes on."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,11 +10,15 @@ from fedft.core import codec
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from server.clock import SimulatedClock
 from server.config import RoundsSpec
-from server.courier import Courier
+from server.courier import Courier, Waiting, Watch
+from server.deadline import Pace
 from server.pruning import Pruning
 from server.roster import Roster
 from server.validation import Limits
 from strategies import Strategy
+
+_TOLD_S = 0.1
+"""Least time between two words on a wait."""
 
 
 class Account(Protocol):
@@ -66,6 +70,10 @@ class Federation:
         holdout: whether sites judge their own models on their own held-out examples.
         stop: says whether the run was asked to stop.
         privacy: the account of a run that promises privacy.
+        real: whether the sites are real clients. Whatever goes wrong with one of them costs it its
+            place; in a simulation an exception is a mistake of ours, and ends the run.
+        pace: of the slowest client that is waited for where no deadline is set; None waits for all.
+        watch: is told whom the run waits for; None tells nobody.
     """
 
     strategy: Strategy
@@ -86,14 +94,52 @@ class Federation:
     frozen: frozenset[Part] = frozenset()
     stop: Callable[[], bool] = field(default=lambda: False)
     privacy: Account | None = None
+    real: bool = False
+    pace: Pace | None = None
+    watch: Watch | None = None
 
-    @property
-    def patience_s(self) -> float | None:
+    def patience_s(self, work: Iterable[tuple[int, int]]) -> float | None:
         """Seconds of this machine's time for which replies are waited; None is as long as it takes.
 
         Under a simulated clock the deadline is one of simulated time.
+
+        Args:
+            work: of each site: the examples that it is to go through, and bytes in both directions.
         """
-        return self.settings.deadline_s if self.clock is None else None
+        if self.clock is not None:
+            return None
+        if self.settings.deadline_s is not None or self.pace is None:
+            return self.settings.deadline_s
+        return max((self.pace.seconds(*one) for one in work), default=self.pace.least_s)
+
+    def waits(
+        self, what: str, names: Mapping[str, str]
+    ) -> Callable[[Collection[str], float], None]:
+        """Tells ``watch`` whom a wait for replies is for; see :func:`server.courier.replies`.
+
+        Args:
+            what: is waited for.
+            names: id of a message → name of the site that is to answer it.
+        """
+        watch = self.watch
+        if watch is None:  # a simulation may have thousands of names
+            return lambda ids, closes: None
+        since = time.monotonic()
+        told = float("-inf")
+
+        def missing(ids: Collection[str], closes: float) -> None:
+            nonlocal told
+            if not ids:
+                watch(None)
+                return
+            if (now := time.monotonic()) - told < _TOLD_S:
+                return
+            told = now
+            waited = tuple(sorted(names[id_] for id_ in ids))
+            answered = len(names) - len(waited)
+            watch(Waiting(what, "answered", len(names), waited, answered, since, ends=closes))
+
+        return missing
 
 
 Asked = tuple[Site, TrainPlan]
@@ -134,6 +180,7 @@ class Ledger:
         now: simulated seconds since the beginning of the run.
         busy: seconds that the devices of the cohort in hand spent on the simulated clock.
         spent: the same of all cohorts, summed.
+        unplanned: sites for which no plan could be made.
     """
 
     replies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -143,12 +190,23 @@ class Ledger:
     now: float = 0.0
     busy: Mapping[str, float] = field(default_factory=dict[str, float])
     spent: float = 0.0
+    unplanned: set[str] = field(default_factory=set[str])
 
-    def failed(self, round_: int, site: str, reason: str, why: str) -> None:
-        """Count a site that gave no usable reply."""
+    def failed(
+        self,
+        round_: int,
+        site: str,
+        reason: str,
+        why: str,
+        *,
+        code: int | None = None,
+        kind: str = "train",
+    ) -> None:
+        """Count a site that gave no usable reply; ``code`` is that of its error reply."""
         self.failures.setdefault(reason, []).append(site)
-        line = {"kind": "train", "round": round_, "site": site, "status": reason, "reason": why}
-        self.replies.append({**line, **self.timing(site)})
+        line = {"kind": kind, "round": round_, "site": site, "status": reason, "reason": why}
+        coded = {} if code is None else {"code": code}
+        self.replies.append({**line, **coded, **self.timing(site)})
 
     def timing(self, site: str) -> dict[str, float]:
         """What a line on a site says of its device's time; nothing where there is no clock."""

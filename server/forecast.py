@@ -11,6 +11,7 @@ from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
 from server.config import RunConfig
+from server.deadline import Pace, pace_of
 from server.inputs import check_rank, data_of, remarks
 from server.privacy import forecast_privacy, promises
 from server.pruning import granularity, narrowed, pruning_of, site_footprint
@@ -29,7 +30,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         a model (None where it cannot be measured); no memory where the model's architecture is not
         known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
         would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
-        ``privacy`` where the run promises any, see
+        ``deadline``, when a round of real clients closes, see :mod:`server.deadline`; ``privacy``
+        where the run promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -68,6 +70,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         for way in ("up", "down")
     }
     trainable = max(c["trainable"] for c in clients)
+    pace = pace_of(config, shapes, geometry)
     framework = framework_bytes()
     return {
         "parameters": {
@@ -80,6 +83,12 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()},
         "clients": clients,
         "framework_mib": None if framework is None else framework / MIB,
+        "deadline": {
+            "given_s": config.rounds.deadline_s,
+            "least_s": pace.least_s,
+            "example_s": pace.example_s,
+            "bytes_per_s": pace.bytes_per_s,
+        },
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
         "data": {
@@ -181,6 +190,13 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             f"forgets               {config.strategy.name} loses a part of what clients of low rank are "
             "not sent, in every round: see its page, and beyond-rank"
         )
+    deadline = cost["deadline"]
+    if deadline["given_s"] is None:
+        example_s, bytes_per_s = deadline["example_s"], deadline["bytes_per_s"]
+        shown = Pace(example_s, 1.0, bytes_per_s, deadline["least_s"]).sentence()
+    else:
+        shown = f"{deadline['given_s']:g} s"
+    lines.append(f"with real clients     a round closes after {shown}")
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
 

@@ -20,6 +20,7 @@ the blocks: 2 b is attention of block b, and 2 b + 1 its feed-forward part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -344,8 +345,14 @@ def pruning_of(
         return None, fleet.memory_budgets_mib
     if granularity(config) == "sublayer":
         _check_halves(config, shapes, geometry)
-    own = {rank: site_footprint(config, shapes, geometry, rank) for rank in _ranks(config)}
-    largest = own[config.rank]
+
+    @cache
+    def needs(rank: int, limited: bool) -> Footprint:
+        """Of a site of any rank: real clients bring ranks that stand in no configuration."""
+        return site_footprint(config, shapes, geometry, rank, limited=limited)
+
+    limited = _limited(fleet)
+    largest = needs(config.rank, limited)
     budgets = fleet.memory_budgets_mib
     if fleet.model_shares:
         L = largest.layers
@@ -357,15 +364,15 @@ def pruning_of(
         return None, budgets
 
     def affordable(site: Site) -> int:
-        return own[config.rank if site.rank is None else site.rank].affordable(site.memory_mib)
+        if site.memory_mib is None:
+            return largest.layers
+        rank = config.rank if site.rank is None else site.rank
+        # A real client that grants limited memory does so whatever the configuration's fleet is.
+        return needs(rank, True).affordable(site.memory_mib)
 
     sizes = {largest.affordable(mib) for mib in granted} - {largest.layers}
     spec = config.pruning
     return Pruning(spec, affordable, largest.layers, config.seed, tuple(sorted(sizes))), budgets
-
-
-def _ranks(config: Any) -> set[int]:
-    return {*config.fleet.rank_choices, config.rank}
 
 
 def _least_and_all(fleet: Any, budgets: tuple[float, ...] | Distribution) -> list[float]:

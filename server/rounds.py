@@ -11,41 +11,22 @@ start from. What they answer is not looked at before the last round is committed
 come of it, and a run that is killed in between goes on as if the next round had not been opened.
 """
 
-import itertools
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from flwr.app import Message, MessageType
-from torch import Tensor
-
-from fedft.core import codec, meters
-from fedft.core.errors import FedftError, QuorumFailure, UpdateRejected
-from fedft.core.types import ClientUpdate, EvalPlan, ServerState, Site, TrainPlan
+from fedft.core import meters
+from fedft.core.errors import FedftError, QuorumFailure
+from fedft.core.types import ServerState, Site, TrainPlan
 from server import evaluation
 from server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
+from server.comparing import compared
 from server.config import RoundsSpec
-from server.courier import ask_to_evaluate, messages, replies
 from server.evaluation import Evaluation
+from server.exchange import Sent, plan_for, planned, received, send, site_errors, unplanned
 from server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
 from server.intake import Intake
-from server.pruning import narrowed
-from server.validation import REPLY_REFUSED, comparison, validate
-
-
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """A cohort that was sent its plans.
-
-    Attributes:
-        cohort: all of it.
-        asked: the sites that are to answer, and their plans as they read them, by the id of the
-            message to each; in the order in which they are worked on.
-    """
-
-    cohort: Sequence[Site]
-    asked: Mapping[str, Asked]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +99,8 @@ class Closing:
     def _measured(self) -> Mapping[str, Any]:
         """The meters, and what pruning has to say."""
         federation, folded = self.federation, self.intake.folded
-        following = _next_starts(federation, self.after, self.cohort)
+        sites = planned(self.cohort, self.ledger)
+        following = _next_starts(federation, self.after, sites)
         measured = dict[str, Any](
             meters.measure(self.before, folded, self.after, following=following)
         )
@@ -126,7 +108,7 @@ class Closing:
             held = self.before.adapter.factors
             measured["spectrum"] = meters.spectrum(folded, held=held)
         if federation.pruning is not None:
-            measured["pruning"] = federation.pruning.facts(self.before, self.cohort)
+            measured["pruning"] = federation.pruning.facts(self.before, sites)
         return measured
 
     def _accounts(self) -> Mapping[str, Any]:
@@ -203,7 +185,7 @@ def _may_go_ahead(federation: Federation, closing: Closing) -> bool:
 def opened(federation: Federation, state: ServerState) -> Opening:
     """Begin a round: its first cohort gets its plans."""
     watch, ledger = Stopwatch(), Ledger(now=elapsed(state))
-    state = _compared(federation, state, watch, ledger)
+    state = compared(federation, state, watch, ledger)
     sent, stays = _ask(federation, state, 0, (), watch, ledger)
     return Opening(state, sent, stays, watch, ledger)
 
@@ -243,7 +225,7 @@ def concluded(
     asked: Evaluation | None = None
     if _evaluation_due(federation.settings, after.round):
         with watch.phase("evaluate"):
-            asked = evaluation.asked(federation, after, cohort)
+            asked = evaluation.asked(federation, after, planned(cohort, ledger))
     return Closing(federation, state, after, intake, cohort, facts, asked, watch, ledger)
 
 
@@ -253,7 +235,11 @@ def _next_starts(
     """What the sites of a round would start the next one from; only mixed ranks need it told."""
     if len({site.rank for site in cohort}) < 2:
         return None
-    return {site.name: plan_for(federation, after, site) for site in cohort}
+    plans: dict[str, TrainPlan] = {}
+    for site in cohort:
+        with site_errors(federation):
+            plans[site.name] = plan_for(federation, after, site)
+    return plans
 
 
 def _add_spent(account: Account, ledger: Ledger) -> None:
@@ -274,7 +260,7 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
         if attempt > 0:
             sent, stays = _ask(federation, state, attempt, stays, watch, ledger)
         with watch.phase("train"):
-            intake = Intake(federation.strategy).add(_received(federation, sent, ledger))
+            intake = Intake(federation.strategy).add(received(federation, sent, ledger))
         if len(intake) >= _needed(federation):
             return intake, sent.cohort, attempt + 1
     if federation.clock is not None and settings.deadline_s is not None:
@@ -308,17 +294,21 @@ def _ask(
     round_ = state.round + 1
     with watch.phase("plan"):
         cohort = _cohort(federation, round_, attempt, ledger)
-        plans = [plan_for(federation, state, site) for site in cohort]
-        asked = list(zip(cohort, plans, strict=True))
+        asked: list[Asked] = []
+        for site in cohort:
+            with site_errors(federation, partial(unplanned, ledger, round_, site)):
+                asked.append((site, plan_for(federation, state, site)))
         if federation.clock is not None:
             settings = federation.settings
             asked, stays = _in_time(federation.clock, settings, asked, stays, ledger)
     if federation.privacy is not None:
-        federation.privacy.spend(round_, cohort)
+        federation.privacy.spend(round_, planned(cohort, ledger))
+    again = f", attempt {attempt + 1} of {federation.settings.retries + 1}" if attempt else ""
     with watch.phase("train"):
         # Below quorum nothing would come of the training.
         enough = len(asked) >= _needed(federation)
-        return Sent(cohort, _send(federation, asked, ledger) if enough else {}), stays
+        sent = send(federation, asked, ledger) if enough else {}
+        return Sent(cohort, sent, f"round {round_}{again}"), stays
 
 
 def _cohort(federation: Federation, round_: int, attempt: int, ledger: Ledger) -> list[Site]:
@@ -358,148 +348,6 @@ def _in_time(
             ledger.failed(plan.round, site.name, reason, why)
     ledger.now = closing.ends
     return [pair for pair in asked if pair[0].name not in closing.lost], [*before, *stays]
-
-
-def _compared(
-    federation: Federation, state: ServerState, watch: Stopwatch, ledger: Ledger
-) -> ServerState:
-    """``state`` with how alike the model's blocks are, where that is due; the cohort is asked."""
-    pruning = federation.pruning
-    if pruning is None or not pruning.due(state):
-        return state
-    round_ = state.round + 1
-    with watch.phase("compare"):
-        cohort = federation.roster.sample(federation.seed, round_, 0, federation.settings.per_round)
-        encoder = codec.Encoder(federation.task, federation.wire)
-        asked = EvalPlan(
-            state.adapter,
-            state.delta,
-            probe=pruning.spec.importance,
-            granularity=pruning.spec.granularity,
-            round=round_,
-        )
-        contents = [encoder.evaluate(replace(asked, site=site.name)) for site in cohort]
-        ledger.down += sum(map(codec.content_bytes, contents))
-        nodes = [federation.roster.node_of(site) for site in cohort]
-        ids = ask_to_evaluate(federation.grid, round_, contents, nodes)
-        found: dict[str, tuple[Tensor, Tensor, int]] = {}
-        for reply in replies(federation.grid, ids, federation.patience_s, federation.stop):
-            answer = None if reply.has_error() else comparison(reply.content, pruning.count)
-            if answer is not None:
-                ledger.up += codec.content_bytes(reply.content)
-                found[reply.metadata.reply_to_message_id] = answer
-    if not found:
-        raise QuorumFailure(
-            f"round {round_}: no site of {len(cohort)} could compare the model's blocks",
-            fix='Choose them without: [pruning] selection = "stride".',
-        )
-    return pruning.learned(state, [found[id_] for id_ in ids if id_ in found])
-
-
-def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPlan:
-    """The rule's plan for a site, with the facts of the round."""
-    plan = federation.strategy.plan(state, site).without(federation.frozen)
-    if federation.pruning is not None:
-        plan = narrowed(plan, federation.pruning.layers(state, site))
-    training = federation.training.overlaid(plan.training)
-    return replace(
-        plan, training=training, round=state.round + 1, site=site.name, seed=federation.seed
-    )
-
-
-def train(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> list[ClientUpdate]:
-    """Send the plans, take what comes back until all have answered or nobody waits any longer."""
-    return list(_received(federation, Sent([], _send(federation, asked, ledger)), ledger))
-
-
-def _send(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> dict[str, Asked]:
-    """Send the plans; the sites, and their plans as they read them, by the id of the message."""
-    encoder = codec.Encoder(federation.task, federation.wire)
-    groups = grouped([plan for _, plan in asked], federation.cohort)
-    jobs: list[list[Message]] = []
-    for group in groups:
-        contents = [encoder.train(asked[i][1]) for i in group]
-        ledger.down += sum(codec.content_bytes(content) for content in contents)
-        nodes = [federation.roster.node_of(asked[i][0]) for i in group]
-        jobs.append(messages(MessageType.TRAIN, asked[0][1].round, contents, nodes))
-    ids = federation.grid.push_jobs(jobs)
-    starts = {id(plan.start): plan.start for _, plan in asked}
-    read = {key: codec.on_the_wire(start, federation.wire) for key, start in starts.items()}
-    plans = [(site, replace(plan, start=read[id(plan.start)])) for site, plan in asked]
-    order = itertools.chain.from_iterable(groups)
-    return {id_: plans[i] for id_, i in zip(ids, order, strict=True)}
-
-
-def _received(
-    federation: Federation, sent: Sent, ledger: Ledger
-) -> Generator[ClientUpdate, None, None]:
-    """The usable replies of a cohort, in the order in which it was asked.
-
-    A reply waits for those that were asked for before it, so that the order of arrival decides
-    nothing. Passes are worked on in about the same order, so that few replies wait.
-    """
-    open_ = dict(sent.asked)
-    order = deque(open_)
-    arrived: dict[str, ClientUpdate | None] = {}
-    for reply in replies(federation.grid, order, federation.patience_s, federation.stop):
-        id_ = reply.metadata.reply_to_message_id
-        arrived[id_] = _accept(federation, reply, *open_.pop(id_), ledger)
-        while order and order[0] in arrived:
-            if (update := arrived.pop(order.popleft())) is not None:
-                yield update
-    for site, plan in open_.values():
-        ledger.failed(plan.round, site.name, "timeout", "no answer before the deadline")
-    late = (arrived.get(id_) for id_ in order)
-    yield from (update for update in late if update is not None)
-
-
-def _accept(
-    federation: Federation, reply: Message, site: Site, plan: TrainPlan, ledger: Ledger
-) -> ClientUpdate | None:
-    if reply.has_error():
-        why = reply.error.reason or ""
-        word = why.split(":")[0] if reply.error.code == REPLY_REFUSED else "error"
-        ledger.failed(plan.round, site.name, word, why)
-        return None
-    try:
-        update = validate(reply.content, plan, site, federation.limits)
-    except UpdateRejected as rejected:
-        ledger.failed(plan.round, site.name, rejected.reason, rejected.what)
-        return None
-    size = codec.content_bytes(reply.content)
-    ledger.up += size
-    ledger.replies.append(
-        {
-            **update.metrics,
-            "kind": "train",
-            "round": plan.round,
-            "site": site.name,
-            "status": "ok",
-            "examples": update.examples,
-            "rank": update.start.rank,
-            "bytes_up": size,
-            **ledger.timing(site.name),
-        }
-    )
-    return update
-
-
-def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
-    """Positions of plans that are trained in one pass: a function of the plans alone.
-
-    Sites with the same parts, layers and base delta share a pass; passes are of equal size, as far
-    as that goes, and at most ``size``.
-    """
-    kinds: dict[Any, list[int]] = {}
-    for index, plan in enumerate(plans):
-        key = (plan.train, plan.send, plan.keep, plan.layers, id(plan.delta) if plan.delta else 0)
-        kinds.setdefault(key, []).append(index)
-    groups: list[list[int]] = []
-    for members in kinds.values():
-        passes = -(-len(members) // size)
-        bounds = [len(members) * i // passes for i in range(passes + 1)]
-        groups += [members[a:b] for a, b in itertools.pairwise(bounds)]
-    return groups
 
 
 def _evaluation_due(settings: RoundsSpec, round_: int) -> bool:

@@ -15,7 +15,13 @@ import torch
 from flwr.app import Message
 
 from fedft.core import codec, models
-from fedft.core.errors import ConfigError, FedftError
+from fedft.core.errors import (
+    ConfigError,
+    EnvironmentFailure,
+    FedftError,
+    Interrupted,
+    QuorumFailure,
+)
 from fedft.core.link.framing import Expected, data_schema
 from fedft.core.link.shapes import of_adapter, of_comparison
 from fedft.core.rundir import RunDir
@@ -23,9 +29,11 @@ from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
 from server.checkpoints import Checkpoints
 from server.config import RunConfig, check_real, configured, differences, parse_toml
+from server.deadline import Pace, pace_of
 from server.enrolment import EnrolledRoster
-from server.grids.grpc import GrpcGrid, Terms, Timing
+from server.grids.grpc import GrpcGrid
 from server.grids.inline import InlineGrid
+from server.grids.stream import Terms, Timing
 from server.identity import (
     Address,
     Audit,
@@ -33,6 +41,7 @@ from server.identity import (
     Registry,
     folder_of,
     load_address,
+    make_private_folder,
     save_address,
 )
 from server.pruning import site_footprint
@@ -61,7 +70,8 @@ class Hosting:
     """How a server treats its clients. Changes when a run ends, not what comes of it.
 
     Attributes:
-        first: sites to wait for before the first round; None is ``rounds.per-round``.
+        first: sites to wait for before the first round, as long as ``patience_s``; None waits for
+            ``[rounds] per-round`` as every other round does.
         patience_s: seconds to wait for enough sites before the run pauses.
         linger_s: seconds to wait, when the run is over, for sites that were away, so that they hear
             it; by default twice the longest pause between two attempts of a client.
@@ -76,6 +86,17 @@ class Hosting:
     grace_s: float = 30.0
     timing: Timing = field(default_factory=Timing)
     status: tuple[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.first is not None and self.first < 1:
+            raise ConfigError(
+                f"--wait-for {self.first} is no number of clients", fix="Give 1 or more."
+            )
+        for name, seconds in (("patience", self.patience_s), ("linger", self.linger_s)):
+            if not seconds >= 0:  # nan is none either
+                raise ConfigError(
+                    f"--{name} {seconds} is no time in seconds", fix="Give 0 or more."
+                )
 
 
 def serve(
@@ -107,7 +128,7 @@ def serve(
     config = for_sites(config)
     observer = Board(observer or Silent())
     hosting = hosting or Hosting()
-    with _claimed(config, run_dir) as run:
+    with _resumable(), _claimed(config, run_dir) as run:
         if run.finished:
             observer.note("this run is finished; nothing to serve")
             _dismiss_late(run, address, hosting, observer, stop)
@@ -120,6 +141,17 @@ def serve(
             _rounds(setting, run, grid, hosting, observer, stop)
             _dismiss(grid, run, hosting, observer, stop)
     return run
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Errors after which the run can go on say how."""
+    try:
+        yield
+    except (EnvironmentFailure, Interrupted, QuorumFailure) as pause:
+        how = "Go on with the same command; clients come back by themselves."
+        pause.fix = f"{pause.fix} {how}" if pause.fix else how
+        raise
 
 
 def for_sites(config: RunConfig) -> RunConfig:
@@ -178,9 +210,12 @@ def _listening(
     terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Board
 ) -> Iterator[GrpcGrid]:
     folder, address = folder_of(run.path), _with_port(address, run)
+    make_private_folder(folder)  # without TLS no authority is made in it
     authority = None if address.insecure else Authority(folder)
     registry, audit = Registry(folder), Audit(run.path)
-    with GrpcGrid(terms, address, registry, authority, audit, hosting.timing) as grid:
+    tell, timing = observer.note, hosting.timing
+    with GrpcGrid(terms, address, registry, authority, audit, timing, tell) as grid:
+        observer.doing = lambda name: grid.doing.get(name, "")
         address = replace(address, port=grid.port)
         save_address(folder, address)
         observer.note(
@@ -198,7 +233,7 @@ def _showing_status(run: RunDir, grid: GrpcGrid, hosting: Hosting, board: Board)
         yield
         return
     registry = Registry(folder_of(run.path))
-    look = looker(run, board, registry.clients, lambda: grid.connected)
+    look = looker(run, board, registry.clients, grid)
     with showing(*hosting.status, look) as url:
         board.note(f"status page at {url}, metrics at {url}metrics")
         yield
@@ -209,27 +244,46 @@ def _rounds(
     run: RunDir,
     grid: GrpcGrid,
     hosting: Hosting,
-    observer: Observer,
+    board: Board,
     stop: Callable[[], bool],
 ) -> None:
     rounds = setting.config.rounds
+    pace = pace_of(
+        setting.config, setting.shapes, models.geometry(setting.config.model, setting.folder)
+    )
     roster = EnrolledRoster(
         Registry(folder_of(run.path)),
         grid,
         quorum=rounds.needed,
-        first=hosting.first or rounds.per_round,
+        first=hosting.first,
         patience_s=hosting.patience_s,
+        gather_s=rounds.gather_s,
         grace_s=hosting.grace_s,
-        tell=observer.note,
+        watch=board.waiting,
         stop=stop,
     )
+    board.note(_deadline(rounds.deadline_s, pace))
     with InlineGrid(CLIENT_APP, rounds.per_round) as evaluator:
-        federation = replace(federate(setting, grid, stop), roster=roster, evaluator=evaluator)
+        federation = replace(
+            federate(setting, grid, stop),
+            roster=roster,
+            evaluator=evaluator,
+            real=True,
+            pace=pace,
+            watch=board.waiting,
+        )
         try:
-            complete(setting, run, grid, federation, observer)
+            complete(setting, run, grid, federation, board)
         except FedftError as error:
             grid.drain(finished=False, reason=error.what)
             raise
+
+
+def _deadline(given_s: float | None, pace: Pace) -> str:
+    """When rounds close, for whoever watches."""
+    if given_s is not None:
+        return f"a round closes after {given_s:g} s ([rounds] deadline-s)"
+    return f"a round closes after {pace.sentence()}; [rounds] deadline-s sets another time"
 
 
 def _dismiss(
@@ -292,6 +346,8 @@ def objection(setting: Setting, site: Site) -> str | None:
         return f"{site.name} wants rank {rank}, and the run's largest is {config.rank}"
     if rank != config.rank and not config.strategy.mixed_ranks:
         return f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} of all sites"
+    if rank != config.rank and (why := _against_ranks(config, rank)) is not None:
+        return f"{site.name} wants rank {rank}, and the run's is {config.rank}: {why}"
     if site.memory_mib is not None and config.training.dp is not None:
         return (
             f"{site.name} grants {site.memory_mib:.0f} MiB, and sites with a memory budget train in "
@@ -309,6 +365,16 @@ def objection(setting: Setting, site: Site) -> str | None:
             f"training takes {needed:.0f} MiB at rank {rank}, and {site.name} grants "
             f"{site.memory_mib:.0f} MiB"
         )
+    return None
+
+
+def _against_ranks(config: RunConfig, rank: int) -> str | None:
+    """What the configuration has against a second rank, by the rules for a fleet that has two."""
+    fleet = {"clients": config.fleet.clients, "ranks": sorted({rank, config.rank})}
+    try:
+        configured(config, {"fleet": fleet})
+    except ConfigError as error:
+        return error.what.splitlines()[-1].strip()
     return None
 
 
@@ -331,7 +397,7 @@ def _expectations(setting: Setting) -> Callable[[Message], Expected]:
     def expected(message: Message) -> Expected:
         fields = codec.message_fields(message.content)
         if fields.get("probe") is not None:
-            return {"arrays": of_comparison(setting.shapes)}
+            return {"arrays": of_comparison(setting.shapes, fields["granularity"])}
         if "send" not in fields:
             return {}
         key = (int(fields["rank"]), tuple(fields["send"]))

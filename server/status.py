@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -31,6 +31,7 @@ from fedft.core.link.secrets import is_loopback
 from fedft.core.rundir import RunDir
 from fedft.core.types import ServerState
 from server.config import RunConfig
+from server.courier import Waiting
 from server.identity import Client
 from server.run import Observer
 from server.status_page import HEADERS, page
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _ROUNDS_SHOWN = 30
 _NOTES_SHOWN = 12
+_TELL_S = 10.0
 _REQUEST_S = 10.0
 """Within which a request must be sent and its answer taken."""
 
@@ -66,6 +68,7 @@ class Standing:
         failures: replies that did not count, by reason.
         sites: by name.
         notes: what was said to whoever watches, with the time of day; oldest first.
+        waiting: whom the run waits for at present.
     """
 
     strategy: str = ""
@@ -79,6 +82,7 @@ class Standing:
     failures: Mapping[str, int] = field(default_factory=dict[str, int])
     sites: Mapping[str, Tally] = field(default_factory=dict[str, Tally])
     notes: tuple[tuple[str, str], ...] = ()
+    waiting: Waiting | None = None
 
     def after(self, records: Iterable[Mapping[str, Any]]) -> "Standing":
         """With more rounds, given as lines of ``rounds.jsonl``."""
@@ -113,29 +117,76 @@ class Board:
 
     Attributes:
         standing: the present one. Replaced, never changed: any thread may read it.
+        doing: says of a client what it does; empty where that is not known.
     """
 
     def __init__(self, inner: Observer) -> None:
         self._inner = inner
+        self._writing = threading.Lock()
+        self._told: tuple[str, float] = ("", 0.0)  # of what a line was said last, and when
         self.standing = Standing()
+        self.doing: Callable[[str], str] = lambda name: ""
 
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
         """See :class:`server.run.Observer`."""
-        begun = replace(self.standing, strategy=config.strategy.name, target=config.rounds.count)
         committed = [record for record in run.rounds() if record["round"] <= state.round]
-        self.standing = begun.after(committed)
+        with self._writing:
+            begun = replace(
+                self.standing, strategy=config.strategy.name, target=config.rounds.count
+            )
+            self.standing = begun.after(committed)
         self._inner.started(run, config, state)
 
     def completed(self, record: Mapping[str, Any]) -> None:
         """See :class:`server.run.Observer`."""
-        self.standing = self.standing.after([record])
+        with self._writing:
+            self.standing = self.standing.after([record])
         self._inner.completed(record)
 
     def note(self, text: str) -> None:
         """See :class:`server.run.Observer`."""
-        notes = (*self.standing.notes, (f"{datetime.now(UTC):%H:%M:%S}", text))
-        self.standing = replace(self.standing, notes=notes[-_NOTES_SHOWN:])
+        with self._writing:
+            notes = (*self.standing.notes, (f"{datetime.now(UTC):%H:%M:%S}", text))
+            self.standing = replace(self.standing, notes=notes[-_NOTES_SHOWN:])
         self._inner.note(text)
+
+    def waiting(self, waiting: Waiting | None) -> None:
+        """Somebody is waited for, or nobody any more; a line is said of it now and then.
+
+        At once where clients are to connect, later where they are at work: every ten seconds of the
+        first minute, then every minute.
+        """
+        with self._writing:
+            self.standing = replace(self.standing, waiting=waiting)
+        if waiting is None:
+            return
+        now = time.monotonic()
+        what, told = self._told
+        if what != waiting.what + waiting.verb:
+            told = float("-inf") if waiting.verb == "connected" else waiting.since
+            self._told = waiting.what + waiting.verb, told
+        if now - told >= (_TELL_S if now - waiting.since < 60 else 60):
+            self._told = waiting.what + waiting.verb, now
+            self._inner.note(waiting.line(self.doing))
+
+
+class Presence(Protocol):
+    """Who is connected, see :class:`~server.grids.grpc.GrpcGrid`."""
+
+    @property
+    def connected(self) -> frozenset[str]:
+        """Names of the sites that are ready for work."""
+        ...
+
+    @property
+    def doing(self) -> Mapping[str, str]:
+        """Site → what it says it does."""
+        ...
+
+    @property
+    def turned_away(self) -> Mapping[str, str]:
+        """Name → why that client was refused, or left before it had joined."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -149,6 +200,8 @@ class View:
         clients: of the register, by name.
         connected: names of the sites that are ready for work.
         uptime_s: of this server.
+        doing: site → what it says it does.
+        turned_away: name → why that client was refused, or left before it had joined.
     """
 
     run: str
@@ -157,6 +210,8 @@ class View:
     clients: tuple[Client, ...]
     connected: frozenset[str]
     uptime_s: float
+    doing: Mapping[str, str] = field(default_factory=dict[str, str])
+    turned_away: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class _Metrics(Collector):
@@ -185,6 +240,11 @@ class _Metrics(Collector):
         yield GaugeMetricFamily(
             "fedft_clients_connected", "Clients ready for work.", len(view.connected)
         )
+        yield GaugeMetricFamily(
+            *("fedft_clients_turned_away", "Clients whose last attempt to join was refused."),
+            len(view.turned_away),
+        )
+        yield from _waiting(now.waiting)
         states = GaugeMetricFamily("fedft_clients", "Clients in the register.", labels=["state"])
         for state, count in sorted(Counter(client.state for client in view.clients).items()):
             states.add_metric([state], count)
@@ -193,6 +253,23 @@ class _Metrics(Collector):
         for name, value in now.scores.items():
             scores.add_metric([name], value)
         yield scores
+
+
+def _waiting(waiting: Waiting | None) -> Iterator[Metric]:
+    """Whom the run waits for; all of it 0 while it waits for nobody."""
+    now = time.monotonic()
+    values = (0, 0, 0.0, 0.0)
+    if waiting is not None:
+        missing = waiting.wanted - waiting.done
+        values = missing, waiting.done, now - waiting.since, max(0.0, waiting.ends - now)
+    about = {
+        "clients": "Clients that are waited for.",
+        "done": "Clients that have done what is waited for.",
+        "seconds": "Seconds since the waiting began.",
+        "left_seconds": "Seconds until it is given up.",
+    }
+    for (name, text), value in zip(about.items(), values, strict=True):
+        yield GaugeMetricFamily(f"fedft_waiting_{name}", text, value)
 
 
 def _labelled(name: str, about: str, label: str, values: Mapping[str, float]) -> Metric:
@@ -308,7 +385,7 @@ def looker(
     run: RunDir,
     board: Board,
     clients: Callable[[], Mapping[str, Client]],
-    connected: Callable[[], frozenset[str]],
+    presence: Presence,
 ) -> Callable[[], View]:
     """What takes views of a run.
 
@@ -316,13 +393,22 @@ def looker(
         run: its directory.
         board: is told about its rounds.
         clients: reads the register.
-        connected: says who is ready for work.
+        presence: says who is ready for work, and what they do.
     """
     begun = time.monotonic()
 
     def look() -> View:
         listed = tuple(client for _, client in sorted(clients().items()))
         uptime = time.monotonic() - begun
-        return View(run.path.name, run.finished, board.standing, listed, connected(), uptime)
+        return View(
+            run.path.name,
+            run.finished,
+            board.standing,
+            listed,
+            presence.connected,
+            uptime,
+            presence.doing,
+            presence.turned_away,
+        )
 
     return look

@@ -43,11 +43,11 @@ def page(view: "View") -> str:
 <p>{_text(view.standing.strategy or "getting ready")}</p></header>
 <main>
 {_lead(view)}
-<h2>Rounds</h2>
+{_waiting(view)}<h2>Rounds</h2>
 {_rounds(view)}
 <h2>Clients</h2>
 {_clients(view)}
-<h2>Failures</h2>
+{_turned_away(view)}<h2>Failures</h2>
 {_failures(view.standing.failures)}
 <h2>Said last</h2>
 {_notes(view.standing.notes)}
@@ -58,10 +58,10 @@ def page(view: "View") -> str:
 """
 
 
-def _text(value: object) -> str:
+def _text(value: object, longest: int = _LONGEST) -> str:
     """Anything, as HTML text."""
     shown = str(value)
-    return escape(shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…")
+    return escape(shown if len(shown) <= longest else shown[: longest - 1] + "…")
 
 
 def _progress(view: "View") -> str:
@@ -85,6 +85,20 @@ def _lead(view: "View") -> str:
     }
     cells = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in cards.items())
     return f"{bar}<dl>{cells}</dl>"
+
+
+def _waiting(view: "View") -> str:
+    if view.standing.waiting is None or view.over:
+        return ""
+    line = view.standing.waiting.line(lambda name: view.doing.get(name, ""))
+    return f"<p>{_text(line, 3 * _LONGEST)}</p>\n"
+
+
+def _turned_away(view: "View") -> str:
+    if not view.turned_away:
+        return ""
+    rows = [[name, why] for name, why in view.turned_away.items()]
+    return f"<h2>Turned away</h2>\n{_table(['client', 'why'], rows, 3 * _LONGEST)}\n"
 
 
 def _rounds(view: "View") -> str:
@@ -118,12 +132,10 @@ def _clients(view: "View") -> str:
 
 
 def _client(client: "Client", view: "View") -> list[str]:
-    there = client.name in view.connected
-    away = client.state == "joined" and not there
     tally = view.standing.sites.get(client.name)
     return [
         client.name,
-        "connected" if there else "away" if away else client.state,
+        _state(client, view),
         str(client.examples or ""),
         str(client.rank or ""),
         str(tally.drawn if tally else 0),
@@ -131,6 +143,13 @@ def _client(client: "Client", view: "View") -> list[str]:
         client.expires[:10],
         client.why,
     ]
+
+
+def _state(client: "Client", view: "View") -> str:
+    doing = view.doing.get(client.name, "")
+    if client.name in view.connected:
+        return f"connected, {doing}" if doing else "connected"
+    return doing or ("away" if client.state == "joined" else client.state)
 
 
 def _failures(failures: Mapping[str, int]) -> str:
@@ -144,13 +163,13 @@ def _notes(notes: Sequence[tuple[str, str]]) -> str:
     return f"<ol>{lines}</ol>" if lines else "<p>Nothing.</p>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], longest: int = _LONGEST) -> str:
     titles = "".join(f"<th>{_text(title)}</th>" for title in head)
     # On a phone a row becomes a list, and each cell carries its title.
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td data-title='{_text(title)}'>{_text(cell)}</td>"
+            f"<td data-title='{_text(title)}'>{_text(cell, longest)}</td>"
             for title, cell in zip(head, row, strict=True)
         )
         + "</tr>"

@@ -25,6 +25,12 @@ REPLY_REFUSED = 110
 """Code of an error reply for a result that a grid refused by its header, before any of its bytes
 came; the reason starts with the word that :class:`~fedft.core.errors.UpdateRejected` gives it."""
 
+PLAN_FAILED = 111
+"""Code for a client for which no plan could be made, or not be put into a message."""
+
+CHECK_FAILED = 112
+"""Code for a client whose reply could not be checked."""
+
 
 @dataclass(frozen=True)
 class Limits:

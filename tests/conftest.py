@@ -124,3 +124,23 @@ class StopAfter:
 def stop_after() -> Callable[[int], StopAfter]:
     """``simulate(..., observer=stop, stop=stop)`` with ``stop = stop_after(rounds)``."""
     return StopAfter
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes a server and its clients, in processes of their own, that end with the test."""
+    from server.serve import Hosting
+    from tests.server.stage import FAST, Stage, processes
+
+    made: list[Stage] = []
+
+    def make(config: Any, name: str = "stage", **options: Any) -> Stage:
+        folder = tmp_path / name
+        folder.mkdir()
+        hosting = Hosting(**{"timing": FAST, **options})
+        made.append(Stage(processes(), folder, config, hosting))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

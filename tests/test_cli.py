@@ -251,3 +251,11 @@ def test_sigterm_finishes_the_commit_and_the_run_resumes_to_the_same_bytes(
     assert code == 0
     forked = json.loads((tmp_path / "fork" / "summary.json").read_text())
     assert json.loads(out)["adapter_sha256"] == forked["adapter_sha256"]
+
+
+def test_what_clients_say_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of tables are no markup, and a reason from elsewhere has no colours to give."""
+    from fedft.console import RunConsole
+
+    RunConsole(real=True).note("bob was refused: \x1b[31m[red]x[/red]; [rounds] gather-s")
+    assert capsys.readouterr().err == "bob was refused: �[31m[red]x[/red]; [rounds] gather-s\n"

@@ -655,8 +655,10 @@ class Base:
             return
 
         def reached(index: int) -> None:
-            self._hold(frozenset({index}))
-            self.shift({m: f for m, f in delta.items() if in_blocks(m, {index})})
+            # The pass may run in inference mode, and what is loaded here is trained on later.
+            with torch.inference_mode(False):
+                self._hold(frozenset({index}))
+                self.shift({m: f for m, f in delta.items() if in_blocks(m, {index})})
 
         with ExitStack() as undo:
             for index, block in enumerate(self.blocks):

@@ -209,6 +209,12 @@ class SimulationGrid(Grid, ABC):
         if ids:
             self._abandon(ids)
 
+    def refuse(self, message_id: str, reason: str) -> None:
+        """Says that the reply to a message, which was pulled, was of no use.
+
+        A simulated client does nothing with it.
+        """
+
     def _deliver(self, message: Message, answer: Answer, times: int = 1) -> None:
         """Books the answer to a message, unless nobody waits for it any more."""
         message_id = message.metadata.message_id

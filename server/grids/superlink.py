@@ -88,6 +88,9 @@ class SuperLinkGrid:
         for id_ in ids:
             self._ready.pop(id_, None)
 
+    def refuse(self, message_id: str, reason: str) -> None:
+        """Nothing to do: Flower's nodes keep no result to be told about."""
+
     def touched_states(self) -> dict[int, RecordDict | None]:
         """None: Flower keeps what its nodes leave behind."""
         return {}

@@ -109,3 +109,12 @@ def test_too_few_rows_and_ablation_at_a_lean_site_are_refused(tiny_model: Path) 
         compare(engine, adapter, {}, batches_of(3), "block-influence")
     with pytest.raises(MismatchError, match="ablation needs the whole model"):
         compare(engine, adapter, {}, batches_of(8), "ablation")
+
+
+def test_what_a_lean_site_loads_for_a_comparison_can_be_trained_on(tiny_model: Path) -> None:
+    """It compares in inference mode, and the block that it reached last is the one it holds."""
+    engine = CohortEngine(base_of(tiny_model, lean=True), LORA)
+    compare(engine, adapter_of(engine.base), {}, batches_of(8), "block-influence")
+    with engine.base.holding((1,)):
+        held = list(engine.base.blocks[1].parameters())
+        assert held and not any(weight.is_inference() for weight in held)

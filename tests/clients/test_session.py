@@ -42,6 +42,8 @@ class Line:
         self._requests = requests
         self.out: queue.Queue[pb.FromServer | None] = queue.Queue()
         self._in: queue.Queue[pb.FromSite | None] = queue.Queue()
+        self.doing: list[tuple[Any, int]] = []
+        """What the heartbeats said."""
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -49,6 +51,8 @@ class Line:
             for message in self._requests:
                 if message.WhichOneof("body") != "heartbeat":
                     self._in.put(message)
+                else:
+                    self.doing.append((message.heartbeat.activity, message.heartbeat.round))
         self._in.put(None)
 
     def say(self, **body: Any) -> None:
@@ -307,6 +311,75 @@ class TestExactlyOnce:
         result = line.hear("result")
         assert "KeyError" in result.failure.reason
         line.judge(ticket, pb.ACCEPTED)
+
+    def test_work_that_is_asked_for_again_just_after_it_was_called_off_is_done(
+        self, host: Host, run: Callable[..., Running]
+    ) -> None:
+        """Called off while it waits, found unwanted, and asked for before that is noted."""
+        worker = Counter()
+        worker.go.clear()
+        going = run(worker)
+        line = host.line().welcome()
+        first = line.work(1)
+        second = line.work(2)
+        until(lambda: len(going.session._jobs) == 2)
+        session = going.session
+        job = session._jobs[Ticket.read(second)]
+
+        class Fickle:
+            """Unwanted when the worker looks, and wanted when the answer is noted."""
+
+            looks = 0
+
+            def __get__(self, owner: Any, kind: Any = None) -> bool:
+                self.looks += 1
+                return self.looks > 1
+
+            def __set__(self, owner: Any, value: bool) -> None: ...
+
+        fickle = type("Fickle", (type(job),), {"wanted": Fickle()})
+        job.__class__ = fickle
+        worker.go.set()
+        assert {line.hear("result").ticket.round for _ in (first, second)} == {1, 2}
+
+    def test_a_result_that_is_taken_back_is_computed_anew(
+        self, host: Host, run: Callable[..., Running]
+    ) -> None:
+        """Row 71: it was NaN, say, which the server sees after it has taken it."""
+        worker = Counter()
+        going = run(worker)
+        line = host.line().welcome()
+        ticket = line.work()
+        line.collect(ticket)
+        line.say(ack=pb.Ack(ticket=ticket, verdict=pb.REFUSED, reason="nan: a contains NaN"))
+        until(lambda: worker.verdicts == [(1, True), (1, False)])
+        line.collect(line.work())
+        assert len(worker.done) == 2
+        assert "round 1: train refused (nan: a contains NaN); waiting for work" in going.said
+
+    def test_it_says_what_it_does(self, host: Host, run: Callable[..., Running]) -> None:
+        worker = Counter()
+        worker.go.clear()
+        going = run(worker, heartbeat=0.05)
+        line = host.line()
+        line.hear("hello")
+        line.say(task=pb.Task(run="run", spec="{}", hashes=HASHES))
+        line.hear("offer")
+        line.say(welcome=pb.Welcome())
+        ticket = line.work(7)
+        until(lambda: line.doing[-1:] == [(pb.TRAINING, 7)])
+        worker.go.set()
+        line.collect(ticket)
+        until(lambda: line.doing[-1:] == [(pb.WAITING, 0)])
+        in_order = [activity for activity, _ in dict.fromkeys(line.doing)]
+        assert in_order == [pb.LOADING, pb.WAITING, pb.TRAINING]
+        until(lambda: len(going.said) == 4)
+        assert going.said == [
+            "connected; loading the model and the data",
+            "joined; waiting for work",
+            "round 7: training",
+            "round 7: train accepted; waiting for work",
+        ]
 
 
 @pytest.mark.grpc

@@ -32,10 +32,12 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, chunks, describe
 from fedft.core.link.secrets import key_pem, new_key
 from fedft.core.types import Site
-from server.grids import grpc as grid_module
-from server.grids.grpc import Desk, GrpcGrid, Terms, Timing
+from server.grids import hub as hub_module
+from server.grids.grpc import GrpcGrid
+from server.grids.outbox import Outbox, Pending, Verdict
+from server.grids.stream import Stream, Terms, Timing
 from server.identity import Address, Audit, Authority, Registry, serial_of
-from server.validation import REPLY_REFUSED
+from server.validation import PLAN_FAILED, REPLY_REFUSED
 
 SHAPES = {"a": (64, 128), "b": (128, 64)}
 HASHES = {"base_model": "m", "tokenizer": "t", "data_schema": "d"}
@@ -129,9 +131,10 @@ class Place:
         self.folder = folder
         self.registry = Registry(folder / "identity")
         self.authority = Authority(folder / "identity") if tls else None
+        self.told: list[str] = []
         self.grid = GrpcGrid(
             *(terms, Address(insecure=not tls), self.registry, self.authority),
-            *(Audit(folder), timing),
+            *(Audit(folder), timing, self.told.append),
         )
         self.scripts: list[Script] = []
 
@@ -256,7 +259,7 @@ class TestWork:
     def test_a_result_of_something_else_is_stale(
         self, place: Callable[..., Place], change: dict[str, Any]
     ) -> None:
-        """Row 23; also one in the name of another site, whose errand stays open."""
+        """Row 23; also one in the name of another site, whose work stays open."""
         here = place()
         here.invite("ann", "bob")
         client, other = here.script("ann").join(), here.script("bob").join()
@@ -276,28 +279,29 @@ class TestWork:
         """Positive control of the three tests above."""
         opened: dict[Any, Any] = {}
 
-        def forgetful(desk: Desk, ticket: Any) -> Any:
-            errand = desk._open.get(ticket) or next(iter(opened.values()), None)
-            opened.setdefault("first", errand)
-            return errand
+        def forgetful(outbox: Outbox, ticket: Any) -> Any:
+            pending = outbox._open.get(ticket) or next(iter(opened.values()), None)
+            opened.setdefault("first", pending)
+            return pending
 
-        def always(desk: Desk, ticket: Any, reply: Message, verdict: Any) -> Any:
-            desk._answers.append((opened["first"].message, reply))
+        def always(outbox: Outbox, ticket: Any, answer: RecordDict, verdict: Verdict) -> Verdict:
+            asked = opened["first"].message
+            outbox._answers.append((asked, Message(answer, reply_to=asked)))
             return verdict
 
         here = place()
         client = here.script("ann").join()
         here.grid.push_messages([message()])
         work, _ = client.work()
-        monkeypatch.setattr(Desk, "errand", forgetful)
-        monkeypatch.setattr(Desk, "settle", always)
+        monkeypatch.setattr(Outbox, "pending", forgetful)
+        monkeypatch.setattr(Outbox, "settle", always)
         for _ in range(2):
             client.announce(work.ticket, answer())
             assert client.send(answer()).verdict == pb.ACCEPTED
-        assert len(here.grid._desk.fetch()) == 2
+        assert len(here.grid._outbox.fetch()) == 2
 
     def test_work_waits_for_a_site_that_comes_back(self, place: Callable[..., Place]) -> None:
-        """Rows 24 and 26: the same errand, once more, to the new connection."""
+        """Rows 24 and 26: the same work, once more, to the new connection."""
         here = place()
         first = here.script("ann").join()
         ids = here.grid.push_messages([message()])
@@ -340,6 +344,203 @@ class TestWork:
         assert client.hear("ack").verdict == pb.ACCEPTED
         [reply] = replies(here.grid, ids, 0.3)
         assert (reply.error.code, reply.error.reason) == (101, "no disk")
+
+
+@pytest.mark.grpc
+class TestAgain:
+    """A round that missed its quorum asks for the same work again; rows 19 and 71."""
+
+    @staticmethod
+    def asked_again(here: Place, client: Script) -> tuple[list[str], pb.Work]:
+        """The same work a second time, after the first was called off at a deadline."""
+        first = here.grid.push_messages([message()])
+        before, _ = client.work()
+        here.grid.cancel(first)
+        client.hear("cancel")
+        ids = here.grid.push_messages([message()])
+        work, _ = client.work()
+        assert work.ticket == before.ticket
+        return ids, work
+
+    def test_the_same_work_reaches_the_same_client_again(self, place: Callable[..., Place]) -> None:
+        here = place()
+        client = here.script("ann").join()
+        for _ in range(3):
+            ids, work = self.asked_again(here, client)
+            client.announce(work.ticket, answer())
+            assert client.send(answer()).verdict == pb.ACCEPTED
+            assert len(replies(here.grid, ids, 0.3)) == 1
+
+    def test_where_a_piece_of_work_is_known_by_its_ticket_it_never_comes_again(
+        self, place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Positive control."""
+        same = lambda one, other: one.ticket == other.ticket  # noqa: E731
+        monkeypatch.setattr(Pending, "__eq__", same)
+        monkeypatch.setattr(Pending, "__hash__", lambda one: hash(one.ticket))
+        kept: list[Any] = []  # the tickets of a stream were never forgotten
+        honest = Stream.put
+        monkeypatch.setattr(
+            Stream, "put", lambda stream, item: (kept.append(item), honest(stream, item))
+        )
+        here = place()
+        client = here.script("ann").join()
+        with pytest.raises(queue.Empty):
+            self.asked_again(here, client)
+
+    def test_a_failure_can_be_tried_again(self, place: Callable[..., Place]) -> None:
+        here = place()
+        client = here.script("ann").join()
+        for _ in range(3):
+            ids = here.grid.push_messages([message()])
+            work, _ = client.work()
+            failure = pb.Failure(code=101, reason="no disk")
+            client.say(result=pb.Result(ticket=work.ticket, failure=failure))
+            assert client.hear("ack").verdict == pb.ACCEPTED
+            [reply] = replies(here.grid, ids, 0.3)
+            assert reply.error.code == 101
+
+    def test_what_was_on_its_way_when_it_was_called_off_answers_the_second_time(
+        self, place: Callable[..., Place]
+    ) -> None:
+        """A reply to the first message would be one that nobody waits for."""
+        here = place()
+        client = here.script("ann").join()
+        first = here.grid.push_messages([message()])
+        work, _ = client.work()
+        assert client.announce(work.ticket, answer()).verdict == pb.SEND
+        here.grid.cancel(first)
+        client.hear("cancel")
+        ids = here.grid.push_messages([message()])
+        client.work()
+        assert client.send(answer()).verdict == pb.ACCEPTED
+        [reply] = replies(here.grid, ids, 0.3)
+        assert reply.metadata.reply_to_message_id == ids[0]
+
+    def test_a_result_that_was_no_good_is_taken_back(self, place: Callable[..., Place]) -> None:
+        here = place()
+        client = here.script("ann").join()
+        ids = here.grid.push_messages([message()])
+        work, _ = client.work()
+        client.announce(work.ticket, answer())
+        client.send(answer())
+        assert len(replies(here.grid, ids, 0.3)) == 1
+        here.grid.refuse(ids[0], "nan: a contains NaN")
+        ack = client.hear("ack")
+        assert (ack.ticket, ack.verdict) == (work.ticket, pb.REFUSED)
+        assert "contains NaN" in ack.reason
+        assert client.announce(work.ticket, answer()).verdict == pb.REFUSED
+        here.grid.refuse("no such message", "nan")  # it may have been forgotten
+
+
+@pytest.mark.grpc
+class TestOneClientsMatter:
+    """Whatever is wrong with one client, or with what we make of it, it is that client's alone."""
+
+    def test_work_that_cannot_be_made_ready_fails_by_its_code(
+        self, place: Callable[..., Place]
+    ) -> None:
+        here = place()
+        here.invite("ann", "bob")
+        expected = here.grid._terms.expected
+
+        def only_bob(asked: Message) -> Any:
+            if asked.metadata.dst_node_id == 1:
+                raise KeyError(4)
+            return expected(asked)
+
+        object.__setattr__(here.grid._terms, "expected", only_bob)
+        here.script("ann").join()
+        bob = here.script("bob").join()
+        ids = here.grid.push_messages([message(1), message(2)])
+        work, _ = bob.work()
+        bob.announce(work.ticket, answer())
+        bob.send(answer())
+        found = {r.metadata.reply_to_message_id: r for r in replies(here.grid, ids, 0.4)}
+        assert found[ids[0]].error.code == PLAN_FAILED
+        assert "KeyError: 4" in (found[ids[0]].error.reason or "")
+        assert not found[ids[1]].has_error()
+
+    def test_an_offer_that_nobody_can_weigh_is_refused_and_named(
+        self, place: Callable[..., Place]
+    ) -> None:
+        def weigh(site: Site) -> str | None:
+            if site.rank == 4:
+                raise KeyError(4)
+            return None
+
+        here = place(objection=weigh)
+        here.script("bob").join()
+        client = here.script("ann")
+        client.hello()
+        said = refusal(client, rank=4)
+        assert "KeyError: 4" in said.reason and not said.retry
+        assert here.told == [f"ann was refused: {said.reason}"]
+        assert here.grid.turned_away == {"ann": said.reason}
+        assert here.grid.connected == {"bob"}
+        here.script("ann", "two").join()
+        until(lambda: not here.grid.turned_away)
+
+    @pytest.mark.parametrize(
+        ("offer", "why"),
+        [
+            ({"memory_mib": float("nan")}, "nan MiB"),
+            ({"memory_mib": float("inf")}, "inf MiB"),
+            ({"memory_mib": -5.0}, "-5.0 MiB"),
+            ({"examples": 2**63}, "impossible number"),
+        ],
+    )
+    def test_numbers_that_are_none_are_refused(
+        self, place: Callable[..., Place], offer: dict[str, Any], why: str
+    ) -> None:
+        client = place().script("ann")
+        client.hello()
+        assert why in refusal(client, **offer).reason
+
+    def test_a_reason_is_told_once_however_often_a_client_comes(
+        self, place: Callable[..., Place]
+    ) -> None:
+        here = place()
+        for _ in range(5):
+            client = here.script("ann", beats=False)
+            client.hello(versions={"fedft": "9.9.9"})
+            client.hear("refusal")
+        assert len(here.told) == 1 and "9.9.9" in here.told[0]
+        for number in range(100):  # nor does it take more room, whoever comes
+            stranger = here.script("ann", beats=False)
+            stranger.hello(site=f"eve-{number}")
+            stranger.hear("refusal")
+            stranger.close()
+        assert len(here.grid.turned_away) <= 32
+
+    def test_a_client_that_leaves_before_it_has_joined_is_named(
+        self, place: Callable[..., Place]
+    ) -> None:
+        """It refuses the run itself: its model is another one."""
+        here = place()
+        client = here.script("ann")
+        client.hello()
+        client.hear("task")
+        client.say(goodbye=pb.Goodbye(reason="the base model here is another one"))
+        until(lambda: bool(here.told))
+        assert here.told == ["ann left before it had joined: the base model here is another one"]
+
+    def test_what_clients_do_is_known(self, place: Callable[..., Place]) -> None:
+        here = place()
+        client = here.script("ann", beats=False)
+        client.hello()
+        client.hear("task")
+        client.say(heartbeat=pb.Heartbeat(activity=pb.LOADING))
+        until(lambda: here.grid.doing == {"ann": "loading the model"})
+        client.offer()
+        client.hear("welcome")
+        client.say(heartbeat=pb.Heartbeat(activity=pb.TRAINING, round=3))
+        until(lambda: here.grid.doing == {"ann": "training round 3"})
+        client.say(heartbeat=pb.Heartbeat())  # an older client says nothing
+        until(lambda: here.grid.doing == {})
+        client.close()
+        until(lambda: not here.grid.connected)
+        assert here.grid.doing == {}
 
 
 def header(**changes: Any) -> pb.Content:
@@ -560,7 +761,7 @@ class TestJoining:
 
         with grpc.insecure_channel(f"127.0.0.1:{place().grid.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            for service in ("", grid_module.SERVICE):
+            for service in ("", hub_module.SERVICE):
                 reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
 

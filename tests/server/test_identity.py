@@ -39,7 +39,8 @@ from fedft.core.link.secrets import (
 )
 from fedft.core.types import Site
 from server import identity
-from server.grids.grpc import GrpcGrid, Terms
+from server.grids.grpc import GrpcGrid
+from server.grids.stream import Terms
 from server.identity import (
     Address,
     Audit,

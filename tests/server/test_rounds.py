@@ -23,12 +23,17 @@ from fedft.core.types import (
     Site,
     TrainPlan,
 )
+from server import exchange
 from server.config import PruningSpec, RoundsSpec
+from server.courier import Waiting
+from server.deadline import Pace
+from server.exchange import grouped, received
 from server.federation import Completed, Federation, Ledger
 from server.grids.inline import Fault, Faults, InlineGrid
 from server.intake import Intake
 from server.pruning import Pruning
-from server.rounds import _received, grouped, one_round, opened, rounds
+from server.rounds import one_round, opened, rounds
+from server.validation import CHECK_FAILED, PLAN_FAILED
 from strategies import FedAvgLoRA, FedAvgM, Strategy
 from strategies.fedsa_lora import FedSALoRA
 
@@ -212,6 +217,144 @@ def test_plans_of_different_kinds_share_no_pass() -> None:
     assert grouped(mixed, 8) == [[0, 1, 2], [3, 4], [5, 6]]
 
 
+# --- what goes wrong with one real client is that client's matter ---
+
+
+class Picky(FedAvgLoRA):
+    """A rule that cannot plan for some sites."""
+
+    def plan(self, state: ServerState, site: Site) -> TrainPlan:
+        if site.name in ("site-1", "site-4"):
+            raise KeyError(4)
+        return super().plan(state, site)
+
+
+def test_a_site_that_cannot_be_planned_costs_itself_its_place() -> None:
+    completed = one_round(
+        replace(federation(), strategy=Picky(), real=True), ServerState(initial())
+    )
+    assert completed.record["failures"] == {"plan": ["site-1"]}
+    assert completed.record["cohort"] == ["site-0", "site-1", "site-2"]
+    assert value_of(completed) == pytest.approx(weighted(0, 2))
+    [line] = [line for line in completed.replies if line["status"] != "ok"]
+    assert (line["site"], line["code"]) == ("site-1", PLAN_FAILED)
+    assert line["reason"].startswith("KeyError: 4")
+
+
+def test_in_a_simulation_the_same_exception_ends_the_run() -> None:
+    """It is a mistake of ours; and the control of the test above."""
+    with pytest.raises(KeyError):
+        one_round(replace(federation(), strategy=Picky()), ServerState(initial()))
+
+
+def test_where_nobody_can_be_planned_the_run_pauses() -> None:
+    class Useless(FedAvgLoRA):
+        def plan(self, state: ServerState, site: Site) -> TrainPlan:
+            raise KeyError(4)
+
+    lost = replace(federation(retries=1), strategy=Useless(), real=True)
+    with pytest.raises(QuorumFailure, match="6 plan; the first: KeyError: 4"):
+        list(rounds(lost, ServerState(initial())))
+
+
+@pytest.mark.parametrize("step", ["node_of", "train", "validate"])
+def test_nor_one_that_cannot_be_addressed_encoded_or_checked(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(honest: Any, name_of: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if name_of(*args) == "site-1":
+                raise ZeroDivisionError("site-1")
+            return honest(*args)
+
+        return call
+
+    if step == "node_of":
+        monkeypatch.setattr(
+            Everybody, step, breaking(Everybody.node_of, lambda roster, site: site.name)
+        )
+    elif step == "train":
+        honest = codec.Encoder.train
+        monkeypatch.setattr(codec.Encoder, step, breaking(honest, lambda encoder, plan: plan.site))
+    else:
+        broken = breaking(exchange.validate, lambda content, plan, site, limits: site.name)
+        monkeypatch.setattr(exchange, step, broken)
+    completed = one_round(replace(federation(), real=True), ServerState(initial()))
+    reason = "check" if step == "validate" else "plan"
+    assert completed.record["failures"] == {reason: ["site-1"]}
+    [line] = [line for line in completed.replies if line["status"] != "ok"]
+    assert line["code"] == (CHECK_FAILED if step == "validate" else PLAN_FAILED)
+    assert "ZeroDivisionError" in line["reason"]
+    assert value_of(completed) == pytest.approx(weighted(0, 2))
+
+
+def test_a_site_whose_reply_is_no_good_is_told_so() -> None:
+    told: list[tuple[str, str]] = []
+
+    class Telling(InlineGrid):
+        def refuse(self, message_id: str, reason: str) -> None:
+            told.append((message_id, reason))
+
+    faults = Faults((Fault("nan", node=2, message_type="train"),))
+    grid = Telling(app, CLIENTS, faults=faults)
+    opening = opened(replace(federation(), grid=grid), ServerState(initial()))
+    list(received(replace(federation(), grid=grid), opening.sent, opening.ledger))
+    bad = [id_ for id_, (site, _) in opening.sent.asked.items() if site.name == "site-1"]
+    assert [id_ for id_, _ in told] == bad
+    assert told[0][1].startswith("nan: site-1")
+
+
+def test_whom_a_round_waits_for_is_told() -> None:
+    seen: list[Waiting | None] = []
+    slow = [Fault("delay", node=2, seconds=30, message_type="train")]
+    watched = replace(federation(slow, **{"deadline-s": 1.2, "retries": 1}), watch=seen.append)
+    one_round(watched, ServerState(initial()))
+    assert seen[-1] is None  # also after a wait that ended with the deadline
+    about = [waiting for waiting in seen if waiting is not None]
+    assert {(w.what, w.verb, w.wanted) for w in about} == {("round 1", "answered", 3)}
+    assert about[-1].missing == ("site-1",) and about[-1].done == 2
+    line = about[-1].line(lambda name: "asleep")
+    assert "round 1: 2 of 3 answered; waiting for site-1 (asleep), " in line
+    assert " s; gives up at " in line
+
+
+def test_rounds_of_real_clients_have_a_deadline_without_being_told() -> None:
+    pace = Pace(flops=1e9, flops_per_s=1e9, bytes_per_s=1000.0, least_s=5.0)
+    untold = replace(federation(), pace=pace)
+    assert untold.patience_s([(10, 2000), (3, 9000)]) == 5 + 10 + 2  # the slowest of them
+    assert untold.patience_s([]) == 5
+    told = replace(federation(**{"deadline-s": 7.0}), pace=pace)
+    assert told.patience_s([(10, 2000)]) == 7
+    assert federation().patience_s([(10, 2000)]) is None  # a simulation waits for all
+
+
+def test_a_deadline_that_nobody_set_closes_a_round() -> None:
+    slow = [Fault("delay", node=2, seconds=60, message_type="train")]
+    pace = Pace(flops=0.0, least_s=0.2)
+    completed = one_round(replace(federation(slow), pace=pace), ServerState(initial()))
+    assert completed.record["failures"] == {"timeout": ["site-1"]}
+
+
+def test_without_comparisons_other_sites_are_asked_then_the_run_pauses() -> None:
+    """Row 71: one cohort that errs is not the end of a run that prunes."""
+    asked: list[str] = []
+
+    class Counting(InlineGrid):
+        def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:
+            jobs = list(jobs)
+            asked.extend(str(m.metadata.dst_node_id) for job in jobs for m in job)
+            return super().push_jobs(jobs)
+
+    faults = Faults((Fault("raise", message_type="evaluate"),))
+    pruning = Pruning(PruningSpec(selection="cka"), lambda site: 2, 2, 0)
+    lost = replace(
+        federation(retries=1), grid=Counting(app, CLIENTS, faults=faults), pruning=pruning
+    )
+    with pytest.raises(QuorumFailure, match="after 2 attempts"):
+        list(rounds(lost, ServerState(initial())))
+    assert asked == ["1", "2", "3", "4", "5", "6"]
+
+
 # --- replies are folded as they come ---
 
 
@@ -259,7 +402,7 @@ def test_a_rule_of_the_mean_holds_no_reply_however_many_come() -> None:
     assert alive(OneByOne(), 50) == 50
 
 
-def received(delay_s: float) -> tuple[Generator[ClientUpdate, None, None], Ledger]:
+def replies_of(delay_s: float) -> tuple[Generator[ClientUpdate, None, None], Ledger]:
     """The replies of six sites, each alone, of which the third is late."""
     faults = Faults((Fault("delay", node=3, seconds=delay_s),))
     federated = replace(
@@ -268,16 +411,16 @@ def received(delay_s: float) -> tuple[Generator[ClientUpdate, None, None], Ledge
         settings=RoundsSpec.model_validate({"per-round": CLIENTS, "deadline-s": 5}),
     )
     opening = opened(federated, ServerState(initial()))
-    return _received(federated, opening.sent, opening.ledger), opening.ledger
+    return received(federated, opening.sent, opening.ledger), opening.ledger
 
 
 def test_a_reply_waits_for_those_before_it() -> None:
-    updates, _ = received(0.1)
+    updates, _ = replies_of(0.1)
     assert [update.site for update in updates] == [f"site-{k}" for k in range(CLIENTS)]
 
 
 def test_a_reply_does_not_wait_for_those_after_it() -> None:
-    updates, ledger = received(60)
+    updates, ledger = replies_of(60)
     assert [next(updates).site for _ in range(2)] == ["site-0", "site-1"]
     assert ledger.failures == {}  # nobody has waited until the deadline
     assert [update.site for update in updates] == ["site-3", "site-4", "site-5"]

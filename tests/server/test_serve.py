@@ -1,217 +1,46 @@
 """Real client processes over loopback with mutual TLS: the same bytes as a simulation, whatever dies."""
 
-import contextlib
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.superlink import free_port
-from clients.join import Site, join
 from clients.ledger import Account, Ledger
-from clients.session import Timing as ClientTiming
 from fedft.api import Run
-from fedft.core import partition
 from fedft.core.accounting import example_epsilon
 from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
 from fedft.core.rowkeys import row_keys
 from fedft.core.rundir import RunDir
 from fedft.core.spec import DataSpec
 from server import identity
-from server.config import RunConfig, parse_config
-from server.grids.grpc import Timing
-from server.run import simulate
+from server.config import parse_config
 from server.serve import Hosting, serve
+from tests.server.stage import (
+    FAST,
+    QUICK,
+    Cable,
+    Stage,
+    kill,
+    rounds_done,
+    simulated,
+    site_files,
+    start_all,
+    until,
+)
 
 pytestmark = pytest.mark.grpc
 
 Table = Callable[..., dict[str, Any]]
-
-FAST = Timing(heartbeat=1.0, silence=10.0, absence=30.0)
-QUICK = ClientTiming(heartbeat=1.0, silence=10.0, first_delay=0.1, longest_delay=0.5, give_up=60.0)
-
-
-@pytest.fixture(scope="session")
-def processes() -> Any:
-    """Processes that start in a moment: forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clients.join", "clients.train", "server.serve"])
-    return context
-
-
-class Cable:
-    """A network that a test can cut: then nothing gets through and nobody is told, as in life."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._whole = threading.Event()
-        self._whole.set()
-        self._ends: list[socket.socket] = []
-        self.server = 0
-        """The port that it leads to."""
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
-
-    def cut(self, seconds: float) -> None:
-        self._whole.clear()
-        time.sleep(seconds)
-        self._whole.set()
-
-    def close(self) -> None:
-        self._whole.set()
-        for end in [self._listener, *self._ends]:
-            # Also wakes whoever waits for it in another thread.
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                self._whole.wait()
-                far = socket.create_connection(("127.0.0.1", self.server))
-                self._ends += [near, far]
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                self._whole.wait()  # what was on its way is sent again once the line is mended
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-
-
-@dataclass
-class Stage:
-    """A server and clients, each a process of its own."""
-
-    processes: Any
-    folder: Path
-    config: RunConfig
-    hosting: Hosting
-    server: Any = None
-    clients: dict[str, Any] = field(default_factory=dict)
-    ranks: dict[str, int | None] = field(default_factory=dict)
-    client_timing: ClientTiming = QUICK
-    cable: Cable | None = None
-    """Between the server and the clients that are invited."""
-    name: str = "run"
-    """Of the run directory, by which clients know the run."""
-    ledgers: Path | None = None
-    """Where the clients keep their ledgers, if not in the folder of the stage."""
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / self.name
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_dir)
-
-    def start_server(self) -> None:
-        self.server = self.processes.Process(
-            target=serve,
-            args=(self.config, self.run_dir, identity.Address()),
-            kwargs={"hosting": self.hosting},
-            daemon=True,
-        )
-        self.server.start()
-
-    def invite(self, name: str) -> None:
-        until(lambda: (self.run_dir / "identity" / "address.json").exists())
-        kit = identity.invite(self.run_dir, name, self.folder / f"{name}.kit")
-        if self.cable is not None:
-            self.cable.server = int(kit.server.rpartition(":")[2])
-            replace(kit, server=f"127.0.0.1:{self.cable.port}").write(self.folder / f"{name}.kit")
-
-    def start_client(self, name: str, data: Path) -> None:
-        ledger = self.ledgers or self.folder / "ledger"
-        site = Site(data, rank=self.ranks.get(name), threads=1, ledger=ledger)
-        process = self.processes.Process(
-            target=join,
-            args=(self.folder / f"{name}.kit", site),
-            kwargs={"folder": self.folder / name, "timing": self.client_timing},
-            daemon=True,
-        )
-        process.start()
-        self.clients[name] = process
-
-    def finish(self, seconds: float = 120.0) -> Run:
-        self.server.join(seconds)
-        assert self.server.exitcode == 0
-        for process in self.clients.values():
-            process.join(15)
-            assert process.exitcode == 0
-        return self.run
-
-    def close(self) -> None:
-        for process in [self.server, *self.clients.values()]:
-            if process is not None and process.is_alive():
-                process.kill()
-                process.join(10)
-        if self.cable is not None:
-            self.cable.close()
-
-
-def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
-    ends = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < ends, "waited in vain"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def stage(processes: Any, tmp_path: Path) -> Iterator[Callable[..., Stage]]:
-    made: list[Stage] = []
-
-    def make(config: RunConfig, name: str = "stage", **options: Any) -> Stage:
-        folder = tmp_path / name
-        folder.mkdir()
-        made.append(Stage(processes, folder, config, Hosting(**{"timing": FAST, **options})))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def simulated(config: RunConfig, folder: Path) -> Run:
-    return Run(simulate(config, folder).path)
-
-
-def site_files(config: RunConfig, simulated_run: Run, folder: Path) -> dict[str, Path]:
-    """The rows of each site of a simulation, as a file of its own."""
-    from fedft.core.data import load
-
-    raw = load(config.data, config.model.task, seed=config.seed).train
-    assert raw.labels is not None
-    source = [json.loads(line) for line in Path(config.data.source).read_text().splitlines()]
-    manifest = partition.load(simulated_run.directory / "partition")
-    folder.mkdir(exist_ok=True)
-    files: dict[str, Path] = {}
-    for index in range(len(manifest)):
-        rows = [source[raw.lines[row] - 1] for row in manifest.rows_of(index)]
-        path = folder / f"{manifest.name_of(index)}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[manifest.name_of(index)] = path
-    return files
 
 
 def test_four_client_processes_give_the_bytes_of_a_simulation(
@@ -338,23 +167,6 @@ def test_a_clients_ledger_covers_kills_renamed_runs_and_moved_files(
 def spent_by(account: Account, results: int) -> float:
     ((event, _),) = account.steps.items()
     return example_epsilon([(*event, 2 * results)], 1e-5)
-
-
-def kill(process: Any) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(10)
-
-
-def rounds_done(play: Stage) -> int:
-    file = play.run_dir / "rounds.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def start_all(play: Stage, files: dict[str, Path]) -> None:
-    play.start_server()
-    for name, file in files.items():
-        play.invite(name)
-        play.start_client(name, file)
 
 
 def disturb(play: Stage, files: dict[str, Path]) -> None:
@@ -534,10 +346,10 @@ def test_a_server_without_clients_waits_in_sight_and_pauses(
     config, notes = parse_config(tiny_table()), Notes()
     hosting = Hosting(patience_s=0.5, timing=FAST)
     for _ in range(2):
-        with pytest.raises(QuorumFailure, match="0 sites were connected") as failure:
+        with pytest.raises(QuorumFailure, match="0 clients were connected") as failure:
             serve(config, tmp_path / "run", identity.Address(), hosting=hosting, observer=notes)
         assert failure.value.exit_code == 4
-    assert any("0 of 4 sites are connected; waiting" in line for line in notes.lines)
+    assert any("0 of 4 connected; waiting" in line for line in notes.lines)
     listening = {line.split(",")[0] for line in notes.lines if line.startswith("listening")}
     assert len(listening) == 1
     changed = parse_config(tiny_table(training={"lr": 0.5}))
@@ -635,3 +447,28 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
     assert objection(private, Member("ann", 5)) is None
     mixed = replace(setting, config=parse_config(tiny_table(strategy={"name": "flexlora"})))
     assert objection(mixed, Member("ann", 5, rank=2)) is None
+    for lora, why in (({"rslora": True}, "no common alpha"), ({"init": "pissa"}, "its one rank")):
+        table = tiny_table(strategy={"name": "flexlora"}, lora=lora)
+        one_rank = replace(setting, config=parse_config(table))
+        assert why in (objection(one_rank, Member("ann", 5, rank=2)) or "")
+        assert objection(one_rank, Member("ann", 5, rank=4)) is None
+
+
+@pytest.mark.parametrize("wrong", [{"first": 0}, {"patience_s": float("nan")}, {"linger_s": -1.0}])
+def test_patience_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is no"):
+        Hosting(**wrong)
+    assert Hosting(first=1, patience_s=0.0, linger_s=0.0)
+
+
+def test_a_server_without_tls_starts_in_a_new_folder(tiny_table: Table, tmp_path: Path) -> None:
+    """Nobody makes an authority there, nor the folder with it."""
+    short = Hosting(patience_s=0.2, timing=FAST)
+    with pytest.raises(QuorumFailure):
+        serve(
+            parse_config(tiny_table()),
+            tmp_path / "run",
+            identity.Address(insecure=True),
+            hosting=short,
+        )
+    assert identity.load_address(tmp_path / "run" / "identity").insecure

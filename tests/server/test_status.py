@@ -4,6 +4,7 @@ import http.client
 import re
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedft.core.errors import EnvironmentFailure
+from server.courier import Waiting
 from server.identity import Client
 from server.run import Silent
-from server.status import Board, Standing, Tally, View, showing
+from server.status import Board, Standing, Tally, View, _Metrics, showing
 from server.status_page import HEADERS, page
 
 SCRIPT = "<script>document.title='owned'</script>"
@@ -80,6 +82,99 @@ class TestStanding:
         assert Ears.heard[:2] == [1, "note 0"]
         assert board.standing.round == 1 and board.standing.notes[-1][1] == "note 99"
         assert len(board.standing.notes) < 50
+
+
+WAITING = Waiting("round 3", "answered", 3, ("bob",), 2, since=100.0, ends=700.0)
+
+
+class Ears(Silent):
+    """Keeps the notes it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+
+class TestWaiting:
+    def at(self, monkeypatch: pytest.MonkeyPatch, now: float) -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def test_a_line_now_and_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every ten seconds of the first minute, then every minute; not in the page's notes."""
+        ears = Ears()
+        board = Board(ears)
+        board.doing = lambda name: "training round 3"
+        spoken: list[int] = []
+        for second in range(200):
+            self.at(monkeypatch, 100.0 + second)
+            before = len(ears.heard)
+            board.waiting(WAITING)
+            spoken += [second] * (len(ears.heard) - before)
+        assert spoken == [10, 20, 30, 40, 50, 110, 170]
+        assert ears.heard[3].startswith(
+            "round 3: 2 of 3 answered; waiting for bob (training round 3), 40 s; gives up at "
+        )
+        assert board.standing.notes == () and board.standing.waiting is WAITING
+        board.waiting(None)
+        assert board.standing.waiting is None
+
+    def test_whoever_is_to_connect_is_told_of_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ears = Ears()
+        board = Board(ears)
+        self.at(monkeypatch, 100.0)
+        board.waiting(replace(WAITING, verb="connected"))
+        assert "2 of 3 connected; waiting for bob, 0 s" in ears.heard[0]
+
+    def test_many_names_are_a_few_and_a_number(self) -> None:
+        many = replace(WAITING, missing=tuple(f"site-{k}" for k in range(100)))
+        assert "site-4, 95 more, " in many.line()
+        assert "never gives up" in replace(WAITING, ends=float("inf")).line()
+
+    def test_the_page_and_the_metrics_say_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at(monkeypatch, 140.0)
+        shown = view(
+            replace(Standing("x", 20, 2), waiting=WAITING),
+            doing={"bob": "training round 3", "ann": "waiting"},
+            turned_away={"eve": f"grants too little {SCRIPT}"},
+        )
+        html = page(shown)
+        said = " ".join(text_of(html).split())
+        assert "2 of 3 answered; waiting for bob (training round 3), 40 s; gives up at" in said
+        assert "ann connected, waiting" in said and "bob training round 3" in said
+        assert "Turned away client why eve grants too little" in said and "<script" not in html
+        families = {
+            f.name: f.samples[0].value for f in _Metrics(lambda: shown).collect() if f.samples
+        }
+        assert families["fedft_waiting_clients"] == 1
+        assert families["fedft_waiting_done"] == 2
+        assert families["fedft_waiting_seconds"] == 40
+        assert families["fedft_waiting_left_seconds"] == 560
+        assert families["fedft_clients_turned_away"] == 1
+
+    def test_nobody_is_waited_for_most_of_the_time(self) -> None:
+        html = page(view())
+        assert "waiting for" not in html.replace("waiting for the first round", "")
+        assert "Turned away" not in html
+        families = {f.name: f.samples[0].value for f in _Metrics(view).collect() if f.samples}
+        assert families["fedft_waiting_clients"] == families["fedft_waiting_seconds"] == 0
+
+    def test_notes_from_two_threads_are_all_kept(self) -> None:
+        """A client is turned away on one thread while a round is committed on another."""
+        board = Board(Silent())
+        threads = [
+            Thread(target=lambda: [board.note("x") for _ in range(300)]),
+            Thread(target=lambda: [board.completed(record(k)) for k in range(1, 301)]),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert board.standing.round == 300 and board.standing.up == 300_000
+        assert len(board.standing.notes) == 12
 
 
 class TestPage:

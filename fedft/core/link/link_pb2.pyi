@@ -7,6 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Activity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTIVITY_UNSPECIFIED: _ClassVar[Activity]
+    LOADING: _ClassVar[Activity]
+    WAITING: _ClassVar[Activity]
+    TRAINING: _ClassVar[Activity]
+    EVALUATING: _ClassVar[Activity]
+
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     VERDICT_UNSPECIFIED: _ClassVar[Verdict]
@@ -16,6 +24,11 @@ class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LATE: _ClassVar[Verdict]
     STALE: _ClassVar[Verdict]
     REFUSED: _ClassVar[Verdict]
+ACTIVITY_UNSPECIFIED: Activity
+LOADING: Activity
+WAITING: Activity
+TRAINING: Activity
+EVALUATING: Activity
 VERDICT_UNSPECIFIED: Verdict
 SEND: Verdict
 ACCEPTED: Verdict
@@ -142,8 +155,12 @@ class Refusal(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., retry: bool = ..., mismatch: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("activity", "round")
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    activity: Activity
+    round: int
+    def __init__(self, activity: _Optional[_Union[Activity, str]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("reason",)

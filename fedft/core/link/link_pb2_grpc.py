@@ -51,6 +51,7 @@ class FederationServicer(object):
 
     def Enrol(self, request, context):
         """Exchanges a join kit for a certificate over the site's own key; a kit is worth one of these.
+        A site that shows the certificate it has gets a new one over the same key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from fedft.core.errors import UpdateRejected
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Shape
-from fedft.core.types import Part, factor_name, module_of, part_of
+from fedft.core.sublayers import HALVES
+from fedft.core.types import Granularity, Part, factor_name, module_of, part_of
 
 if TYPE_CHECKING:
     from fedft.core.models import Schema
@@ -30,9 +31,9 @@ def of_adapter(schema: "Schema", rank: int, parts: Collection[Part]) -> dict[str
     return shapes
 
 
-def of_comparison(schema: "Schema") -> dict[str, Shape]:
-    """What a site says of the model's blocks: their similarities and their importance."""
-    L = schema.blocks
+def of_comparison(schema: "Schema", granularity: Granularity = "block") -> dict[str, Shape]:
+    """What a site says of the model's blocks, or their halves: similarities and importance."""
+    L = schema.blocks * (1 if granularity == "block" else len(HALVES))
     return {"similarity": (L * (L - 1) // 2,), "importance": (L,)}
 
 

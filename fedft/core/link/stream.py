@@ -6,6 +6,7 @@ tell it from what the other end says.
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -95,11 +96,13 @@ class Pipe:
         for data in chunks(content):
             await self.say(chunk=pb.Chunk(data=data))
 
-    async def beat(self, every: float) -> None:
+    async def beat(
+        self, every: float, made: Callable[[], pb.Heartbeat] = lambda: pb.Heartbeat()
+    ) -> None:
         """Write a heartbeat every so many seconds, until cancelled."""
         while True:
             await asyncio.sleep(every)
-            await self.say(heartbeat=pb.Heartbeat())
+            await self.say(heartbeat=made())
 
     async def part(self, linger: float) -> None:
         """Write nothing more, and wait until the other end has hung up.
