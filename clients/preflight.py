@@ -103,7 +103,7 @@ def try_longest(bench: Bench, batch_size: int) -> None:
     training = LocalTraining(
         steps=1, batch_size=batch_size, lr=0.0, optimizer="sgd", clip_norm=None
     )
-    start = bench.initial(bench.task.lora.rank)
+    start = _start(bench)
     layers = (0,) if bench.task.lean else None
     plan = TrainPlan(
         start if layers is None else start.narrowed(layers),
@@ -123,6 +123,18 @@ def try_longest(bench: Bench, batch_size: int) -> None:
             f"the loss of {bench.task.model.source!r} on the longest rows is {result.metrics['loss']}",
             fix='Set [engine] precision = "fp32", or choose a lower [data] max-length.',
         )
+
+
+def _start(bench: Bench) -> Adapter:
+    """The common adapter; of another method of peft one of small numbers, for its zeros may divide."""
+    lora, seed = bench.task.lora, bench.task.seed
+    initial = bench.initial(lora.rank)
+    if not lora.whole:
+        return initial
+    generator = seeds.torch_generator(seed, "preflight")
+    return initial.replaced(
+        {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in initial.head.items()}
+    )
 
 
 def _refuse_leaks(bench: Bench, plan: TrainPlan, layers: tuple[int, ...] | None) -> None:

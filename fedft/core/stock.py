@@ -2,6 +2,7 @@
 
 # pyright: standard
 # peft and transformers are typed in part.
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def stock_model(
     if special is not None:
         special.follow(base)
     try:
-        model: nn.Module = PeftModel.from_pretrained(base, export).eval()
+        with warnings.catch_warnings():  # what peft remarks to its user is no error
+            warnings.simplefilter("ignore")
+            model: nn.Module = PeftModel.from_pretrained(base, export).eval()
     except Exception as error:  # peft raises whatever torch and json do
         raise MismatchError(
             f"stock peft cannot load the exported adapter in {export}: "

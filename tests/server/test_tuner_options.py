@@ -117,7 +117,8 @@ def outcome(
     adapter: Adapter = start.replaced(
         {n: t + 0.05 * torch.randn(t.shape, generator=numbers) for n, t in start.tensors().items()}
     )
-    save_whole(folder, adapter, model=model, lora=lora, base=model.source, seed=0)
+    about: Any = {"head": models.schema(model, lora, 3).saved, "beside": {}}
+    save_whole(folder, adapter, model=model, lora=lora, base=model.source, seed=0, **about)
     base = models.load_base(model, lora, 3)
     engine = WholeEngine(base, lora, 0)
     engine.evaluate(adapter, {}, [])
