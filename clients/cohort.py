@@ -39,6 +39,7 @@ from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, linears
 from fedft.core.overrides import overridden
+from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.special_tokens import reads_last
 from fedft.core.sublayers import Layer
@@ -152,7 +153,8 @@ class CohortEngine:
         optimizer = StackOptimizer(stack, [plan.training for plan in plans])
         scales = tuple(_scale(plan.start) for plan in plans)
         generators = self._generators(plans)
-        losses = torch.zeros(len(plans), dtype=torch.float64, device=self.base.device)
+        device = self.base.device
+        losses = torch.zeros(len(plans), dtype=widest(device), device=device)
         norms: dict[str, list[float]] = {}
         leaves: Mapping[str, Tensor] = {}
         count = 0
@@ -178,12 +180,12 @@ class CohortEngine:
         ]
 
     def _backward(self, now: _Now, stack: Stack, optimizer: StackOptimizer) -> Tensor:
-        """Forward and backward of one step; each site's loss times its rows, [K] float64."""
+        """Forward and backward of one step; each site's loss times its rows, [K]."""
         each, step = self._losses(now), now.step  # [m]
         share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
         weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
         stack.backward(each @ weight + optimizer.penalty(now.leaves), now.leaves)
-        per_site = (each.detach() * weight).double().split(step.items)
+        per_site = widened(each.detach() * weight).split(step.items)
         return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
 
     def _losses(self, now: _Now) -> Tensor:

@@ -20,6 +20,7 @@ from clients.vocabulary import Vocabulary
 from fedft.core import similarity, sublayers
 from fedft.core.errors import MismatchError
 from fedft.core.models import effective
+from fedft.core.precise import widened
 from fedft.core.sublayers import HALVES, Layer, Sublayer
 from fedft.core.types import Adapter, Batch, Delta, Granularity, Importance
 
@@ -94,7 +95,7 @@ class _Trace:
         """Of one batch: the residual stream around the layer, [b, t, d], and its real tokens."""
         real = torch.ones(after.shape[:2], dtype=torch.bool) if mask is None else mask
         count = real.sum(1, keepdim=True)
-        self.pooled.append((after.double() * real[..., None]).sum(1) / count)  # [b, d]
+        self.pooled.append((widened(after) * real[..., None]).sum(1) / count)  # [b, d]
         self.influence.append(similarity.block_influence(before[real], after[real]))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedft.core.precise import widened, widest
 from fedft.core.types import Adapter, Factors, LocalTraining, Part, part_of
 
 Segments = tuple[int, ...]
@@ -232,11 +233,11 @@ class Stack:
             self._view(name, self.grad)[: len(leaf)].copy_(gradient)
 
     def gradient_norms(self, part: Part) -> Tensor:
-        """Norm of the present gradient over one part of every site, [K] float64."""
-        squares = torch.zeros(len(self.adapters), dtype=torch.float64, device=self.device)
+        """Norm of the present gradient over one part of every site, [K], float64 if the device has it."""
+        squares = torch.zeros(len(self.adapters), dtype=widest(self.device), device=self.device)
         for name, slot in self._slots.items():
             if slot.trains and part_of(name) == part:
-                squares += self._view(name, self.grad).double().flatten(1).square().sum(1)
+                squares += widened(self._view(name, self.grad)).flatten(1).square().sum(1)
         return squares.sqrt()
 
     def read(self, k: int) -> Adapter:

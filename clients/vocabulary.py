@@ -26,6 +26,7 @@ from clients.stacked import frozen_linear
 from fedft.core.metrics import Tally
 from fedft.core.models import Base
 from fedft.core.overrides import overridden
+from fedft.core.precise import widened
 from fedft.core.tables import WINDOW
 
 _NARROWEST = 512
@@ -70,7 +71,7 @@ class Vocabulary:
     def tally(self, states: Tensor, targets: Tensor) -> Tally:
         """Score tokens without a gradient; arguments as for :meth:`losses`."""
         found = self.scan(states, targets, gradient=False)
-        loss, correct = float(found.losses.double().sum()), int((found.best == targets).sum())
+        loss, correct = float(widened(found.losses).sum()), int((found.best == targets).sum())
         return Tally(loss, correct, len(targets))
 
     def scan(self, states: Tensor, targets: Tensor, *, gradient: bool) -> "Scan":

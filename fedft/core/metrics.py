@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedft.core.precise import widened
 from fedft.core.types import IGNORED
 
 
@@ -58,7 +59,7 @@ class Tally:
         )
         scored = targets != IGNORED
         correct = (predictions.argmax(-1) == targets) & scored
-        return Tally(float(losses.double().sum()), int(correct.sum()), int(scored.sum()))
+        return Tally(float(widened(losses).sum()), int(correct.sum()), int(scored.sum()))
 
     @staticmethod
     def total(tallies: Iterable["Tally"]) -> "Tally":

@@ -24,12 +24,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedft.core.precise import widened
+
 FEWEST_ROWS = 4
 """The unbiased estimate divides by n - 3."""
 
 
 def linear_cka(features: Sequence[Tensor]) -> Tensor:
-    """Unbiased linear CKA of every pair, [L, L] float64, symmetric, ones on the diagonal.
+    """Unbiased linear CKA of every pair, [L, L] float64 on the CPU, symmetric, ones on the diagonal.
 
     Args:
         features: X_l of each block, [n, d_l], of the same n rows.
@@ -39,7 +41,7 @@ def linear_cka(features: Sequence[Tensor]) -> Tensor:
     """
     if features[0].shape[0] < FEWEST_ROWS:
         raise ValueError(f"CKA needs {FEWEST_ROWS} rows, and there are {features[0].shape[0]}")
-    units = torch.stack([_unit(_centred(x.double() @ x.double().T)) for x in features])
+    units = torch.stack([_unit(_centred(widened(x) @ widened(x).T)) for x in features])
     similarity = (units @ units.T).clamp(0, 1)  # [L, L]
     return from_upper(upper(similarity), len(features))  # symmetric to the last bit
 
@@ -60,13 +62,13 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """``1 - cos(h_in, h_out)`` of each token, [T] float64: zero where a block changes no direction.
+    """``1 - cos(h_in, h_out)`` of each token, [T]: zero where a block changes no direction.
 
     Args:
         before: what enters the block, [T, d].
         after: what leaves it, [T, d].
     """
-    return 1 - torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    return 1 - torch.nn.functional.cosine_similarity(widened(before), widened(after), dim=-1)
 
 
 def upper(similarity: Tensor) -> Tensor:
@@ -80,6 +82,5 @@ def from_upper(values: Tensor, blocks: int) -> Tensor:
     """The symmetric matrix [L, L] float64 with ones on its diagonal; the inverse of :func:`upper`."""
     similarity = torch.eye(blocks, dtype=torch.float64)
     i, j = torch.triu_indices(blocks, blocks, offset=1)
-    similarity[i, j] = values.double()
-    similarity[j, i] = values.double()
+    similarity[i, j] = similarity[j, i] = values.cpu().double()
     return similarity
