@@ -50,6 +50,8 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	# A client runs on Windows, too: nothing on its path may be of Unix alone.
+	$(BIN)/pyright --pythonplatform Windows fedft clients strategies
 	$(BIN)/lint-imports
 
 # Both can be interrupted and gone on with: make bench BENCH=--resume

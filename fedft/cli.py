@@ -1,5 +1,6 @@
 """The ``fedft`` command. Each subcommand is a few lines: parse, call, show."""
 
+import io
 import re
 import signal
 import sys
@@ -254,6 +255,9 @@ add_commands(cli, _graceful)
 
 def main() -> None:
     """Run the command line; expected errors become one message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack a sign that is printed
+            stream.reconfigure(errors="replace")
     try:
         cli(standalone_mode=True)
     except FedftError as error:

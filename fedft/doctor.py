@@ -88,6 +88,8 @@ def _accelerator() -> Finding:
 
     if torch.cuda.is_available():
         return Finding("accelerator", True, torch.cuda.get_device_name())
+    if torch.backends.mps.is_available():
+        return Finding("accelerator", True, "Apple's GPU: fedft join --device mps")
     return Finding("accelerator", True, "none; runs on the processor")
 
 

@@ -11,9 +11,8 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
+from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure
-
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Files:
@@ -21,7 +20,7 @@ class Files:
 
     def create(self, path: Path) -> int:
         """Opens an empty file for writing; returns its descriptor."""
-        return os.open(path, _NEW_FILE, 0o644)
+        return system.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """Writes some of ``data``; returns how many bytes."""
@@ -49,11 +48,7 @@ class Files:
 
     def sync_folder(self, path: Path) -> None:
         """Makes the names in a folder durable: creations, renames and removals."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        system.sync_folder(path)
 
 
 def temporary(path: Path) -> Path:

@@ -209,7 +209,10 @@ def framework_bytes() -> int | None:
     """
     for library in ("transformers", "peft"):
         importlib.import_module(library)
-    return resident_bytes() if sys.platform == "linux" else None
+    try:
+        return resident_bytes()
+    except OSError:
+        return None
 
 
 class Peak:

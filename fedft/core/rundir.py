@@ -19,7 +19,6 @@ its lines.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -35,6 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, cast
 
+from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
 from fedft.core.files import Files, disk, write_file
 
@@ -450,17 +450,16 @@ def _release_in_child() -> None:
         run.close()
 
 
-os.register_at_fork(after_in_child=_release_in_child)
+system.in_forked_children(_release_in_child)
 
 
 def _locked(folder: Path) -> int:
     """Takes the run's lock, which the system drops when its holder dies, however it dies."""
     path = folder / _LOCK
     with disk(f"lock {path}"):
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = system.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(descriptor, wait=False)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
@@ -469,7 +468,8 @@ def _locked(folder: Path) -> int:
                 fix="Wait for it or stop it; two servers cannot share a run directory.",
             ) from None
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor
 
 
@@ -587,7 +587,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = system.open_file(path, os.O_RDWR)  # Windows syncs what is open for writing only
     try:
         os.fsync(descriptor)
     finally:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,9 @@ class Table:
         size = _row_bytes(self.weight)
         first = (self._offset + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
         last = min(self._offset + stop * size, len(self._pages))
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED, first, last - first)
+        advice: int | None = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none
+        if advice is not None:
+            cast(Any, self._pages).madvise(advice, first, last - first)
 
 
 @dataclass(frozen=True, eq=False)
