@@ -5,7 +5,6 @@ that never leave it. What the server sends are numbers and a description of the 
 runs is what is installed here, and the data are the file that was named here.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -19,9 +18,6 @@ from typing import Any, cast
 
 import grpc
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509.oid import NameOID
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from pydantic import ValidationError
 
@@ -29,9 +25,10 @@ from clients.app import app
 from clients.ledger import Ledger, Release, release_of, usable
 from clients.ledger import default_folder as default_ledgers
 from clients.proxies import channel_options, proxy_note
-from clients.session import UNUSABLE, Connection, Failure, Offer, Session, Timing, tls_trouble
+from clients.request import adopt, folder_of_key, prepare, signed_again
+from clients.session import UNUSABLE, Connection, Failure, Offer, Session, Timing
 from clients.workbench import Workbench, workbench
-from fedft.core import codec, models
+from fedft.core import codec, models, system
 from fedft.core.data import of_site
 from fedft.core.errors import (
     ConfigError,
@@ -44,25 +41,31 @@ from fedft.core.files import Files, disk, place
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc
 from fedft.core.link.framing import Expected, Ticket, data_schema
+from fedft.core.link.roster import Roster
 from fedft.core.link.secrets import (
     Credentials,
     Kit,
     certificate_pem,
     is_loopback,
+    key_digest,
     key_pem,
     load_certificate,
     load_key,
     new_key,
     read_private,
+    request_pem,
     write_private,
 )
 from fedft.core.link.shapes import of_work
+from fedft.core.link.trust import tls_trouble
 from fedft.core.rowkeys import row_keys
 from fedft.core.rundir import child
-from fedft.core.spec import TaskSpec
+from fedft.core.spec import Precision, TaskSpec
 
 _ENROL_S = 30.0
 _MOST_RANK = 1 << 20
+BITS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "tf32": 19}
+"""Bits of a number, by which a reply says the precision that its client chose."""
 _VERSIONS = 3
 """Rounds of which the kept parts stay on disk: the server may go back to an older checkpoint."""
 
@@ -81,6 +84,7 @@ class Site:
         skip_bad: leave malformed rows out, instead of stopping at the first.
         trust_remote_code: let the base model bring code of its own.
         ledger: folder of this user's privacy ledgers; None takes one under the user's state folder.
+        precision: arithmetic of the frozen base here; None takes the run's.
     """
 
     data: Path
@@ -92,6 +96,7 @@ class Site:
     skip_bad: bool = False
     trust_remote_code: bool = False
     ledger: Path | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and not 1 <= self.rank <= _MOST_RANK:
@@ -109,6 +114,20 @@ class Site:
                 f"--threads {self.threads} is no number of threads: it counts from 1",
                 fix="Leave it away to take as many as this machine has.",
             )
+
+
+def checked_precision(text: str | None) -> Precision | None:
+    """The precision that a command line asks for.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if text is not None and text not in BITS:
+        raise ConfigError(
+            f"--precision {text[:40]} is none of {', '.join(BITS)}",
+            fix="Leave it away to train in the run's.",
+        )
+    return cast(Precision | None, text)
 
 
 def join(
@@ -149,6 +168,8 @@ def join(
     folder = folder or default_folder(kit)
     with _occupied(folder):
         credentials = None if kit.insecure else enrolled(kit, folder, tell)
+        if (roster := pinned(kit, credentials)) is not None:
+            tell(f"the kit pins the keys of {len(roster.keys)} clients")
         worker = Resident(kit.name, site, KeptParts(folder / "kept"), tell)
         session = Session(
             Connection(kit.server, kit.name, credentials),
@@ -161,20 +182,22 @@ def join(
 
 
 def default_folder(kit: Kit) -> Path:
-    """Where a site lives: one folder a kit."""
-    root = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+    """Where a site lives: one folder a kit, or a key that was drawn before."""
+    if kit.certificate and not kit.key:
+        certificate = load_certificate(kit.certificate.encode(), "the kit")
+        return folder_of_key(kit.name, key_digest(certificate.public_key()))
     mark = hashlib.sha256((kit.certificate or kit.server).encode()).hexdigest()[:8]
-    return child(root / "fedft" / "sites", f"{kit.name}-{mark}")
+    return child(system.data_home() / "fedft" / "sites", f"{kit.name}-{mark}")
 
 
 @contextmanager
 def _occupied(folder: Path) -> Iterator[None]:
     """Hold a site's folder for this process."""
     with disk(f"create {folder}"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        system.private_folder(folder)
+        lock = system.open_file(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(lock, wait=False)
     except BlockingIOError:
         raise EnvironmentFailure(
             f"another `fedft join` is running for this site ({folder})", fix="Stop it first."
@@ -191,7 +214,7 @@ def _occupied(folder: Path) -> Iterator[None]:
 def enrolled(
     kit: Kit, folder: Path, tell: Callable[[str], None] = lambda text: None
 ) -> Credentials:
-    """The site's own credentials; the first time, in exchange for the kit.
+    """The site's own credentials; the first time, in exchange for the kit or out of it.
 
     A certificate of which less than a third of its time is left is renewed. Where the server is
     away or will not, the site goes on with the one it has.
@@ -200,7 +223,9 @@ def enrolled(
         SecurityRefusal: the server refuses the kit, or is not the one that made it.
         EnvironmentFailure: the server cannot be reached.
     """
-    if not (folder / "certificate.pem").exists():
+    if not kit.key:
+        adopt(kit, folder)
+    elif not (folder / "certificate.pem").exists():
         _exchange(kit, folder)
     own = Credentials(
         read_private(folder / "ca.pem"),
@@ -211,8 +236,25 @@ def enrolled(
         raise SecurityRefusal(
             f"{folder} belongs to a site of another server", fix="Name another --site-dir."
         )
-    own.checked(str(folder))
+    if kit.key:
+        own.checked(str(folder))
+    else:
+        own.checked(str(folder), fix=signed_again(kit, prepare(kit, folder)))
     return _renewed(kit, folder, own, tell) if own.due else own
+
+
+def pinned(kit: Kit, credentials: Credentials | None) -> Roster | None:
+    """The public keys that a kit pins, one of which must be this site's own; None without any.
+
+    Raises:
+        SecurityRefusal: the roster was not signed by the kit's authority, or does not know this key.
+        ConfigError: it is no roster.
+    """
+    if not kit.roster or credentials is None:
+        return None
+    roster = Roster.verified(kit.roster, kit.ca.encode())
+    roster.check(kit.name, load_key(credentials.key, "the folder of this site"))
+    return roster
 
 
 def _exchange(kit: Kit, folder: Path) -> None:
@@ -232,6 +274,8 @@ def _renewed(kit: Kit, folder: Path, own: Credentials, tell: Callable[[str], Non
         new = _certified(kit, own, own.key)
     except (SecurityRefusal, EnvironmentFailure) as error:
         tell(f"the certificate of this site was not renewed: {error.what}")
+        if not kit.key:
+            tell(signed_again(kit, folder / f"{kit.name}.csr"))
         return own
     write_private(folder / "certificate.pem", new.certificate)
     tell("the certificate of this site was renewed")
@@ -251,17 +295,18 @@ def _certified(kit: Kit, show: Credentials, key_file: bytes) -> Credentials:
         EnvironmentFailure: the server cannot be reached.
     """
     key = load_key(key_file, "the folder of this site")
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, kit.name)])
-    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
-    request = pb.EnrolRequest(csr=csr.public_bytes(serialization.Encoding.PEM))
-    reply = _call_enrol(kit, show, request)
+    reply = _call_enrol(kit, show, pb.EnrolRequest(csr=request_pem(kit.name, key)))
     if reply.refusal:
         raise SecurityRefusal(
-            f"the server refused the kit: {reply.refusal}",
+            f"the server refused {_shown(kit, show)}: {reply.refusal[:1000]}",
             fix="Ask whoever runs the server for a new kit.",
         )
     certificate = certificate_pem(load_certificate(reply.certificate, "the server's answer"))
     return Credentials(show.ca, certificate, key_file).checked("the server's answer")
+
+
+def _shown(kit: Kit, show: Credentials) -> str:
+    return "the kit" if show.certificate == kit.certificate.encode() else "the request"
 
 
 def _call_enrol(kit: Kit, show: Credentials, request: pb.EnrolRequest) -> pb.EnrolReply:
@@ -414,6 +459,8 @@ class Resident:
             )
             return Failure(UNUSABLE, "the client's privacy ledger cannot be written")
         self.kept.store(ticket, context.state)
+        if self.site.precision is not None and ticket.kind == "train":
+            reply.content.metric_records["metrics"]["precision_bits"] = BITS[self.site.precision]
         return reply.content
 
     def _open_ledger(self, task: TaskSpec) -> None:
@@ -473,6 +520,7 @@ class Resident:
                 "model": model,
                 "site": self.name,
                 "device": self.site.device,
+                "precision": self.site.precision or given.precision,
                 "lean": self.site.memory_mib is not None and given.lora.form == "lora",
                 "manifest": None,
                 "fingerprint": "",

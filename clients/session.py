@@ -10,16 +10,12 @@ import importlib.metadata
 import logging
 import platform
 import random
-import socket
-import ssl
-import tempfile
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -47,6 +43,7 @@ from fedft.core.link.framing import (
 )
 from fedft.core.link.secrets import Credentials
 from fedft.core.link.stream import Broken, Pipe, first_to_end
+from fedft.core.link.trust import tls_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -601,45 +598,6 @@ def _drained(drain: pb.Drain) -> Exception:
     return (
         _Finished(drain.reason) if drain.finished else _Paused(f"the server pauses: {drain.reason}")
     )
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """Why TLS with a server fails. ``certain``: trying again cannot help."""
-
-    reason: str
-    certain: bool = True
-
-
-def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -> Trouble | None:
-    """Why TLS with a server fails; None where it works, or where there is no server.
-
-    gRPC says "unavailable" to all of this; a handshake of Python's own tells what it is.
-    """
-    host, _, port = target.rpartition(":")
-    host = host.strip("[]")
-    context = ssl.create_default_context(cadata=credentials.ca.decode())
-    context.set_alpn_protocols(["h2"])
-    with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "own.pem"
-        own.touch(mode=0o600)
-        own.write_bytes(credentials.certificate + credentials.key)
-        context.load_cert_chain(own)
-    try:
-        plain = socket.create_connection((host, int(port)), timeout_s)
-    except OSError:
-        return None
-    # A server that lets us in speaks first (HTTP/2 settings); one that does not hangs up instead.
-    away = Trouble("the server turns this site's certificate away", certain=False)
-    try:
-        with plain, context.wrap_socket(plain, server_hostname=host) as tls:
-            return None if tls.recv(1) else away
-    except ssl.SSLCertVerificationError as error:
-        return Trouble(f"the server's certificate: {error.verify_message}")
-    except TimeoutError:
-        return None
-    except OSError:
-        return away
 
 
 _OPTIONS = [

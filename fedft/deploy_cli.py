@@ -1,4 +1,4 @@
-"""The commands of a deployment: ``serve``, ``invite``, ``join``, ``ledger``, ``clients``, ``revoke``."""
+"""The commands of a deployment: ``serve``, ``join``, those of its clients' register, and ``ca``."""
 
 import os
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fedft.ca_cli import add_authority
 
 Config = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -32,6 +34,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         cli: the ``fedft`` command.
         graceful: gives a flag that the first SIGINT or SIGTERM sets.
     """
+    add_authority(cli)
 
     @cli.command()
     def serve(
@@ -45,6 +48,10 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             str | None, typer.Option(help="Name or address under which clients reach this machine.")
         ] = None,
         insecure: Annotated[bool, typer.Option(help="Without TLS; on loopback only.")] = False,
+        ca: Annotated[
+            Path | None,
+            typer.Option(help="Certificate of an authority elsewhere; see `fedft ca`."),
+        ] = None,
         wait_for: Annotated[
             int | None, typer.Option(help="Clients to wait for before the first round.")
         ] = None,
@@ -71,12 +78,13 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from fedft.console import RunConsole
 
         parsed = own_server("config").load_config(config, settings or [])
-        server = own_server("serve")
-        address = own_server("identity").Address(host, port, public, insecure)
+        server, identity = own_server("serve"), own_server("identity")
+        address = identity.Address(host, port, public, insecure)
+        own_server("authority").check_port("--status-port", status_port)
         hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
         with graceful() as stop, RunConsole(json_output=json, real=True) as console:
             run = server.serve(
-                parsed, run_dir, address, hosting=hosting, observer=console, stop=stop
+                parsed, run_dir, address, ca=ca, hosting=hosting, observer=console, stop=stop
             )
         console.result(Run(run.path))
 
@@ -85,13 +93,24 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         name: Name,
         run_dir: Existing,
         output: Annotated[
-            Path, typer.Option("-o", "--output", help="Kit file to write.", show_default=False)
-        ],
+            Path | None, typer.Option("-o", "--output", help="Kit file to write.")
+        ] = None,
         days: Annotated[float, typer.Option(help="Days until the kit expires.")] = 7.0,
+        certificate: Annotated[
+            Path | None,
+            typer.Option(help="Of the client, where the authority is elsewhere (serve --ca)."),
+        ] = None,
     ) -> None:
         """Write a join kit for one client. It works once; send it by a private way."""
         from fedft.api import own_server
 
+        if (output is None) == (certificate is None):
+            raise typer.BadParameter("one of --output and --certificate", param_hint="--output")
+        if certificate is not None:
+            client = own_server("identity").take_in(run_dir, name, certificate)
+            print(f"{client.name} may join, until {client.expires}")
+            return
+        assert output is not None
         kit = own_server("identity").invite(run_dir, name, output, days)
         print(f"{output}: {kit.name} may join {kit.server}, until {kit.expires}")
         print(f"there: fedft join {output.name} --data FILE")
@@ -105,6 +124,9 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         rank: Annotated[int | None, typer.Option(help="LoRA rank to train.")] = None,
         memory: Annotated[float | None, typer.Option(help="MiB to grant to training.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+        precision: Annotated[
+            str | None, typer.Option(help="Of the frozen model here: fp32, bf16 or tf32.")
+        ] = None,
         threads: Annotated[int | None, typer.Option(help="Threads to train with.")] = None,
         model: Annotated[str | None, typer.Option(help="Where the base model is here.")] = None,
         skip_bad: Annotated[bool, typer.Option(help="Leave malformed rows out.")] = False,
@@ -128,7 +150,16 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             typer.echo(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}", err=True)
 
         site = joining.Site(
-            data, rank, memory, device, threads, model, skip_bad, trust_remote_code, ledger
+            data,
+            rank,
+            memory,
+            device,
+            threads,
+            model,
+            skip_bad,
+            trust_remote_code,
+            precision=joining.checked_precision(precision),
+            ledger=ledger,
         )
         tell("loading the libraries is done; connecting …")
         try:

@@ -11,8 +11,6 @@ Everything lives in ``<run directory>/identity``, for the owner's eyes only:
 writers, and the server looks at the file several times a second.
 """
 
-import fcntl
-import ipaddress
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,230 +18,35 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
+from fedft.core import system
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
 from fedft.core.files import disk
 from fedft.core.link.secrets import (
-    Credentials,
     Kit,
     certificate_pem,
-    is_loopback,
-    key_pem,
-    load_certificate,
-    load_key,
-    new_key,
+    key_digest,
     read_private,
+    read_public,
     write_private,
 )
 from fedft.core.rundir import RunDir, child
+from server.authority import (
+    KIT_DAYS,
+    Address,
+    Authority,
+    Issuer,
+    check_days,
+    iso,
+    make_private_folder,
+    requested_key,
+    serial_of,
+)
+from server.elsewhere import AuthorityElsewhere
 
 if TYPE_CHECKING:
     from fedft.core.types import Site
-
-KIT_DAYS = 7.0
-SITE_DAYS = 365.0
-_SERVER_DAYS = 365.0
-_CA_DAYS = 3650.0
-_SKEW = timedelta(minutes=10)
-"""Certificates are valid from a little earlier, for machines whose clocks are behind."""
-
-Key = ec.EllipticCurvePrivateKey
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens, and how sites reach it.
-
-    Attributes:
-        host: address to bind.
-        port: to bind; 0 lets the system choose.
-        public: name or address under which sites know the server; None is ``host``.
-        insecure: without TLS; on loopback only.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    public: str | None = None
-    insecure: bool = False
-
-    def __post_init__(self) -> None:
-        if self.insecure and not is_loopback(self.host):
-            raise SecurityRefusal(
-                f"a server without TLS on {self.host} would send models and updates in the clear "
-                "to anybody",
-                fix="Leave --insecure away, or listen on 127.0.0.1.",
-            )
-        if self.public is None and self.host in ("0.0.0.0", "::", "[::]", ""):
-            raise ConfigError(
-                f"--host {self.host} listens everywhere, which is no address to send to clients",
-                fix="Add --public NAME, the name or address under which clients reach this machine.",
-            )
-
-    @property
-    def name(self) -> str:
-        """The host that stands in kits."""
-        return self.public or self.host
-
-    @property
-    def target(self) -> str:
-        """``host:port`` for clients."""
-        return _joined(self.name, self.port)
-
-    @property
-    def binding(self) -> str:
-        """``host:port`` to bind."""
-        return _joined(self.host, self.port)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
-# ── certificates ──────────────────────────────────────────────────────────────────────────────
-
-
-class Authority:
-    """The run's own certificate authority.
-
-    Args:
-        folder: of the identity; made with the authority where there is none yet.
-
-    Raises:
-        SecurityRefusal: other users can read its key, or it is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "ca.pem").exists():
-            self._create()
-        self._key = load_key(read_private(folder / "ca.key"), "ca.key")
-        self.pem = read_private(folder / "ca.pem")
-        self._certificate = load_certificate(self.pem, "ca.pem")
-
-    def _create(self) -> None:
-        make_private_folder(self.folder)
-        key = new_key()
-        name = _name("fedft " + os.urandom(4).hex())
-        usage = x509.KeyUsage(
-            digital_signature=False,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            key_cert_sign=True,
-            crl_sign=True,
-            encipher_only=False,
-            decipher_only=False,
-        )
-        certificate = (
-            _builder(name, name, key.public_key(), timedelta(days=_CA_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        # The key first: a certificate without its key would look like a complete authority.
-        write_private(self.folder / "ca.key", key_pem(key))
-        write_private(self.folder / "ca.pem", certificate_pem(certificate))
-
-    def server(self, address: Address) -> Credentials:
-        """Credentials of the server, made out to its names and addresses."""
-        key = new_key()
-        names = {address.name.strip("[]"), address.host.strip("[]"), "localhost", "127.0.0.1"}
-        alternatives = x509.SubjectAlternativeName([_general(n) for n in sorted(names - {""})])
-        certificate = self._issue(
-            "fedft server",
-            key.public_key(),
-            _SERVER_DAYS,
-            ExtendedKeyUsageOID.SERVER_AUTH,
-            alternatives,
-        )
-        credentials = Credentials(self.pem, certificate_pem(certificate), key_pem(key))
-        write_private(self.folder / "server.key", credentials.key)
-        write_private(self.folder / "server.pem", credentials.certificate)
-        return credentials
-
-    def kit(self, name: str, address: Address, days: float) -> tuple[Kit, str]:
-        """A join kit, and the serial number of its certificate."""
-        key = new_key()
-        certificate = self.client(name, key.public_key(), days)
-        kit = Kit(
-            name=name,
-            server=address.target,
-            ca=self.pem.decode(),
-            certificate=certificate_pem(certificate).decode(),
-            key=key_pem(key).decode(),
-            expires=_iso(certificate.not_valid_after_utc),
-        )
-        return kit, serial_of(certificate)
-
-    def client(self, name: str, key: ec.EllipticCurvePublicKey, days: float) -> x509.Certificate:
-        """A certificate by which a site proves its name."""
-        return self._issue(name, key, days, ExtendedKeyUsageOID.CLIENT_AUTH)
-
-    def _issue(
-        self,
-        name: str,
-        key: ec.EllipticCurvePublicKey,
-        days: float,
-        usage: x509.ObjectIdentifier,
-        alternatives: x509.SubjectAlternativeName | None = None,
-    ) -> x509.Certificate:
-        builder = (
-            _builder(_name(name), self._certificate.subject, key, timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        )
-        if alternatives is not None:
-            builder = builder.add_extension(alternatives, critical=False)
-        return builder.sign(self._key, hashes.SHA256())
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _general(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid: timedelta
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now - _SKEW, now + valid - timedelta(seconds=1)))
-        .not_valid_after(now + valid)
-    )
-
-
-def serial_of(certificate: x509.Certificate) -> str:
-    """The serial number, in hex."""
-    return f"{certificate.serial_number:x}"
-
-
-def _key_digest(key: Any) -> str:
-    der = key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(der)
-    return digest.finalize().hex()
-
 
 # ── the register ──────────────────────────────────────────────────────────────────────────────
 
@@ -255,7 +58,7 @@ class Client:
     Attributes:
         name: of the site.
         node: its number in the grid, from 1, for ever.
-        kit: serial number of its kit's certificate.
+        kit: serial number of its kit's certificate; empty where that came from elsewhere.
         serial: of the certificate it works with; empty before it enrolled.
         renewed: of the one that is to take its place, as soon as the site comes with it.
         key: digest of the public key it enrolled with; empty before.
@@ -369,6 +172,45 @@ class Registry:
             clients[name] = Client(name, node, kit=serial, invited=_now())
         return kit
 
+    def take_in(self, name: str, pem: bytes, authority: AuthorityElsewhere) -> Client:
+        """Register a client by a certificate that was signed elsewhere, or the renewal of one.
+
+        Args:
+            name: of the client.
+            pem: its certificate.
+            authority: that must have signed it.
+
+        Raises:
+            SecurityRefusal: it is not one of this authority for this client, or its key was revoked.
+            ConfigError: the client has another key already.
+        """
+        child(self.folder, name)
+        certificate = authority.accepted(name, pem)
+        serial, digest = serial_of(certificate), key_digest(certificate.public_key())
+        with self._changing() as clients:
+            old = clients.get(name)
+            if old is not None and old.revoked and old.key == digest:
+                raise SecurityRefusal(
+                    f"the key of {name!r} was revoked on {old.revoked}: {old.why}",
+                    fix="Have its owner draw a new key: fedft ca request, with another --site-dir.",
+                )
+            if old is not None and not old.revoked and old.key not in ("", digest):
+                raise ConfigError(
+                    f"{name!r} is registered with another key than this certificate's",
+                    fix=f"Choose another name, or first: fedft revoke {name}",
+                )
+            expires = iso(certificate.not_valid_after_utc)
+            if old is None or old.revoked or not old.key:
+                node = old.node if old else 1 + max((c.node for c in clients.values()), default=0)
+                new = Client(name, node, "", _now(), serial=serial, key=digest, expires=expires)
+            elif serial in (old.serial, old.renewed):
+                new = old
+            else:
+                new = replace(old, renewed=serial, expires=expires)
+            clients[name] = new
+            authority.keep(name, pem)
+        return new
+
     def revoke(self, name: str, why: str) -> None:
         """Shut a client out for good; a running server cuts its stream within a second.
 
@@ -379,7 +221,7 @@ class Registry:
         with self._changing() as clients:
             clients[name] = replace(clients[name], revoked=_now(), why=why)
 
-    def enrol(self, serial: str, csr_pem: bytes, authority: Authority) -> bytes:
+    def enrol(self, serial: str, csr_pem: bytes, authority: Issuer) -> bytes:
         """Certify the key of a site that shows its kit, or the certificate it has.
 
         The same key may ask again: its first answer may have been lost on the way. For the same
@@ -388,7 +230,7 @@ class Registry:
         Args:
             serial: of the certificate the caller showed, which TLS has verified.
             csr_pem: its request, signed by the key to certify.
-            authority: signs.
+            authority: signs, or has what was signed elsewhere.
 
         Returns:
             The certificate, PEM.
@@ -396,7 +238,7 @@ class Registry:
         Raises:
             SecurityRefusal: the kit is unknown, used or revoked, or the request is not sound.
         """
-        key = _requested_key(csr_pem)
+        digest = key_digest(requested_key(csr_pem))
         with self._changing() as clients:
             known = (c for c in clients.values() if serial in (c.kit, c.serial, c.renewed))
             client = next(known, None) if serial else None
@@ -406,15 +248,14 @@ class Registry:
                 raise SecurityRefusal(
                     f"{client.name} was revoked on {client.revoked}: {client.why}"
                 )
-            digest = _key_digest(key)
             if client.key not in ("", digest):
                 raise SecurityRefusal(
                     f"the kit of {client.name} was used before, by another machine or folder",
                     fix="A kit works once. Ask for a new one; if nobody of yours used it, say so.",
                 )
-            certificate = authority.client(client.name, key, SITE_DAYS)
+            certificate = authority.certify(client.name, csr_pem, serial)
             new = serial_of(certificate)
-            expires = _iso(certificate.not_valid_after_utc)
+            expires = iso(certificate.not_valid_after_utc)
             if serial == client.kit:
                 changed = replace(client, key=digest, serial=new, renewed="", expires=expires)
             else:
@@ -451,9 +292,9 @@ class Registry:
         """The clients, to be changed; written back when the block ends without an error."""
         make_private_folder(self.folder)
         with disk(f"lock {self.folder}"):
-            lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = system.open_file(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            system.lock(lock, wait=True)
             clients = self._read() if self.path.exists() else {}
             yield clients
             table = {"schema": 1, "clients": [asdict(c) for c in clients.values()]}
@@ -472,30 +313,12 @@ class Registry:
         return {client.name: client for client in clients}
 
 
-def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
-    try:
-        csr = x509.load_pem_x509_csr(csr_pem)
-        key = csr.public_key()
-        sound = csr.is_signature_valid
-    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise SecurityRefusal("the certificate request is damaged") from error
-    if not sound or not isinstance(key, ec.EllipticCurvePublicKey):
-        raise SecurityRefusal("the certificate request is not signed by its own P-256 key")
-    return key
-
-
 # ── the folder ────────────────────────────────────────────────────────────────────────────────
 
 
 def folder_of(run_dir: Path) -> Path:
     """Where a run keeps its identity."""
     return run_dir / "identity"
-
-
-def make_private_folder(path: Path) -> None:
-    """A folder that only its owner can enter."""
-    with disk(f"create {path}"):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def save_address(folder: Path, address: Address) -> None:
@@ -542,7 +365,7 @@ class Audit:
             self._recent.clear()
         self._recent[event, who, why] = now
         line = json.dumps(
-            {"when": _iso(now), "event": event, "who": who[:200], "why": why[:500], **facts}
+            {"when": iso(now), "event": event, "who": who[:200], "why": why[:500], **facts}
         )
         path = self.run_dir / "audit.jsonl"
         with disk(f"write {path}"), path.open("ab", buffering=0) as file:
@@ -553,16 +376,42 @@ def invite(run_dir: Path, name: str, output: Path, days: float = KIT_DAYS) -> Ki
     """Write a join kit for a new client of a run.
 
     Raises:
-        ConfigError: no server was started there yet, the name is taken, or the file exists.
+        ConfigError: no server was started there yet, the name is taken, the file exists, ``days``
+            is no time, or the run's authority is elsewhere.
     """
+    check_days("--days", days)
     folder = folder_of(RunDir.open(run_dir).path)
     if output.exists():
         raise ConfigError(f"{output} exists already", fix="Choose another file for the kit.")
     address = load_address(folder)
+    if AuthorityElsewhere.rules(folder):
+        raise ConfigError(
+            f"the authority of this run is elsewhere, and signs the certificate of {name[:80]!r}",
+            fix="There: fedft ca sign, then fedft ca kit. Here: fedft invite with --certificate.",
+        )
     kit = Registry(folder).invite(name, Authority(folder), address, days)
     kit.write(output)
     Audit(run_dir)("invited", name, f"until {kit.expires}")
     return kit
+
+
+def take_in(run_dir: Path, name: str, certificate: Path) -> Client:
+    """Register a client of a run whose authority is elsewhere, by its certificate.
+
+    Raises:
+        ConfigError: the run's authority is its own, or there is no such file.
+        SecurityRefusal: the certificate is not one of that authority for this client.
+    """
+    folder = folder_of(RunDir.open(run_dir).path)
+    if not AuthorityElsewhere.rules(folder):
+        raise ConfigError(
+            "this run is its own authority, and takes no certificates",
+            fix="Leave --certificate away; or serve with --ca from the start.",
+        )
+    authority = AuthorityElsewhere(folder)
+    client = Registry(folder).take_in(name, read_public(certificate), authority)
+    Audit(run_dir)("taken in", name, f"until {client.expires}")
+    return client
 
 
 def revoke(run_dir: Path, name: str, why: str) -> None:
@@ -572,8 +421,4 @@ def revoke(run_dir: Path, name: str, why: str) -> None:
 
 
 def _now() -> str:
-    return _iso(datetime.now(UTC))
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
+    return iso(datetime.now(UTC))

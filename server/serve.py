@@ -30,6 +30,7 @@ from fedft.core.types import Site
 from server.checkpoints import Checkpoints
 from server.config import RunConfig, check_real, configured, differences, parse_toml
 from server.deadline import Pace, pace_of
+from server.elsewhere import AuthorityElsewhere, issuer_of
 from server.enrolment import EnrolledRoster
 from server.grids.grpc import GrpcGrid
 from server.grids.inline import InlineGrid
@@ -37,7 +38,6 @@ from server.grids.stream import Terms, Timing
 from server.identity import (
     Address,
     Audit,
-    Authority,
     Registry,
     folder_of,
     load_address,
@@ -104,6 +104,7 @@ def serve(
     run_dir: Path | None,
     address: Address,
     *,
+    ca: Path | None = None,
     hosting: Hosting | None = None,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -115,6 +116,8 @@ def serve(
             its classes are the run's. ``[fleet]`` and ``[data] partition`` are not looked at.
         run_dir: of the run; None makes ``runs/<time>-<strategy>``.
         address: where to listen. With port 0 a run that goes on takes its old port.
+        ca: certificate of an authority that is elsewhere, see :mod:`server.elsewhere`; None goes on
+            with the authority that the run has, or makes one here.
         hosting: patience.
         observer: is told about rounds as they are committed, and about clients.
         stop: is asked several times a second whether to stop.
@@ -129,6 +132,7 @@ def serve(
     observer = Board(observer or Silent())
     hosting = hosting or Hosting()
     with _resumable(), _claimed(config, run_dir) as run:
+        _settle(run, address, ca, observer)
         if run.finished:
             observer.note("this run is finished; nothing to serve")
             _dismiss_late(run, address, hosting, observer, stop)
@@ -205,13 +209,35 @@ def _with_port(address: Address, run: RunDir) -> Address:
         return address
 
 
+def _settle(run: RunDir, address: Address, ca: Path | None, observer: Observer) -> None:
+    """Find out who certifies this server before anything is loaded.
+
+    Raises:
+        EnvironmentFailure: the authority is elsewhere, and has not signed the server's request yet.
+        ConfigError: the authority is another than the run's.
+    """
+    if address.insecure:
+        if ca is not None:
+            raise ConfigError(
+                "--ca names an authority, and --insecure does without", fix="Leave one away."
+            )
+        return
+    authority = issuer_of(folder_of(run.path), ca)
+    if isinstance(authority, AuthorityElsewhere) and (word := authority.word(address)):
+        observer.note(word)
+
+
+def _how_to_invite(folder: Path) -> str:
+    return "--certificate NAME.pem" if AuthorityElsewhere.rules(folder) else "-o NAME.kit"
+
+
 @contextmanager
 def _listening(
     terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Board
 ) -> Iterator[GrpcGrid]:
     folder, address = folder_of(run.path), _with_port(address, run)
     make_private_folder(folder)  # without TLS no authority is made in it
-    authority = None if address.insecure else Authority(folder)
+    authority = None if address.insecure else issuer_of(folder, None)
     registry, audit = Registry(folder), Audit(run.path)
     tell, timing = observer.note, hosting.timing
     with GrpcGrid(terms, address, registry, authority, audit, timing, tell) as grid:
@@ -221,7 +247,7 @@ def _listening(
         observer.note(
             f"listening on {address.binding}, for clients {address.target}"
             f"{' WITHOUT TLS' if address.insecure else ''}; invite them with: "
-            f"fedft invite NAME --run-dir {run.path} -o NAME.kit"
+            f"fedft invite NAME --run-dir {run.path} {_how_to_invite(folder)}"
         )
         with _showing_status(run, grid, hosting, observer):
             yield grid

@@ -13,12 +13,13 @@ from flwr.app import Message
 
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.framing import Digests, Ticket
+from server.authority import Issuer
 from server.grids.base import Job, SimulationGrid
 from server.grids.hub import Hub
 from server.grids.outbox import Outbox, Pending
 from server.grids.serve import Answer, describe, error_reply
 from server.grids.stream import Terms, Timing
-from server.identity import Address, Audit, Authority, Registry
+from server.identity import Address, Audit, Registry
 from server.validation import PLAN_FAILED
 
 
@@ -48,7 +49,7 @@ class GrpcGrid(SimulationGrid):
         terms: Terms,
         address: Address,
         registry: Registry,
-        authority: Authority | None,
+        authority: Issuer | None,
         audit: Audit,
         timing: Timing | None = None,
         tell: Callable[[str], None] = lambda text: None,

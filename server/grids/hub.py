@@ -21,10 +21,11 @@ from fedft.core.link import link_pb2_grpc
 from fedft.core.link.framing import MAX_MESSAGE_BYTES, Ticket
 from fedft.core.link.stream import Broken
 from fedft.core.types import Site
+from server.authority import Issuer
 from server.grids.flower import NODE_UNAVAILABLE
 from server.grids.outbox import Outbox, Pending, Verdict
 from server.grids.stream import Left, Refused, Stream, Terms, Timing, acknowledgement
-from server.identity import Address, Audit, Authority, Client, Registry, serial_of
+from server.identity import Address, Audit, Client, Registry, serial_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Hub(link_pb2_grpc.FederationServicer):
         terms: Terms,
         outbox: Outbox,
         registry: Registry,
-        authority: Authority | None,
+        authority: Issuer | None,
         audit: Audit,
         timing: Timing,
         tell: Callable[[str], None] = lambda text: None,
@@ -303,7 +304,7 @@ def _certificate(context: Any) -> tuple[str, str]:
     return serial_of(certificate), names[0].decode(errors="replace")
 
 
-def _tls(authority: Authority, address: Address) -> grpc.ServerCredentials:
+def _tls(authority: Issuer, address: Address) -> grpc.ServerCredentials:
     own = authority.server(address)
     return grpc.ssl_server_credentials(
         [(own.key, own.certificate)], root_certificates=own.ca, require_client_auth=True

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from clients.join import Site as Workstation
 from clients.join import enrolled, join
-from clients.session import Connection, Offer, Session, Timing, tls_trouble
+from clients.session import Connection, Offer, Session, Timing
 from fedft.core.errors import (
     ConfigError,
     EnvironmentFailure,
@@ -37,6 +37,7 @@ from fedft.core.link.secrets import (
     read_private,
     write_private,
 )
+from fedft.core.link.trust import tls_trouble
 from fedft.core.types import Site
 from server import identity
 from server.grids.grpc import GrpcGrid

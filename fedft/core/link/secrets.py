@@ -8,23 +8,24 @@ the site draws a key that never leaves it and has it certified; from then on the
 import ipaddress
 import json
 import os
-import stat
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedft.core import system
 from fedft.core.errors import ConfigError, SecurityRefusal
 from fedft.core.files import Files, disk, place
 
 KIT_FORMAT = "fedft-kit/1"
-_LARGEST_KIT = 65_536  # bytes
+_LARGEST_KIT = 262_144  # bytes: a roster of 2,000 clients
+_LARGEST_PUBLIC = 1 << 20  # bytes
 
 
 def is_loopback(host: str) -> bool:
@@ -41,13 +42,13 @@ class PrivateFiles(Files):
     """Durable writing of files that only their owner may read."""
 
     def create(self, path: Path) -> int:
-        return os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        descriptor = system.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        system.protection().protect(path)
+        return descriptor
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file whole, for its owner only (mode 0600).
+    """Write a file whole, for its owner only: mode 0600, or an access list on Windows.
 
     Raises:
         EnvironmentFailure: the disk refused.
@@ -68,7 +69,7 @@ def read_private(path: Path) -> bytes:
         ConfigError: there is no such file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = system.open_file(path, os.O_RDONLY)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}", fix="Check the path.") from None
     except OSError as error:
@@ -77,15 +78,28 @@ def read_private(path: Path) -> bytes:
             fix="Name the file itself, not a link or a folder, and check its permissions.",
         ) from error
     with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(file.fileno())
-        if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SecurityRefusal(
-                f"{path} can be read or changed by other users (mode {about.st_mode & 0o777:04o})",
-                fix=f"If nobody read it: chmod 600 {path}. Otherwise revoke it and invite anew.",
-            )
-        if about.st_uid != os.geteuid():
-            raise SecurityRefusal(f"{path} belongs to another user", fix="Copy it as yourself.")
+        if (exposed := system.protection().exposed(path, file.fileno())) is not None:
+            why, fix = exposed
+            raise SecurityRefusal(f"{path} {why}", fix=fix)
         return file.read()
+
+
+def read_public(path: Path) -> bytes:
+    """Read a certificate, a request or a roster that somebody sent: nothing in it is secret.
+
+    Raises:
+        ConfigError: there is no such file, it is no plain file, or it is far too long.
+    """
+    try:
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}", fix="Check the path.")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_PUBLIC + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > _LARGEST_PUBLIC:
+        raise ConfigError(f"{path} has more than {_LARGEST_PUBLIC} bytes; it is not what is meant")
+    return data
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -143,10 +157,97 @@ def load_certificate(pem: bytes, where: str) -> x509.Certificate:
         ) from error
 
 
-def common_name(certificate: x509.Certificate) -> str:
-    """The name a certificate is made out to; empty where it has none."""
-    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+def common_name(holder: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """The name a certificate, or a request for one, is made out to; empty where it has none."""
+    found = holder.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if found else ""
+
+
+def key_digest(key: Any) -> str:
+    """SHA-256 of a public or private key's public half (DER, SubjectPublicKeyInfo), in hex."""
+    public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
+    der = public.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(der)
+    return digest.finalize().hex()
+
+
+def request_pem(name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A request to certify a client's key, PEM."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def span(time: timedelta) -> str:
+    """A stretch of time for a sentence: ``40 s``, ``12 min``, ``5 h``, ``3 days``."""
+    seconds = round(abs(time.total_seconds()))
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def time_trouble(certificate: x509.Certificate, now: datetime | None = None) -> str | None:
+    """What is wrong with when a certificate is valid, and by how much; None where nothing is.
+
+    A clock that is wrong looks the same as a certificate that is: the sentence names both.
+    """
+    now = now or datetime.now(UTC)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    clock = f"by this machine's clock, {now:%Y-%m-%d %H:%M:%S} UTC"
+    if now < begins:
+        return (
+            f"is not valid before {begins:%Y-%m-%d %H:%M:%S} UTC, in {span(begins - now)} {clock}"
+        )
+    if now >= ends:
+        return f"expired on {ends:%Y-%m-%d %H:%M:%S} UTC, {span(now - ends)} ago {clock}"
+    return None
+
+
+_NEW_KIT = "Ask whoever runs the server: fedft revoke NAME, then fedft invite NAME."
+
+
+def check_time(
+    certificate: x509.Certificate, where: str, now: datetime | None = None, fix: str = _NEW_KIT
+) -> None:
+    """Refuse a certificate that is not valid now.
+
+    Args:
+        certificate: to look at.
+        where: it is, for the sentence.
+        now: None asks the clock.
+        fix: what to do about one that has expired.
+
+    Raises:
+        SecurityRefusal: it is not valid yet, or has expired; the message says by how much.
+    """
+    trouble = time_trouble(certificate, now)
+    if trouble is None:
+        return
+    clock = "Check the clock of this machine and of the one that signed"
+    early = trouble.startswith("is not")
+    raise SecurityRefusal(
+        f"the certificate in {where} {trouble}",
+        fix=f"{clock}: one of them is wrong, or wait." if early else f"{fix} {clock}, too.",
+    )
+
+
+def check_issued(certificate: x509.Certificate, ca: x509.Certificate, where: str) -> None:
+    """Refuse a certificate that an authority did not sign.
+
+    Raises:
+        SecurityRefusal: it did not.
+    """
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except Exception as error:  # cryptography raises three unrelated types here
+        raise SecurityRefusal(
+            f"the certificate in {where} was not issued by the authority beside it",
+            fix="The file was changed on its way, or is of another authority; ask for a new one.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -157,19 +258,14 @@ class Credentials:
     certificate: bytes
     key: bytes
 
-    def checked(self, where: str) -> "Credentials":
-        """These, after a look at whether they belong together and have not expired.
+    def checked(self, where: str, fix: str = _NEW_KIT) -> "Credentials":
+        """These, after a look at whether they belong together and are valid now.
 
         Raises:
-            SecurityRefusal: they do not, or have.
+            SecurityRefusal: they do not, or are not; see :func:`check_time`.
         """
         self.matching(where)
-        ends = load_certificate(self.certificate, where).not_valid_after_utc
-        if ends <= datetime.now(UTC):
-            raise SecurityRefusal(
-                f"the certificate in {where} expired on {ends:%Y-%m-%d %H:%M} UTC",
-                fix="Ask whoever runs the server: fedft revoke NAME, then fedft invite NAME.",
-            )
+        check_time(load_certificate(self.certificate, where), where, fix=fix)
         return self
 
     @property
@@ -188,13 +284,7 @@ class Credentials:
         ca = load_certificate(self.ca, where)
         own = load_certificate(self.certificate, where)
         key = load_key(self.key, where)
-        try:
-            own.verify_directly_issued_by(ca)
-        except Exception as error:  # cryptography raises three unrelated types here
-            raise SecurityRefusal(
-                f"the certificate in {where} was not issued by the authority beside it",
-                fix="The file was changed on its way; ask for a new kit.",
-            ) from error
+        check_issued(own, ca, where)
         if own.public_key() != key.public_key():
             raise SecurityRefusal(
                 f"the key in {where} does not belong to its certificate",
@@ -210,8 +300,10 @@ class Kit:
     Attributes:
         name: of the site.
         server: ``host:port``.
-        ca, certificate, key: PEM; empty for a server without TLS, on loopback.
+        ca, certificate, key: PEM; empty for a server without TLS, on loopback. Without a key, the
+            certificate is of the key that ``fedft ca request`` drew at the site.
         expires: ISO 8601, UTC.
+        roster: of the clients' public keys, see :mod:`fedft.core.link.roster`; empty without one.
     """
 
     name: str
@@ -220,6 +312,7 @@ class Kit:
     certificate: str
     key: str
     expires: str
+    roster: str = ""
 
     @property
     def insecure(self) -> bool:
@@ -249,8 +342,12 @@ class Kit:
         kit = cls._parsed(read_private(path)[: _LARGEST_KIT + 1], path)
         if kit.insecure:
             return kit
-        kit.credentials.matching(str(path))
-        own = common_name(load_certificate(kit.certificate.encode(), str(path)))
+        certificate = load_certificate(kit.certificate.encode(), str(path))
+        if kit.key:
+            kit.credentials.matching(str(path))
+        else:
+            check_issued(certificate, load_certificate(kit.ca.encode(), str(path)), str(path))
+        own = common_name(certificate)
         if own != kit.name:
             raise SecurityRefusal(
                 f"{path} says it is for {kit.name!r}, and its certificate is for {own!r}",
@@ -272,5 +369,5 @@ class Kit:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not a join kit of this version of fedft",
-                fix="Use the file that `fedft invite NAME -o KIT` wrote, as it is.",
+                fix="Use the file that `fedft invite` or `fedft ca kit` wrote, as it is.",
             ) from error
