@@ -15,7 +15,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import grpc
@@ -171,6 +171,8 @@ class Session:
         tell: takes a line for whoever watches.
         stop: says whether to leave; asked several times a second.
         timing: patience.
+        renewal: gives the credentials to connect with from now on; asked before an attempt where the
+            present ones are due, see :attr:`~fedft.core.link.secrets.Credentials.due`. None keeps them.
     """
 
     connection: Connection
@@ -178,6 +180,7 @@ class Session:
     tell: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] = lambda: False
     timing: Timing = field(default_factory=Timing)
+    renewal: Callable[[], Credentials] | None = None
 
     def __post_init__(self) -> None:
         self._instance = uuid.uuid4().hex
@@ -235,7 +238,14 @@ class Session:
             pause = delay * self._random.uniform(0.5, 1.0)
             self.tell(f"{reason}; trying again in {pause:.1f} s")
             await self._unless_stopped(asyncio.sleep(pause))
+            await self._unless_stopped(self._renew())
             delay = min(2 * delay, self.timing.longest_delay)
+
+    async def _renew(self) -> None:
+        own = self.connection.credentials
+        if self.renewal is not None and own is not None and own.due:
+            new = await asyncio.to_thread(self.renewal)
+            self.connection = replace(self.connection, credentials=new)
 
     async def _unless_stopped(self, work: Any) -> None:
         """Await something, unless asked to stop; then say goodbye first."""

@@ -25,6 +25,7 @@ from fedft.core.link.secrets import (
     Credentials,
     Kit,
     certificate_pem,
+    check_time,
     is_loopback,
     key_pem,
     load_certificate,
@@ -162,7 +163,7 @@ class Authority:
         folder: of the identity; made with the authority where there is none yet.
 
     Raises:
-        SecurityRefusal: other users can read its key, or it is damaged.
+        SecurityRefusal: other users can read its key, it is damaged, or not valid now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,6 +173,7 @@ class Authority:
         self._key = load_key(read_private(folder / "ca.key"), "ca.key")
         self.pem = read_private(folder / "ca.pem")
         self._certificate = load_certificate(self.pem, "ca.pem")
+        check_time(self._certificate, str(folder / "ca.pem"), fix="Start with a new authority.")
 
     def _create(self) -> None:
         make_private_folder(self.folder)

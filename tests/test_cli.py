@@ -44,6 +44,38 @@ def written(table: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("serve CONFIG --port -5", "--port -5 is no port"),
+        ("serve CONFIG --port 65536", "--port 65536 is no port"),
+        ("serve CONFIG --status-port 99999", "--status-port 99999 is no port"),
+        ("serve CONFIG --status-port -1", "--status-port -1 is no port"),
+        ("invite ann --run-dir RUN -o kit --days nan", "--days nan is no time in days"),
+        ("invite ann --run-dir RUN -o kit --days inf", "--days inf is no time in days"),
+        ("invite ann --run-dir RUN -o kit --days -1", "--days -1 is no time in days"),
+        ("invite ann --run-dir RUN -o kit --days 1e300", "--days 1e+300 is no time in days"),
+        ("invite ann --run-dir RUN", "one of --output and --certificate"),
+        ("invite ann --run-dir RUN -o kit --certificate x", "one of --output and --certificate"),
+        ("join kit --data CONFIG --precision fp64", "--precision fp64 is none of fp32, bf16, tf32"),
+        ("ca init RUN", "is not empty"),
+        ("ca sign RUN CONFIG", "is not the folder of an authority"),
+        ("ca kit RUN ann --server lab -o kit", "'lab' is no address of a server"),
+        ("serve CONFIG --insecure --ca CONFIG", "--insecure does without"),
+    ],
+)
+def test_numbers_and_files_of_a_deployment_are_refused_in_a_sentence(
+    line: str, what: str, fedft: Any, tiny_table: Table, tmp_path: Path
+) -> None:
+    config, run = written(tiny_table(), tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("")
+    words = line.replace("CONFIG", str(config)).replace("RUN", str(run)).split()
+    code, out, err = fedft(*words)
+    assert code == 2 and what in " ".join(err.split()) and "Traceback" not in err
+    assert not out and not (tmp_path / "kit").exists()
+
+
 def test_simulate_report_export_plan(fedft: Any, tiny_table: Table, tmp_path: Path) -> None:
     config = written(tiny_table(), tmp_path)
     code, out, _ = fedft("simulate", config, "--run-dir", tmp_path / "run", "--json")

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedft.cli import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
+BIN = str(Path(sys.executable).parent)
 UNITS = sorted(DEPLOY.glob("*.service"))
 PAGES = [DEPLOY / "README.md", ROOT / "docs" / "deployment.md", ROOT / "README.md"]
 
@@ -132,6 +134,41 @@ class TestContainers:
         assert 'ENTRYPOINT ["fedft"]' in final
         installs = [line for line in lines if "pip install" in line and "--no-deps" not in line]
         assert installs and all("--constraint constraints.txt" in line for line in installs)
+
+    def test_the_image_has_the_constraints_torch_for_the_cpu_unless_asked(self) -> None:
+        text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+        assert re.findall(r"(?m)^ARG TORCH=(.*)$", text) == ["cpu"]
+        [line] = [line for line in text.splitlines() if "--torch-backend" in line]
+        assert '--torch-backend "$TORCH"' in line and line.rstrip().endswith(" torch")
+        first = min(i for i, line in enumerate(text.splitlines()) if "pip install" in line)
+        assert text.splitlines()[first] == line  # nothing brings another torch before it
+        assert "TORCH: ${TORCH:-cpu}" in (DEPLOY / "compose.yaml").read_text()
+        pinned = (ROOT / "constraints.txt").read_text()
+        for package in ("torch", "uv", "opacus", "grpcio", "cryptography"):
+            assert re.search(rf"(?m)^{package}==[0-9.]+$", pinned), package
+
+    @pytest.mark.skipif(shutil.which("uv", path=BIN) is None, reason="uv is not installed here")
+    def test_uv_knows_the_builds_that_are_spoken_of(self) -> None:
+        said = subprocess.run(
+            [shutil.which("uv", path=BIN) or "uv", "pip", "install", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for build in ("cpu", "cu130"):
+            assert re.search(rf"\b{build}\b", said[said.index("--torch-backend") :])
+
+    def test_a_build_of_a_version_meets_the_constraint(self) -> None:
+        """Why the second installation leaves the first one's torch alone."""
+        from packaging.requirements import Requirement
+
+        pins = (ROOT / "constraints.txt").read_text().splitlines()
+        [pin] = [Requirement(line) for line in pins if line.startswith("torch==")]
+        version = str(pin.specifier).removeprefix("==")
+        assert pin.specifier.contains(f"{version}+cpu") and pin.specifier.contains(
+            f"{version}+cu130"
+        )
+        assert not pin.specifier.contains("2.12.0+cpu")
 
     def test_the_build_sees_all_it_needs_and_no_secrets(self) -> None:
         lines = (ROOT / ".dockerignore").read_text().splitlines()

@@ -1,12 +1,16 @@
 """Who may take part: certificates, kits and the register, and what is refused with which reason."""
 
+import asyncio
+import contextlib
 import json
+import re
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
+from clients.enrolment import Renewal
 from clients.join import Site as Workstation
 from clients.join import enrolled, join
 from clients.session import Connection, Offer, Session, Timing
@@ -37,9 +42,9 @@ from fedft.core.link.secrets import (
     read_private,
     write_private,
 )
-from fedft.core.link.trust import tls_trouble
+from fedft.core.link.trust import near_the_end, tls_trouble
 from fedft.core.types import Site
-from server import identity
+from server import authority
 from server.grids.grpc import GrpcGrid
 from server.grids.stream import Terms
 from server.identity import (
@@ -382,7 +387,7 @@ class TestOverTls:
     ) -> None:
         here, told = server(), list[str]()
         kit = Kit.read(here.kit("ann", tmp_path / "kit"))
-        monkeypatch.setattr(identity, "SITE_DAYS", 4 / 1440)  # of 14 minutes, 10 are in the past
+        monkeypatch.setattr(authority, "SITE_DAYS", 4 / 1440)  # of 14 minutes, 10 are in the past
         old = enrolled(kit, site, told.append)
         new = enrolled(kit, site, told.append)
         assert told == ["the certificate of this site was renewed"] * 2  # the first one at once
@@ -396,6 +401,36 @@ class TestOverTls:
         here.grid.close()
         assert enrolled(kit, site, told.append) == new  # a server that is away is no reason to stop
         assert "not renewed" in told[-1]
+
+    def test_a_site_that_runs_for_long_comes_back_with_a_new_certificate(
+        self,
+        server: Callable[..., Server],
+        tmp_path: Path,
+        site: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Without being started again: the present one is due when its connection breaks."""
+        here, told = server(), list[str]()
+        kit = Kit.read(here.kit("ann", tmp_path / "kit"))
+        with monkeypatch.context() as short:
+            short.setattr(authority, "SITE_DAYS", 4 / 1440)
+            own = enrolled(kit, site)
+        now = [0.0]
+        renewal = Renewal(kit, site, told.append, clock=lambda: now[0])
+        session = Session(Connection("127.0.0.1:1", "ann", own), Idle(), renewal=renewal)
+        asyncio.run(session._renew())
+        new = session.connection.credentials
+        assert new is not None and new.key == own.key and not new.due
+        assert told == ["the certificate of this site was renewed"]
+        asked = iter([False] * 5)
+        with pytest.raises(Interrupted):
+            attend(here.address.target, new, stop=lambda: next(asked, True))
+        # One that stays due, as where an authority elsewhere signs, is not asked for all the time.
+        calls: list[float] = []
+        monkeypatch.setattr("clients.enrolment.enrolled", lambda *_: calls.append(now[0]) or own)
+        for now[0] in (3599.0, 3600.0, 3700.0, 7199.0, 7200.0):
+            renewal()
+        assert calls == [3600.0, 7200.0]
 
     def test_only_the_key_that_a_site_has_is_certified_anew(
         self, folder: Path, tmp_path: Path
@@ -486,6 +521,84 @@ class TestOverTls:
             trouble = tls_trouble(f"127.0.0.1:{port}", own)
             assert trouble is not None and trouble.certain and "purpose" in trouble.reason
             thread.join()
+
+    @pytest.mark.parametrize(
+        ("offset", "said"),
+        [
+            (timedelta(minutes=30), "is not valid before"),
+            (-timedelta(minutes=45), "expired on"),
+            (timedelta(), ""),
+        ],
+    )
+    def test_a_server_whose_clock_differs_is_told_with_the_difference(
+        self, offset: timedelta, said: str, folder: Path, tmp_path: Path
+    ) -> None:
+        """Its certificate begins or ended by another clock; the client says by how much."""
+        import socket
+        import ssl
+
+        made = Authority(folder)
+        own = made.server(Address())
+        now, key = datetime.now(UTC) + offset, new_key()
+        certificate = (
+            x509.CertificateBuilder(
+                made._certificate.subject, authority._name("x"), key.public_key(), 7
+            )
+            .not_valid_before(now - timedelta(seconds=10))
+            .not_valid_after(now + timedelta(minutes=20))
+            .add_extension(authority.alternatives(["127.0.0.1"]), critical=False)
+            .sign(made._key, hashes.SHA256())
+        )
+        pair = tmp_path / "pair.pem"
+        write_private(pair, certificate.public_bytes(serialization.Encoding.PEM) + key_pem(key))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pair)
+        context.load_verify_locations(cadata=own.ca.decode())
+        context.verify_mode = ssl.CERT_REQUIRED
+        client = new_key()
+        shown = made.client("ann", client.public_key(), 1)
+        credentials = Credentials(
+            own.ca, shown.public_bytes(serialization.Encoding.PEM), key_pem(client)
+        )
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def answer() -> None:
+                for _ in range(2 if said else 1):
+                    plain, _ = listener.accept()
+                    with (
+                        plain,
+                        contextlib.suppress(OSError),
+                        context.wrap_socket(plain, server_side=True) as tls,
+                    ):
+                        tls.sendall(b"h")
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            trouble = tls_trouble(f"127.0.0.1:{listener.getsockname()[1]}", credentials)
+            thread.join(20)
+        if not said:
+            assert trouble is None  # positive control
+            return
+        assert trouble is not None and trouble.certain and said in trouble.reason
+        assert re.search(r"(29|24|25) min (by|ago by) this machine's clock", trouble.reason)
+
+    def test_a_certificate_near_its_end_is_named_where_it_is_turned_away(
+        self, server: Callable[..., Server], tmp_path: Path, site: Path
+    ) -> None:
+        """A server does not say why; a clock that is ahead by minutes would be why."""
+        here = server()
+        enrolled(Kit.read(here.kit("ann", tmp_path / "kit")), site)
+        key = new_key()
+        for days, word in ((0.005, "; it expires in 7 min by this machine's clock"), (200, "")):
+            pem = here.authority.client("ann", key.public_key(), days).public_bytes(
+                serialization.Encoding.PEM
+            )
+            own = Credentials(here.authority.pem, pem, key_pem(key))
+            later = datetime.now(UTC) + timedelta(hours=2 if days > 1 else 0)
+            found = near_the_end(own, later)
+            assert found.startswith(word) and bool(found) == bool(word)
+        begun = near_the_end(own, datetime.now(UTC))
+        assert begun.startswith("; it became valid 10 min ago by this machine's clock")
 
     def test_an_expired_site_certificate_is_refused(
         self, server: Callable[..., Server], tmp_path: Path, site: Path
