@@ -29,6 +29,8 @@ def check_command(words: list[str]) -> None:
     group: Any = typer.main.get_command(cli)
     with click.Context(group) as context:
         command = group.get_command(context, words[0])
+        if isinstance(command, click.Group):
+            command, words = command.get_command(context, words[1]), words[1:]
         assert command is not None, f"no command is called {words[0]!r}"
         command.make_context(words[0], words[1:])
 
@@ -60,6 +62,10 @@ def test_a_command_that_is_none_is_noticed() -> None:
             check_command(words)
     with pytest.raises(AssertionError, match="no command"):
         check_command(["uninvite"])
+    with pytest.raises(AssertionError, match="no command"):
+        check_command(["ca", "resign", "ca", "x.csr"])
+    with pytest.raises(click.UsageError):
+        check_command(["ca", "sign", "ca"])
 
 
 def settings(unit: Path) -> dict[str, str]:
