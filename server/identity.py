@@ -202,7 +202,8 @@ class Registry:
             expires = iso(certificate.not_valid_after_utc)
             if old is None or old.revoked or not old.key:
                 node = old.node if old else 1 + max((c.node for c in clients.values()), default=0)
-                new = Client(name, node, "", _now(), serial=serial, key=digest, expires=expires)
+                kit = old.kit if old and not old.revoked else ""  # from before the key was moved
+                new = Client(name, node, kit, _now(), serial=serial, key=digest, expires=expires)
             elif serial in (old.serial, old.renewed):
                 new = old
             else:

@@ -1,6 +1,7 @@
 """An authority that is not the server: what the server can sign, what it cannot, and who gets in."""
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -205,6 +206,27 @@ class TestAServerWithoutTheKey:
         assert own.server(ADDRESS).certificate == credentials.certificate
         identity.take_in(place.run, "ann", place.signed("ann"))
 
+    def test_a_kit_from_before_the_key_was_moved_is_still_exchanged(self, place: Place) -> None:
+        """The request waits, as a renewal does."""
+        with RunDir.create(place.run) as run:
+            run.write_config("")
+        registry = identity.Registry(place.identity)
+        kit = registry.invite("ann", Authority(place.identity), ADDRESS)
+        place.ca.mkdir(mode=0o700)
+        for name in ("ca.key", "ca.pem"):
+            (place.identity / name).rename(place.ca / name)
+        own = issuer_of(place.identity, place.ca / "ca.pem")
+        shown = f"{load_certificate(kit.certificate.encode(), 'kit').serial_number:x}"
+        csr = request_pem("ann", new_key())
+        with pytest.raises(SecurityRefusal, match="waits there to be signed"):
+            registry.enrol(shown, csr, own)
+        waiting = place.identity / "requests" / "ann.csr"
+        identity.take_in(place.run, "ann", ca.sign(place.ca, waiting).path)
+        with pytest.raises(SecurityRefusal, match="used before"):
+            registry.enrol(shown, request_pem("ann", new_key()), own)
+        pem = registry.enrol(shown, csr, own)
+        assert registry.client("ann").serial == f"{load_certificate(pem, 'own').serial_number:x}"
+
 
 class TestRenewal:
     def test_a_request_waits_until_it_is_signed_and_is_then_handed_out(self, place: Place) -> None:
@@ -368,6 +390,23 @@ class TestRoster:
         with pytest.raises(SecurityRefusal, match="no such client"):
             found.check("eve", new_key())
 
+    def test_two_thousand_clients_fit_and_more_are_refused(
+        self, place: Place, roster: Path
+    ) -> None:
+        authority, kit = Authority(place.ca), place.kit("ann")
+        mine = {"ann": key_digest(keys_in(place.folder / "ann")[0])}
+        for count, fits in ((2000, True), (4000, False)):
+            keys = {f"client-{i:05d}": f"{i:064x}" for i in range(count)} | mine
+            long = replace(kit, roster=Roster(keys, "2026").signed(authority.sign))
+            path = place.folder / f"{count}.kit"
+            if fits:
+                long.write(path)
+                found = pinned(Kit.read(path), enrolled(kit, place.folder / "ann"))
+                assert found is not None and len(found.keys) == count + 1
+            else:
+                with pytest.raises(ConfigError, match="are allowed"):
+                    long.write(path)
+
     def test_without_a_roster_none_is_pinned(self, place: Place, roster: Path) -> None:
         kit = place.kit("ann")
         assert pinned(kit, enrolled(kit, place.folder / "ann")) is None
@@ -431,6 +470,79 @@ class TestKitsWithoutAKey:
         kit = place.kit("ann")
         assert default_folder(kit) == made.folder
         assert enrolled(kit, made.folder).key == read_private(made.folder / "site.key")
+
+
+# ── damage ────────────────────────────────────────────────────────────────────────────────────
+
+
+def damaged(data: bytes, generator: random.Random) -> bytes:
+    """With a byte changed, left out or put in, a piece cut off, or a piece said twice."""
+    at, other = generator.randrange(len(data)), generator.randrange(len(data))
+    low, high = sorted((at, other))
+    return generator.choice(
+        [
+            data[:at] + bytes([generator.randrange(256)]) + data[at + 1 :],
+            data[:at] + data[at + 1 :],
+            data[:at] + bytes([generator.randrange(256)]) + data[at:],
+            data[:low] + data[high:],
+            data[:high] + data[low:],
+            data[:at],
+        ]
+    )
+
+
+def test_whatever_is_damaged_is_noticed_or_means_the_same(place: Place) -> None:
+    own = place.begin()
+    registry = identity.Registry(place.identity)
+    pem = place.signed("ann").read_bytes()
+    ca.roster(place.ca, [], place.folder / "roster.json")
+    kit = place.kit("ann", place.folder / "roster.json")
+    pins = Roster.verified(kit.roster, own.pem).keys
+    csr = (place.folder / "ann.csr").read_bytes()
+    server_csr = (place.identity / "server.csr").read_bytes()
+    text = (place.folder / "ann.kit").read_bytes()
+    path = place.folder / "damaged"
+
+    def roster(data: bytes) -> bool:
+        return Roster.verified(data.decode(errors="replace"), own.pem).keys == pins
+
+    def certificate(data: bytes) -> bool:
+        return registry.take_in("ann", data, own).key == pins["ann"]
+
+    def request_of(server: bool) -> Callable[[bytes], bool]:
+        def take(data: bytes) -> bool:
+            path.write_bytes(data)
+            who = ca.sign(place.ca, path, server=server).who
+            return "lab.example" in who if server else who == "ann"
+
+        return take
+
+    def kit_of(data: bytes) -> bool:
+        write_private(path, data)
+        read = Kit.read(path)
+        if not read.key and not read.insecure:
+            found = pinned(read, enrolled(read, place.folder / "ann"))
+            return read.name == "ann" and (found is None or found.keys == pins)
+        return read.insecure
+
+    generator = random.Random(0)
+    targets: list[tuple[bytes, Callable[[bytes], bool]]] = [
+        ((place.folder / "roster.json").read_bytes(), roster),
+        (pem, certificate),
+        (csr, request_of(False)),
+        (server_csr, request_of(True)),
+        (text, kit_of),
+    ]
+    for good, take in targets:
+        assert take(good)  # positive control
+        refused = 0
+        for _ in range(100):
+            try:
+                assert take(damaged(good, generator))
+            except FedftError as error:
+                assert error.what
+                refused += 1
+        assert refused > 50
 
 
 # ── clocks ────────────────────────────────────────────────────────────────────────────────────

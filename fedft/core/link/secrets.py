@@ -325,9 +325,18 @@ class Kit:
         return Credentials(self.ca.encode(), self.certificate.encode(), self.key.encode())
 
     def write(self, path: Path) -> None:
-        """Store it, for its owner only."""
-        text = json.dumps({"format": KIT_FORMAT, **asdict(self)}, indent=1)
-        write_private(path, text.encode() + b"\n")
+        """Store it, for its owner only.
+
+        Raises:
+            ConfigError: its roster makes it longer than a kit may be.
+        """
+        text = json.dumps({"format": KIT_FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
+        if len(text) > _LARGEST_KIT:
+            raise ConfigError(
+                f"the kit of {self.name} would have {len(text)} bytes; {_LARGEST_KIT} are allowed",
+                fix="Sign a roster of fewer clients: fedft ca roster CA NAME …",
+            )
+        write_private(path, text)
 
     @classmethod
     def read(cls, path: Path) -> "Kit":
