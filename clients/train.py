@@ -23,7 +23,7 @@ from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally, loss_targets, mean_loss
-from fedft.core.models import Base
+from fedft.core.models import Base, transposes
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.types import (
@@ -232,6 +232,7 @@ class PeftEngine(LoopEngine):
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
             target_modules=list(base.adapted),
+            fan_in_fan_out=transposes(base.adapted.values()),
         )
         model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
         super().__init__(base, model, checkpointing=checkpointing)
