@@ -234,6 +234,8 @@ class Schema:
         head: PEFT name of each head tensor → shape.
         names: what ``target-modules`` comes to in this model.
         saved: of the head, what peft has to be told of it; see :class:`~fedft.core.checkpoint.Head`.
+        separable: whether a block can be left out: there is one list of them, each of which gives the
+            hidden states alone.
         transposed: whether adapted layers hold their weights as [d_in, d_out], as GPT-2's do.
         parameters: all parameters of the frozen base, head not counted.
         blocks: number of transformer blocks.
@@ -249,6 +251,7 @@ class Schema:
     names: tuple[str, ...] | str = "all-linear"
     saved: Head = field(default_factory=Head)
     transposed: bool = False
+    separable: bool = True
 
 
 def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
@@ -278,7 +281,9 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
     blocks = max(indices, default=-1) + 1
     names = target_names(model, lora, _adaptable(model, lora, head))
     transposed = transposes(adapted.values())
-    return Schema(modules, heads, size, blocks, tensors, names, head, transposed)
+    listed = list(block_list(model) or ())
+    separable = bool(listed) and all(map(_gives_a_tensor, listed))
+    return Schema(modules, heads, size, blocks, tensors, names, head, transposed, separable)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -308,7 +313,9 @@ _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
 
 def transposes(layers: Iterable[nn.Module]) -> bool:
     """Whether peft has to be told of ``fan_in_fan_out``."""
-    return any(not isinstance(layer, nn.Linear) for layer in layers)
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(layer, Conv1D) for layer in layers)
 
 
 def _of_rank_one(layer: nn.Module) -> bool:

@@ -13,7 +13,38 @@ from typing import Any
 
 import torch
 
-WORDS = ["the", "a", "cat", "dog", "bird", "fish", "red", "blue", "green", "big", "small", "runs", "eats", "sleeps", "likes", "hates", "good", "bad", "house", "tree", "river", "stone", "sun", "moon", "day", "night", "under", "over", "near", "far"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "red",
+    "blue",
+    "green",
+    "big",
+    "small",
+    "runs",
+    "eats",
+    "sleeps",
+    "likes",
+    "hates",
+    "good",
+    "bad",
+    "house",
+    "tree",
+    "river",
+    "stone",
+    "sun",
+    "moon",
+    "day",
+    "night",
+    "under",
+    "over",
+    "near",
+    "far",
+]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 VOCABULARY = 384
 POSITIONS = 66
