@@ -108,9 +108,13 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def _table(found: Any) -> Mapping[str, Any]:
+    """What JSON gave where it is a table; an empty one otherwise."""
+    return cast("Mapping[str, Any]", found) if isinstance(found, dict) else {}
+
+
 def _refuse_adapter(folder: Path) -> None:
-    told: Any = read_json(folder / ADAPTER)
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    base = _table(read_json(folder / ADAPTER)).get("base_model_name_or_path")
     if (folder / CONFIG).exists():
         raise MismatchError(
             f"beside the model in {folder} lies {ADAPTER}: transformers would load that adapter with "
@@ -150,8 +154,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
             fix="Fetch the file anew, or add the model_type of its architecture.",
         )
     if (quantised := config.get("quantization_config")) is not None:
-        told = cast("Mapping[str, Any]", quantised if isinstance(quantised, dict) else {})
-        method = str(told.get("quant_method", "")) or "an unnamed method"
+        method = str(_table(quantised).get("quant_method", "")) or "an unnamed method"
         raise MismatchError(
             f"the weights in {folder} are quantised already ({method}): updates cannot be added to them, "
             "nor can peft load them alike everywhere",
@@ -199,11 +202,10 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    told: Any = read_json(index)
-    table: Any = told.get("weight_map") if isinstance(told, dict) else None
-    if not isinstance(table, dict) or not table:
+    table = _table(_table(read_json(index)).get("weight_map"))
+    if not table:
         raise MismatchError(f"{index} has no weight_map", fix="Fetch the file anew.")
-    files = sorted({str(name) for name in cast("dict[str, Any]", table).values()})
+    files = sorted({str(name) for name in table.values()})
     for name in files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise SecurityRefusal(

@@ -39,7 +39,9 @@ def spec_of(folder: Path, task: Any = "classification") -> ModelSpec:
     return ModelSpec(source=str(folder), task=task)
 
 
-def loader_says(name: str, folder: Path, classes: int = 3) -> tuple[set[str], dict[str, torch.Tensor]]:
+def loader_says(
+    name: str, folder: Path, classes: int = 3
+) -> tuple[set[str], dict[str, torch.Tensor]]:
     """The naive twin: what stock transformers reports as missing, and the weights that it gives."""
     import transformers
 
@@ -56,7 +58,13 @@ def loader_says(name: str, folder: Path, classes: int = 3) -> tuple[set[str], di
 ALL = sorted(
     str(k) for k in KINDS if k.task != "causal-lm" and k.type not in ("led", "dinov3_vit", "xmod")
 )
-SOME = ("bert-classification", "distilbert-classification", "xlnet-classification", "t5-classification", "clip-image-classification")
+SOME = (
+    "bert-classification",
+    "distilbert-classification",
+    "xlnet-classification",
+    "t5-classification",
+    "clip-image-classification",
+)
 
 
 def agrees_with_the_loader(name: str, folder: Path) -> None:
@@ -66,7 +74,9 @@ def agrees_with_the_loader(name: str, folder: Path) -> None:
     assert missing & parameters.keys() <= set(head.parameters)
     assert set(head.parameters) <= parameters.keys()
     outputs = set(head.parameters) - missing
-    assert all(n.split(".")[0] in ("classifier", "score") or 3 in parameters[n].shape for n in outputs)
+    assert all(
+        n.split(".")[0] in ("classifier", "score") or 3 in parameters[n].shape for n in outputs
+    )
     covered = {n for n in parameters if head.holds(n)}
     assert covered == set(head.parameters), "a module of the head holds what is pretrained"
 
@@ -148,7 +158,9 @@ def test_lora_never_lands_on_the_head(zoo: Callable[[str], Path]) -> None:
     for name in SOME:
         folder, task = zoo(name), kind(name).task
         for wanted in ("auto", "all-linear"):
-            shapes = models.schema(spec_of(folder, task), LoraSpec(rank=2, target_modules=wanted), 3)
+            shapes = models.schema(
+                spec_of(folder, task), LoraSpec(rank=2, target_modules=wanted), 3
+            )
             assert shapes.modules and not any(map(shapes.saved.holds, shapes.modules))
 
 
@@ -191,7 +203,9 @@ def test_words_that_are_tied_to_the_output_are_not_missing(zoo: Callable[[str], 
     assert head_of(spec_of(folder, "causal-lm"), folder, 0) == Head()
 
 
-def test_a_checkpoint_that_changed_is_read_again(zoo: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_changed_is_read_again(
+    zoo: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The answer is remembered by the files' size and time."""
     folder = copied(zoo("bert-with-a-pooler-classification"), tmp_path / "m", len)
     assert head_of(spec_of(folder), folder, 3).modules == ("classifier",)
@@ -225,7 +239,16 @@ def named(*tops: str) -> list[str]:
     [
         (("classifier",), ("classifier",), ("pre_classifier.weight", "pre_classifier.bias")),
         (("pre_classifier", "classifier"), ("pre_classifier", "classifier"), ()),
-        (("adapter_of_task",), ("adapter_of_task",), ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")),
+        (
+            ("adapter_of_task",),
+            ("adapter_of_task",),
+            (
+                "pre_classifier.weight",
+                "pre_classifier.bias",
+                "classifier.weight",
+                "classifier.bias",
+            ),
+        ),
         (("adapter_of_task.1",), ("adapter_of_task.1",), None),
         (("body.1", "classifier"), ("body.1", "classifier"), None),
         ((), (), ()),

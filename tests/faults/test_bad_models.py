@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from fedft.core.errors import FedftError
 from server.check import check
 from server.config import RunConfig, parse_config
-from server.forecast import forecast
+from server.forecast import as_text, forecast
 from server.run import simulate
 from tests.conftest import CLASSES
 from tests.faults.bad_models import BAD, Bad
@@ -103,15 +104,13 @@ def test_a_bad_model_is_refused_in_one_sentence_and_leaves_nothing_in_the_way(
     name: str, sound: Path, tiny_table: Table, tmp_path: Path
 ) -> None:
     """In one attempt: no cohort is burnt over it."""
-    import re
-
     bad = BAD[name]
     model = spoilt(bad, sound, tmp_path)
     config = config_of(bad, model, sound, tiny_table)
     error = refusal(lambda: simulate(config, tmp_path / "run"))
     is_a_sentence(error, bad)
     assert re.search(bad.says, error.what), error.what
-    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+    assert not (tmp_path / "run").exists()
     if bad.planned:
         planned = refusal(lambda: forecast(config))
         assert (planned.what, planned.exit_code) == (error.what, error.exit_code)
@@ -120,6 +119,79 @@ def test_a_bad_model_is_refused_in_one_sentence_and_leaves_nothing_in_the_way(
             forecast(config)
         checked = refusal(lambda: check(config))
         assert (checked.what, checked.exit_code) == (error.what, error.exit_code)
+
+
+MENDED = (
+    "torn config",
+    "truncated weights",
+    "not finite",
+    "torn tokenizer",
+    "template that raises",
+)
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_the_same_command_works_once_the_model_is_mended(
+    name: str, sound: Path, tiny_table: Table, tmp_path: Path
+) -> None:
+    bad = BAD[name]
+    model = spoilt(bad, sound, tmp_path)
+    config = config_of(bad, model, sound, tiny_table)
+    for _ in range(2):
+        refusal(lambda: simulate(config, tmp_path / "run"))
+    shutil.rmtree(model)
+    shutil.copytree(sound / bad.model, model)
+    assert simulate(config, tmp_path / "run").finished
+
+
+@pytest.mark.parametrize("name", ["torn config", "positions of an encoder"])
+def test_the_command_line_says_it_without_a_traceback(
+    name: str, sound: Path, tiny_table: Table, tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    bad = BAD[name]
+    config = config_of(bad, spoilt(bad, sound, tmp_path), sound, tiny_table)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    command = [sys.executable, "-m", "fedft", "plan", str(tmp_path / "config.toml"), "--check"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == bad.code
+    assert "Traceback" not in ran.stderr and re.search(bad.says, " ".join(ran.stderr.split()))
+
+
+@pytest.mark.parametrize("cohort", [2, 1])
+def test_plan_with_check_says_which_engine_trains(
+    cohort: int, sound: Path, tiny_table: Table, tmp_path: Path, capsys: Any
+) -> None:
+    from fedft.cli import cli
+
+    bad = Bad(lambda _: None, 0, "")
+    config = config_of(bad, sound / "encoder", sound, tiny_table, cohort)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    cli(["plan", str(tmp_path / "config.toml"), "--check", "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["engine"] == {"engine": "loop" if cohort == 1 else "cohort", "why": ""}
+    cli(["plan", str(tmp_path / "config.toml"), "--check"], standalone_mode=False)
+    words = "one client after the other" if cohort == 1 else "several clients in one pass"
+    assert words in capsys.readouterr().out
+    cli(["plan", str(tmp_path / "config.toml")], standalone_mode=False)
+    assert words not in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_limit_above_the_positions_is_mentioned_where_no_row_is_that_long(
+    sound: Path, tiny_table: Table, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Short rows train under any limit; only the plan mentions it."""
+    changes = {"data": {"max-length": 64, "source": str(tiny_data)}}
+    config = config_of(
+        Bad(lambda _: None, 0, "", changes=changes), sound / "encoder", sound, tiny_table
+    )
+    assert "the model has 32, and data.max-length is 64" in as_text(config, forecast(config))
+    assert simulate(config, tmp_path / "run").finished
+    lower = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 32})})
+    assert "the model has" not in as_text(lower, forecast(lower))
 
 
 @pytest.mark.parametrize("model", TASKS)

@@ -153,12 +153,13 @@ def test_too_little_memory_is_told_in_one_attempt(
 ) -> None:
     def none_left(*_: Any, **__: Any) -> Any:
         calls.append(1)
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+        )
 
     calls: list[int] = []
-    from clients.train import LoopEngine
-
     import fedft.core.models
+    from clients.train import LoopEngine
 
     if where == "load":
         monkeypatch.setattr(fedft.core.models, "_ready", none_left)
@@ -334,7 +335,11 @@ def test_the_snippet_on_the_card_gives_the_runs_logits_and_class_names(
     (snippet,) = re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)
     assert snippet.count('"FOLDER"') == 1
     ids = [[2, 5, 9, 14], [3, 20, 21], [4]]
-    code = snippet.replace('"FOLDER"', repr(str(export))) + SHOW + "assert 'fedft' not in sys.modules\n"
+    code = (
+        snippet.replace('"FOLDER"', repr(str(export)))
+        + SHOW
+        + "assert 'fedft' not in sys.modules\n"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, json.dumps(ids)],
         capture_output=True,
@@ -366,7 +371,10 @@ def _log_probabilities(run: RunDir, rows: list[list[int]]) -> Any:
     state: Any = Checkpoints(run.checkpoints).load()
     bench = workbench(prepare_run(config, run).task.model_dump_json())
     for ids in rows:
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids)).long(),
+        }
         yield [
             -bench.engine.evaluate(
                 state.state.adapter, state.state.delta, [Batch(inputs, torch.tensor([label]))]
