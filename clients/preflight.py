@@ -141,7 +141,10 @@ def _refuse_foreign(bench: Bench) -> None:
     if bench.task.model.task == "image-classification":
         return
     model: Any = bench.engine.base.model
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters and has no table of words
+        return
     rows = getattr(table, "num_embeddings", None)
     if rows is None:
         return

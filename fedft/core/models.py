@@ -287,10 +287,16 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer that LoRA can adapt: ``nn.Linear`` and GPT-2's transposed ``Conv1D``."""
+    """Every layer that LoRA can adapt: ``nn.Linear`` and GPT-2's transposed ``Conv1D``.
+
+    A router that inherits from ``nn.Linear`` and gives more than a product, as PhiMoE's, is none.
+    """
     from transformers.pytorch_utils import Conv1D
 
     for path, module in model.named_modules():
+        own = type(module).__module__.startswith("transformers.models")
+        if isinstance(module, nn.Linear) and own and type(module).forward is not nn.Linear.forward:
+            continue
         if isinstance(module, nn.Linear | Conv1D):
             yield path, module
 
@@ -538,15 +544,15 @@ def _plain_output(model: nn.Module) -> bool:
     that cannot be made that small is taken to make its logits in another way: that needs more.
     """
     config: Any = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.vocab_size = 0, 8
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    if getattr(config, "layer_types", None):
-        config.layer_types = []
     make: Any = type(model)
     try:
+        config.num_hidden_layers, config.vocab_size = 0, 8
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = []
         with torch.random.fork_rng(devices=[]):
             return output_of(make(config).eval()) is not None
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # whatever a model's own code and its configuration's checks raise
         return False
 
 

@@ -46,13 +46,18 @@ def test_the_runs_accuracy_is_stock_pefts_over_three_loads(tmp_path: Path) -> No
     kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
     assert len(weights) - len(kept) == 2
     save_file(kept, model / "model.safetensors", {"format": "pt"})
-    settings = [f'model.source="{model}"', 'engine.precision="fp32"', "rounds.count=10"]
+    settings = [
+        f'model.source="{model}"',
+        'engine.precision="fp32"',
+        "rounds.count=4",
+        "rounds.evaluate-every=4",
+    ]
     config = load_config(ROOT / "examples/quickstart/config.toml", settings)
     config = config.model_copy(update={"model": config.model.model_copy(update={"sha256": None})})
     run = simulate(config, tmp_path / "run")
     said = run.summary()["final"]["accuracy"]
-    assert said > 0.3, "chance is 8 %: nothing was learnt, and nothing would be compared"
-    export = run.adapter(10)
+    assert said > 0.2, "chance is 8 %: nothing was learnt, and nothing would be compared"
+    export = run.adapter(4)
     _write_test_rows(config, tmp_path / "rows.jsonl")
     (snippet,) = re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)
     code = snippet.replace('"FOLDER"', repr(str(export))) + SCORED

@@ -286,6 +286,22 @@ _DECODERS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
     },
     "gpt_oss": {**GROUPED, **EXPERTS, "sliding_window": 8},
+    "phimoe": {**GROUPED, **EXPERTS},
+    "deepseek_v3": {
+        **PLAIN,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
 }
 _LANGUAGE_ONLY: dict[str, dict[str, Any]] = {
     "cohere": {**PLAIN, "num_key_value_heads": 2},

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fedft.core.errors import MismatchError
+from server.run import simulate
 from tests.zoo.builders import KINDS, Kind, build, write_data
-from tests.zoo.conformance import TARGETS, config_of, line, outcome, rows_of_page
+from tests.zoo.conformance import TARGETS, config_of, line, outcome, promised, rows_of_page
 
 pytestmark = pytest.mark.filterwarnings("default")  # of forty model classes, none of them ours
 
@@ -110,6 +113,18 @@ def test_two_processes_give_the_same_bytes(
         assert ran.returncode == 0, ran.stderr[-2000:]
         found.add(ran.stdout.split("SHA")[1].strip())
     assert len(found) == 1
+
+
+def test_the_remedy_of_a_refusal_works(place: Path, tmp_path: Path) -> None:
+    """PEFT passes over DeepSeek's dense layers; without them the rest trains and exports."""
+    kind = next(kind for kind in KINDS if str(kind) == "deepseek_v3-causal-lm")
+    config = config_of(kind, model_of(kind, place), data_of(kind, place), "auto", 4)
+    with pytest.raises(MismatchError, match="peft does not adapt") as caught:
+        simulate(config, tmp_path / "refused")
+    (wanted,) = re.findall(r"exclude-modules = (\[.*\])", caught.value.fix)
+    lora = config.lora.model_copy(update={"exclude_modules": tuple(json.loads(wanted))})
+    run = simulate(config.model_copy(update={"lora": lora}), tmp_path / "run")
+    assert run.finished and promised(run) > 0
 
 
 def test_a_run_that_is_not_its_export_is_noticed(
