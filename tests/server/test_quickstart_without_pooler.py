@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import fedft
+import fedft.api
 from server.config import load_config
 from server.run import simulate
 
@@ -57,7 +57,7 @@ def test_the_runs_accuracy_is_stock_pefts_over_three_loads(tmp_path: Path) -> No
     run = simulate(config, tmp_path / "run")
     said = run.summary()["final"]["accuracy"]
     assert said > 0.2, "chance is 8 %: nothing was learnt, and nothing would be compared"
-    export = run.adapter(4)
+    export = fedft.api.Run(run.path).adapter(4).save_pretrained(tmp_path / "adapter")
     _write_test_rows(config, tmp_path / "rows.jsonl")
     (snippet,) = re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)
     code = snippet.replace('"FOLDER"', repr(str(export))) + SCORED

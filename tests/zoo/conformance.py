@@ -122,7 +122,8 @@ def promised(run: RunDir) -> int:
     config = parse_config(_toml(run.config), "run")
     state = Checkpoints(run.checkpoints).load()
     assert state is not None
-    setting = prepare_run(config, run)
+    with RunDir.open(run.path, writing=True) as own_run:
+        setting = prepare_run(config, own_run)
     rows = list(_rows(setting.data.test, 6))
     engine = workbench(setting.task.model_dump_json()).engine
     own = [_of_engine(engine, state.state, row, setting.data.classes) for row in rows]
