@@ -35,9 +35,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest --numprocesses 2
 
-# Whole runs on Ray, over gRPC and through Flower, and processes that are killed.
+# Whole runs on Ray, over gRPC and through Flower, processes that are killed, and every architecture.
 test-tiers: install
-	$(BIN)/python -m pytest -m '(ray or grpc or crash) and not slow'
+	$(BIN)/python -m pytest -m '(ray or grpc or crash or zoo) and not slow'
 
 # Flower's SuperLink with SuperNodes, the status page in Chromium, systemd's own checks, where these are.
 test-deploy: install

@@ -5,6 +5,7 @@ whether that can be trained here; ``train`` runs the plan in the message; ``eval
 held-out examples. Nothing in a message is executed: it names numbers and parts, nothing else.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +18,11 @@ from clients.preflight import check
 from clients.probe import compare
 from clients.workbench import Workbench, one_by_one, workbench
 from fedft.core import codec, trial
+from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
+
+logger = logging.getLogger(__name__)
 
 CLIENT_ERROR = 101
 """Code of an error reply whose reason is a sentence for the server's log."""
@@ -84,6 +88,18 @@ def _tried(task: str, batch_size: int) -> trial.Verdict | FedftError:
         return found
     except FedftError as error:
         return error
+    except Exception as error:  # whatever a model's own code raises while it is loaded
+        said = f"{type(error).__name__}: {first_sentence(error)}"
+        if lacks_memory(error):
+            return MismatchError(
+                f"there is not enough memory to load and try the model ({said})",
+                fix='Choose a smaller model, [engine] precision = "bf16", or fewer workers.',
+            )
+        logger.warning("the trial failed", exc_info=True)
+        return MismatchError(
+            f"the model could not be loaded and tried: {said}",
+            fix="Check that its files belong together, or choose another model.",
+        )
 
 
 @app.train()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clients.engine import Engine, Trained
 from fedft.core import models, seeds
-from fedft.core.checkpoint import first_sentence
+from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.data import Data
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.examples import Examples
@@ -33,6 +33,9 @@ _SMALL = 400_000_000
 _ROUNDING = {torch.float64: (2e-6, 1e-4), torch.float32: (1e-4, 2e-2)}
 """Relative differences of losses and of updates that rounding explains. In float64, too: parts of
 many models compute in float32 whatever their weights are in."""
+
+_CHUNK = 4096
+"""Rows that are looked through at once."""
 
 _TOKENS = 64
 """Longest row of the comparison, where the data have shorter ones."""
@@ -72,8 +75,9 @@ def check(bench: Bench, batch_size: int) -> Verdict:
         MismatchError: these rows cannot be trained on with this model.
     """
     task = bench.task
+    _refuse_foreign(bench)
     if task.cohort == 1 and not task.lean:
-        try_longest(bench, batch_size)
+        try_rows(bench, batch_size)
         return Verdict("loop")
     difference = _difference(bench) if len(bench.data.train) else None
     if difference is not None and task.lean:
@@ -83,16 +87,22 @@ def check(bench: Bench, batch_size: int) -> Verdict:
             fix="Leave memory budgets and [pruning] out.",
         )
     if difference is None:
-        try_longest(bench, batch_size)
-        return Verdict("cohort")
+        try:
+            try_rows(bench, batch_size)
+        except MismatchError as error:
+            if task.lean:
+                raise
+            difference = error.what  # of the engine, or of the model: the plain loop tells
+        else:
+            return Verdict("cohort")
     return Verdict("loop", f"the cohort engine does not hold for this model: {difference}")
 
 
-# ---------------------------------------------------------------------------- the longest rows
+# ---------------------------------------------------------------------------- rows of all lengths
 
 
-def try_longest(bench: Bench, batch_size: int) -> None:
-    """One step of training on the longest rows there are, and the longest test rows scored.
+def try_rows(bench: Bench, batch_size: int) -> None:
+    """Steps of training on the shortest and on the longest rows, and test rows of both kinds scored.
 
     Raises:
         MismatchError: they do not go through the model, or their loss is no number.
@@ -111,18 +121,63 @@ def try_longest(bench: Bench, batch_size: int) -> None:
         layers=layers,
         site="preflight",
     )
-    longest = [_longest(train, batch_size)]
-    with _refusing(bench, max(_most(train), _most(test))):
-        (result,) = bench.engine.train([plan], [longest])
-        if len(test):
-            bench.engine.evaluate(plan.start, {}, [_longest(test, 1)], layers)
+    for name, size, order in (("longest", batch_size, -1), ("shortest", 1, 1)):
+        rows = [_extreme(data, size, order) for data in (train, test) if len(data)]
+        with _refusing(bench, max(_width(batch) for batch in rows)):
+            (result,) = bench.engine.train([plan], [rows[:1]])
+            for batch in rows[1:]:
+                bench.engine.evaluate(plan.start, {}, [batch], layers)
+        if not math.isfinite(loss := result.metrics["loss"]):
+            _refuse_infinite(bench.engine.base, bench.task, f"the {name} rows", loss)
     if bench.task.model.task == "causal-lm":
         _refuse_leaks(bench, plan, layers)
-    if not math.isfinite(result.metrics["loss"]):
-        raise MismatchError(
-            f"the loss of {bench.task.model.source!r} on the longest rows is {result.metrics['loss']}",
-            fix='Set [engine] precision = "fp32", or choose a lower [data] max-length.',
-        )
+
+
+def _refuse_foreign(bench: Bench) -> None:
+    """Refuse rows with tokens that the model has no embedding of.
+
+    A GPU answers such a row with an error from which no process recovers.
+    """
+    if bench.task.model.task == "image-classification":
+        return
+    model: Any = bench.engine.base.model
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters and has no table of words
+        return
+    rows = getattr(table, "num_embeddings", None)
+    if rows is None:
+        return
+    for data in (bench.data.train, bench.data.test):
+        found = max((int(b.inputs["input_ids"].max()) for b in _all(data)), default=-1)
+        if found >= rows:
+            raise MismatchError(
+                f"the tokenizer of {bench.task.model.source!r} gives the token {found}, and its embedding has "
+                f"{rows} rows: they do not belong together",
+                fix="Put the tokenizer's files there that this model was trained with.",
+            )
+
+
+def _all(examples: Examples) -> Iterator[Batch]:
+    """All rows, those of about one length together."""
+    order = np.argsort(examples.lengths, kind="stable")
+    for first in range(0, len(order), _CHUNK):
+        yield examples.collate(order[first : first + _CHUNK])
+
+
+def _refuse_infinite(base: Base, task: TaskSpec, where: str, loss: float) -> NoReturn:
+    """Say why a loss is no number: weights that are none, or numbers too large for their type."""
+    source = repr(task.model.source)
+    for name, weight in base.model.named_parameters():
+        if weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            raise MismatchError(
+                f"the loss of {source} on {where} is {loss}, since {name} of the checkpoint is not finite",
+                fix="Fetch the checkpoint anew: its weights are damaged.",
+            )
+    raise MismatchError(
+        f"the loss of {source} on {where} is {loss}",
+        fix='Set [engine] precision = "fp32", or choose a lower [data] max-length.',
+    )
 
 
 def _start(bench: Bench) -> Adapter:
@@ -142,7 +197,7 @@ def _refuse_leaks(bench: Bench, plan: TrainPlan, layers: tuple[int, ...] | None)
 
     An encoder that was made for masked words loads as a language model, and sees the answers.
     """
-    row = _longest(bench.data.train, 1)
+    row = _extreme(bench.data.train, 1, -1)
     ids = row.inputs["input_ids"][:, :_TOKENS]
     if ids.shape[1] < 3:
         return
@@ -164,17 +219,20 @@ def _refuse_leaks(bench: Bench, plan: TrainPlan, layers: tuple[int, ...] | None)
         )
 
 
-def _most(examples: Examples) -> int:
-    return int(examples.lengths.max()) if len(examples) else 0
+def _extreme(examples: Examples, count: int, order: int) -> Batch:
+    """The shortest rows, or with ``order`` -1 the longest ones."""
+    return examples.collate(np.argsort(order * examples.lengths, kind="stable")[:count])
 
 
-def _longest(examples: Examples, count: int) -> Batch:
-    return examples.collate(np.argsort(-examples.lengths, kind="stable")[:count])
+def _width(batch: Batch) -> int:
+    """Tokens of a row."""
+    ids = batch.inputs.get("input_ids")
+    return 0 if ids is None else int(ids.shape[1])
 
 
 @contextmanager
-def _refusing(bench: Bench, longest: int) -> Iterator[None]:
-    """What a model raises about its rows, in one sentence. ``longest``: tokens of a row."""
+def _refusing(bench: Bench, tokens: int) -> Iterator[None]:
+    """What a model raises about its rows, in one sentence. ``tokens``: of such a row, at most."""
     try:
         yield
     except FedftError:
@@ -183,21 +241,22 @@ def _refusing(bench: Bench, longest: int) -> Iterator[None]:
         source = repr(bench.task.model.source)
         said = f"{type(error).__name__}: {first_sentence(error)}"
         config: Any = bench.engine.base.model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
+        positions = models.positions(config)
+        if lacks_memory(error):
             raise MismatchError(
-                f"there is not enough memory to train {source} on rows of {longest} tokens ({said})",
+                f"there is not enough memory to train {source} on rows of {tokens} tokens ({said})",
                 fix="Lower [data] max-length or [training] batch-size, or set [engine] "
                 "gradient-checkpointing = true.",
             ) from error
-        if isinstance(positions, int) and longest > positions - 2:  # some count from the pad token
+        if positions is not None and tokens > positions - 2:  # some count from the pad token
             raise MismatchError(
-                f"a row of {longest} tokens does not go through {source}, whose config.json gives "
+                f"a row of {tokens} tokens does not go through {source}, whose config.json gives "
                 f"{positions} positions ({said})",
-                fix=f"Set [data] max-length to at most {positions}.",
+                fix=f"Set [data] max-length to at most {positions - 2}.",
             ) from error
+        rows = f"rows of {tokens} tokens" if tokens else "these rows"
         raise MismatchError(
-            f"{source} cannot be trained on these rows: {said}",
+            f"{source} cannot be trained on {rows}: {said}",
             fix="Check that the tokenizer and the weights belong together, or choose another model.",
         ) from error
 
@@ -221,11 +280,10 @@ def _difference(bench: Bench) -> str | None:
 def _found(bench: Bench) -> str | None:
     small = bench.engine.base.shapes.parameters <= _SMALL and bench.task.device == "cpu"
     for dtype in (torch.float64, torch.float32) if small else (torch.float32,):
+        batches = _batches(bench.data.train, dtype)
         try:
-            with _refusing(bench, _TOKENS):
-                return _compared(
-                    _fresh(bench, dtype), bench.task, _batches(bench.data.train, dtype)
-                )
+            with _refusing(bench, max(_width(batch) for own in batches for batch in own)):
+                return _compared(_fresh(bench, dtype), bench.task, batches)
         except MismatchError:
             if dtype == torch.float32:
                 raise
@@ -260,11 +318,7 @@ def _compared(base: Base, task: TaskSpec, batches: Sequence[Sequence[Batch]]) ->
     loop.leave()
     for k, trained in enumerate(oracle):
         if not math.isfinite(trained.metrics["loss"]):
-            raise MismatchError(
-                f"the loss of {task.model.source!r} on the first rows of client {k} is "
-                f"{trained.metrics['loss']}",
-                fix="Check the checkpoint: its weights may not be finite.",
-            )
+            _refuse_infinite(base, task, f"the first rows of client {k}", trained.metrics["loss"])
     try:
         cohort = CohortEngine(base, lora)
         found = cohort.train(plans, batches)

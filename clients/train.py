@@ -23,7 +23,7 @@ from clients.vocabulary import Vocabulary
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally, loss_targets, mean_loss
-from fedft.core.models import Base
+from fedft.core.models import Base, transposes
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.types import (
@@ -232,10 +232,18 @@ class PeftEngine(LoopEngine):
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
             target_modules=list(base.adapted),
+            fan_in_fan_out=transposes(base.adapted.values()),
         )
         model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
         super().__init__(base, model, checkpointing=checkpointing)
         wrapped = dict(base.model.named_modules())  # PEFT injects its layers in place
+        if bare := [path for path in base.adapted if not isinstance(wrapped[path], LoraLayer)]:
+            names = sorted({path.rpartition(".")[2] for path in bare})
+            raise MismatchError(
+                f"peft does not adapt {bare[0]} of this model, nor {len(bare) - 1} other layers: it takes "
+                f"{', '.join(names)} for the names of experts' weights",
+                fix=f"Set [lora] exclude-modules = {names}.".replace("'", '"'),
+            )
         self._wrapped = {path: cast(LoraLayer, wrapped[path]) for path in base.adapted}
         self._layers = self._wrapped  # those that the adapter in hand has
 

@@ -182,7 +182,14 @@ def export(
 
 
 @cli.command()
-def plan(config: Config, settings: Settings = None, json: Json = False) -> None:
+def plan(
+    config: Config,
+    settings: Settings = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load the model once and try it on the data.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Say what a run will cost, without starting anything."""
     from fedft.api import own_server
     from fedft.console import print_json
@@ -190,6 +197,8 @@ def plan(config: Config, settings: Settings = None, json: Json = False) -> None:
     forecast = own_server("forecast")
     parsed = own_server("config").load_config(config, settings or [])
     cost = forecast.forecast(parsed)
+    if check:
+        cost["engine"] = vars(own_server("check").check(parsed))
     if json:
         print_json(cost)
     else:

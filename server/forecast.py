@@ -6,7 +6,7 @@ Shapes come from the model's configuration; no weight is loaded and no worker is
 from dataclasses import replace
 from typing import Any
 
-from fedft.core import codec, models
+from fedft.core import codec, model_folder, models
 from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
@@ -30,8 +30,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         a model (None where it cannot be measured); no memory where the model's architecture is not
         known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
         would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
-        ``deadline``, when a round of real clients closes, see :mod:`server.deadline`; ``privacy``
-        where the run promises any, see
+        ``deadline``, when a round of real clients closes, see :mod:`server.deadline`;
+        ``positions`` that the model has, None where it names no limit; ``privacy`` where the run
+        promises any, see
         :func:`server.privacy.forecast_privacy`.
 
     Raises:
@@ -89,6 +90,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
             "example_s": pace.example_s,
             "bytes_per_s": pace.bytes_per_s,
         },
+        "positions": models.positions(model_folder.check(folder)),
         "cohort": config.engine.cohort,
         "precision": config.engine.precision,
         "data": {
@@ -184,6 +186,20 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         lines.append(
             f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
             "transformers and peft, and no model"
+        )
+    if (engine := cost.get("engine")) is not None:
+        names = {"cohort": "several clients in one pass", "loop": "one client after the other"}
+        why = f": {engine['why']}" if engine["why"] else ""
+        lines.append(f"trains                {names[engine['engine']]}{why}")
+    limit = cost["positions"]
+    if (
+        limit is not None
+        and config.data.max_length > limit
+        and config.model.task != "image-classification"
+    ):
+        lines.append(
+            f"positions             the model has {limit}, and data.max-length is {config.data.max_length}: "
+            "a row that is really longer is refused before the first round"
         )
     if config.strategy.forgets and len({*config.fleet.rank_choices}) > 1:
         lines.append(

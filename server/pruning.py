@@ -338,11 +338,17 @@ def pruning_of(
     if geometry is None:
         if prunes or _limited(fleet):
             raise ConfigError(
-                f"the memory model does not know the architecture of {config.model.source!r}: its blocks "
-                "are not one list of equal ones with attention",
+                f"the memory model does not know the architecture of {config.model.source!r}: it knows models "
+                f"of {models.KNOWN}",
                 fix="Leave memory budgets and [pruning] out, or choose another model.",
             )
         return None, fleet.memory_budgets_mib
+    if prunes and not shapes.separable:
+        raise ConfigError(
+            f"no block of {config.model.source!r} can be left out: each gives more than the hidden states, "
+            "or does not say what it gives",
+            fix="Leave [pruning] out, or choose another model.",
+        )
     if granularity(config) == "sublayer":
         _check_halves(config, shapes, geometry)
 

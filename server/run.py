@@ -755,6 +755,7 @@ def export(setting: Setting, state: ServerState, folder: Path) -> None:
             state.delta,
             task=config.model.task,
             revision=config.model.revision,
+            transposed=setting.shapes.transposed,
             **about,
         )
     origin = Origin(

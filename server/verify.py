@@ -14,7 +14,7 @@ from flwr.app import RecordDict
 
 from fedft.core import codec, stock
 from fedft.core.batches import eval_batches
-from fedft.core.checkpoint import Head
+from fedft.core.checkpoint import Head, first_sentence
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
@@ -77,7 +77,14 @@ def verify(
     loaded = stock.stock_model(export, model, folder, classes, precision, special)
     lost = stock.unlike(loaded, export, head)
     groups = [list(_rows(test, shard, count)) for shard in shards]
-    theirs = list(stock.tallies(loaded, groups))
+    try:
+        theirs = list(stock.tallies(loaded, groups))
+    except Exception as error:  # whatever a model's own code raises
+        raise MismatchError(
+            f"stock transformers cannot score the test rows with the exported adapter in {export}: "
+            f"{type(error).__name__}: {first_sentence(error)}",
+            fix="The run is kept. [engine] verify = false ends it without this check.",
+        ) from error
     gaps = [
         abs(_loss(a) - _loss(b)) / (1 + abs(_loss(a))) for a, b in zip(own, theirs, strict=True)
     ]

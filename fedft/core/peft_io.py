@@ -35,6 +35,7 @@ def save_adapter(
     revision: str | None,
     head: Head | None = None,
     beside: Mapping[str, Tensor] | None = None,
+    transposed: bool = False,
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads and that gives the run's own logits.
 
@@ -51,6 +52,7 @@ def save_adapter(
         head: which modules the adapter's other tensors make up; None goes by their names.
         beside: name → frozen tensor that peft takes for the head's, see
             :attr:`~fedft.core.checkpoint.Head.beside`.
+        transposed: whether adapted layers hold their weights as [d_in, d_out].
 
     Raises:
         EnvironmentFailure: the disk refused.
@@ -72,7 +74,7 @@ def save_adapter(
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "target_modules": sorted(folded),
         "modules_to_save": sorted(tops if head is None else head.modules) or None,
         "inference_mode": True,
