@@ -37,7 +37,7 @@ def missing(text: str) -> list[str]:
 
 
 def test_every_row_has_a_line() -> None:
-    assert set(catalogue()) >= {*range(1, 72), 73, 74, 75, 84, 85, 86, 87}
+    assert set(catalogue()) >= {*range(1, 76), *range(78, 83), *range(84, 88)} - {72}
 
 
 @pytest.mark.parametrize("row", sorted(catalogue()))
