@@ -1,4 +1,4 @@
-"""What is tried once before the first round: do the longest rows pass, and do both engines agree?
+"""What is tried once before the first round: do rows of all lengths pass, do both engines agree?
 
 The cohort engine rests on an assumption about the network: that the rows of every linear layer lie
 client by client. No list of architectures can say where that holds, so it is measured: two clients
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clients.engine import Engine, Trained
 from fedft.core import models, seeds
-from fedft.core.checkpoint import first_sentence, lacks_memory
+from fedft.core.checkpoint import first_sentence, lacks_memory, stamp
 from fedft.core.data import Data
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.examples import Examples
@@ -65,7 +65,7 @@ class Bench(Protocol):
 
 
 def check(bench: Bench, batch_size: int) -> Verdict:
-    """Try the longest rows, and compare the engines where several clients share a pass.
+    """Try rows of all lengths, and compare the engines where several clients share a pass.
 
     Args:
         bench: the task, with its data and its engine.
@@ -264,14 +264,15 @@ def _refusing(bench: Bench, tokens: int) -> Iterator[None]:
 # ------------------------------------------------------------------------- the two engines
 
 
-_known: dict[tuple[str, int], str | None] = {}
-"""Comparisons made in this process: a task's tables and its number of classes → what was found."""
+_known: dict[tuple[object, ...], str | None] = {}
+"""Comparisons made in this process: tables, checkpoint and number of classes → what was found."""
 
 
 def _difference(bench: Bench) -> str | None:
     """Where the engines differ on this model, in words; None where they do not."""
     task, classes = bench.task, len(bench.data.classes)
-    key = task.model_dump_json(include={"model", "lora", "precision", "device", "lean"}), classes
+    tables = task.model_dump_json(include={"model", "lora", "precision", "device", "lean"})
+    key = tables, stamp(models.resolve(task.model)), classes
     if key not in _known:
         _known[key] = _found(bench)
     return _known[key]

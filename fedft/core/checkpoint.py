@@ -134,9 +134,13 @@ def head_of(spec: ModelSpec, folder: Path, classes: int) -> Head:
         MismatchError: transformers has no model of this kind for the task, cannot read the
             checkpoint, or finds a part of the network itself missing or of another shape.
     """
+    return _head_of(spec.model_dump_json(), folder, stamp(folder), classes)
+
+
+def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """By which a checkpoint that changed in its place is known without reading it."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors*"))]
-    known = tuple((str(p), s.st_size, s.st_mtime_ns) for p in files if (s := p.stat()))
-    return _head_of(spec.model_dump_json(), folder, known, classes)
+    return tuple((str(p), s.st_size, s.st_mtime_ns) for p in files if (s := p.stat()))
 
 
 @lru_cache(maxsize=8)
