@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from clients import join
+from clients import enrolment
 from clients.proxies import VARIABLES, channel_options, proxy_note
 from clients.session import Connection, Session, Timing
 from fedft.core.errors import EnvironmentFailure
@@ -113,11 +113,11 @@ def test_enrolling_through_a_proxy_that_refuses_names_it(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("https_proxy", proxy.url)
-    monkeypatch.setattr(join, "tls_trouble", lambda *_: None)
+    monkeypatch.setattr(enrolment, "tls_trouble", lambda *_: None)
     kit = Kit("ann", TARGET, "ca", "certificate", "key", "2100-01-01T00:00:00+00:00")
     show = Credentials(b"", b"", b"")
     with pytest.raises(EnvironmentFailure, match="https_proxy is set") as caught:
-        join._call_enrol(kit, show, join.pb.EnrolRequest())
+        enrolment._call_enrol(kit, show, enrolment.pb.EnrolRequest())
     assert "secret" not in str(caught.value)
 
 

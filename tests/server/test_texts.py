@@ -54,14 +54,14 @@ def test_cut_rows_are_shown_before_and_recorded_after(
     assert cost["data"]["cut"] == expected
     assert (cost["data"]["train"], cost["data"]["test"]) == (len(raw.train), len(raw.test))
     words = f"{expected['train']} of {len(raw.train)} training rows and {expected['test']} of"
-    assert re.search(f"rows cut +{words}", as_text(config, cost))
+    assert re.search(f"note +{words}", as_text(config, cost))
     notes = Notes()
     run = simulate(config, tmp_path / "run", observer=notes)
     assert run.environment()["cut"] == expected
     assert any(words in note and "data.max-length = 5" in note for note in notes.kept), notes.kept
 
     whole = parse_config(tiny_table(rounds={"count": 1}))  # control: nothing to say
-    assert "rows cut              none" in as_text(whole, forecast(whole))
+    assert "and cut there" not in as_text(whole, forecast(whole))
     simulate(whole, tmp_path / "whole", observer=(silent := Notes()))
     assert not any("cut" in note for note in silent.kept)
 
@@ -149,4 +149,6 @@ def test_the_tokenizer_is_kept_and_follows_a_fork(tiny_table: Table, tmp_path: P
     assert names == {path.name for path in kept.iterdir()} | {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
+        "fedft.json",
     }
