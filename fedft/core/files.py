@@ -13,8 +13,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure
@@ -121,7 +121,9 @@ class NotPlain(OSError):
         return f"{self.filename}: {self.strerror}"
 
 
-def open_plain(path: Path, *, largest: int | None = None, within: Path | None = None) -> BinaryIO:
+def open_plain(
+    path: Path, *, largest: int | None = None, within: Path | None = None
+) -> BufferedReader:
     """Open a file for reading that somebody else may have put there.
 
     A pipe would be read for ever, and so would a device; a link could lead to what its author must

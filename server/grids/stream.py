@@ -42,7 +42,7 @@ _UNWANTED, _UNWANTED_RATE = 200.0, 100.0
 """Results that nobody asked for; likewise."""
 
 _WIRE: dict[Verdict, Any] = {v: pb.Verdict.Value(v.name) for v in Verdict}
-_DOING = {
+_DOING: dict[int, str] = {
     pb.LOADING: "loading the model",
     pb.WAITING: "waiting",
     pb.TRAINING: "training round {}",

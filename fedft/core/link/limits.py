@@ -109,7 +109,7 @@ def _is_map(field: FieldDescriptor) -> bool:
 
 
 def _is_list(field: FieldDescriptor) -> bool:
-    return field.label == FieldDescriptor.LABEL_REPEATED
+    return field.is_repeated
 
 
 def texts() -> Iterator[str]:
@@ -121,7 +121,7 @@ def texts() -> Iterator[str]:
 
 def _texts(about: Descriptor, prefix: str) -> Iterator[str]:
     for field in about.fields:
-        if _is_map(field):
+        if _is_map(field) and field.message_type is not None:
             yield from _texts(field.message_type, f"{prefix}.{field.name}")
         elif field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
             yield f"{prefix}.{field.name}"
