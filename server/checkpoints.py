@@ -35,7 +35,7 @@ from safetensors.torch import save as render_tensors
 from torch import Tensor
 
 from fedft.core.errors import EnvironmentFailure, IntegrityError
-from fedft.core.files import Files, disk, place
+from fedft.core.files import MIB, Files, NotPlain, disk, open_plain, place, read_plain
 from fedft.core.types import Adapter, Delta, Factors, ServerState, clone, factor_name
 
 SCHEMA = 1
@@ -374,7 +374,7 @@ def _render_state(state: ServerState) -> bytes:
 
 def _read_state(folder: Path, manifest: _Manifest) -> ServerState:
     path = folder / manifest.state.name
-    data = _read_bytes(path)
+    data = _read_bytes(path, manifest.state.size)
     _check(path, manifest.state, len(data), hashlib.sha256(data).hexdigest())
     try:
         tensors = parse_tensors(data)
@@ -429,7 +429,7 @@ def _unsealed(raw: bytes) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    body = _unsealed(_read_bytes(path))
+    body = _unsealed(_read_bytes(path, _LARGEST_MANIFEST))
     schema = body.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise EnvironmentFailure(
@@ -464,13 +464,20 @@ def _rounds(folder: Path) -> list[str]:
     return [match[0] for match in sorted(matches, key=lambda m: int(m[1]), reverse=True)]
 
 
-def _read_bytes(path: Path) -> bytes:
+_LARGEST_MANIFEST = 256 * MIB
+
+
+def _read_bytes(path: Path, largest: int) -> bytes:
     with disk(f"read {path}"), _must_exist(path):
-        return path.read_bytes()
+        return read_plain(path, largest=largest, within=path.parent)
 
 
 def _check_file(path: Path, blob: _Blob) -> None:
-    with disk(f"read {path}"), _must_exist(path), path.open("rb") as file:
+    with (
+        disk(f"read {path}"),
+        _must_exist(path),
+        open_plain(path, largest=blob.size, within=path.parent) as file,
+    ):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
     _check(path, blob, size, digest)
@@ -482,6 +489,8 @@ def _must_exist(path: Path) -> Generator[None]:
         yield
     except FileNotFoundError as error:
         raise _Damaged(f"{path.name} is missing") from error
+    except NotPlain as error:
+        raise _Damaged(f"{path.name} is not what it should be: {error.strerror}") from error
 
 
 def _check(path: Path, blob: _Blob, size: int, digest: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
-from fedft.core.files import disk, write_file
+from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
+from fedft.core.files import MIB, disk, read_plain, write_file
 from server.config import RunConfig, configured, differences, parse_toml, read_toml
 from server.run import Observer, Silent, open_grid, resolved, resume, simulate
 
@@ -192,13 +192,26 @@ def _started(folder: Path) -> bool:
     return any(folder.glob("*/config.toml"))
 
 
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(read_plain(path, largest=16 * MIB))
+        if isinstance(plan, dict) and {"config", "arms"} <= plan.keys():
+            return cast(dict[str, Any], plan)
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise IntegrityError(
+        f"{path} is damaged: it does not say what is compared here",
+        fix="Restore it from a copy, or choose another --run-dir.",
+    )
+
+
 def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
     """Write down what is compared, or check that it is what was compared here before."""
     shared = resolved(configured(config, {"seed": 0}))
     plan = folder / PLAN
     known: list[str] = []
     if plan.exists() and _started(folder):
-        before = json.loads(plan.read_text(encoding="utf-8"))
+        before = _read_plan(plan)
         if lines := list(_that_matter(parse_toml(before["config"], str(plan)), shared)):
             raise ConfigError(
                 f"{folder} compares another configuration:\n  " + "\n  ".join(lines),

@@ -176,7 +176,7 @@ class EngineSpec(Table):
     """
 
     backend: Literal["ray", "processes", "inline"] = "ray"
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=1024)] | None = None
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None

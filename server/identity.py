@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from fedft.core.link.secrets import (
     write_private,
 )
 from fedft.core.rundir import RunDir, child
+from server.audit import Audit
 from server.authority import (
     KIT_DAYS,
     Address,
@@ -341,36 +342,6 @@ def load_address(folder: Path) -> Address:
             f"no server was started in {folder.parent} yet, so that its address is not known",
             fix="First: fedft serve CONFIG --run-dir DIR. It waits for clients.",
         ) from None
-
-
-@dataclass
-class Audit:
-    """``audit.jsonl`` of a run: who was let in or turned away, when and why.
-
-    A line that repeats within ten seconds is not written again, so that a client that hammers at
-    the door cannot fill the disk.
-    """
-
-    run_dir: Path
-    _recent: dict[tuple[str, str, str], datetime] = field(
-        default_factory=dict[tuple[str, str, str], datetime], init=False
-    )
-
-    def __call__(self, event: str, who: str, why: str = "", **facts: str | int | float) -> None:
-        """Add a line."""
-        now = datetime.now(UTC)
-        before = self._recent.get((event, who, why))
-        if before is not None and now - before < timedelta(seconds=10):
-            return
-        if len(self._recent) > 10_000:
-            self._recent.clear()
-        self._recent[event, who, why] = now
-        line = json.dumps(
-            {"when": iso(now), "event": event, "who": who[:200], "why": why[:500], **facts}
-        )
-        path = self.run_dir / "audit.jsonl"
-        with disk(f"write {path}"), path.open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
 
 
 def invite(run_dir: Path, name: str, output: Path, days: float = KIT_DAYS) -> Kit:

@@ -6,11 +6,13 @@ frozen :class:`Standing`. No request takes a lock, opens a file of the run, or c
 
 import ipaddress
 import logging
+import re
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +43,10 @@ logger = logging.getLogger(__name__)
 _ROUNDS_SHOWN = 30
 _NOTES_SHOWN = 12
 _TELL_S = 10.0
+_LABELS = 40
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_VISITORS = 32
+"""Requests that are answered at the same time; who comes then is hung up on."""
 _REQUEST_S = 10.0
 """Within which a request must be sent and its answer taken."""
 
@@ -250,7 +256,7 @@ class _Metrics(Collector):
             states.add_metric([state], count)
         yield states
         scores = GaugeMetricFamily("fedft_evaluation", "Newest evaluation.", labels=["metric"])
-        for name, value in now.scores.items():
+        for name, value in list(now.scores.items())[:_LABELS]:
             scores.add_metric([name], value)
         yield scores
 
@@ -274,9 +280,20 @@ def _waiting(waiting: Waiting | None) -> Iterator[Metric]:
 
 def _labelled(name: str, about: str, label: str, values: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(name, about, labels=[label])
-    for key, value in sorted(values.items()):
+    for key, value in sorted(closed(values).items()):
         family.add_metric([key], value)
     return family
+
+
+def closed(values: Mapping[str, float]) -> Mapping[str, float]:
+    """Values by label, with what is no plain word, or one too many, added up as ``other``.
+
+    A time series lives for ever in whoever reads it: no text may become one that anybody chose.
+    """
+    plain = [word for word in values if _WORD.fullmatch(word)][:_LABELS]
+    other = sum(value for word, value in values.items() if word not in plain)
+    known = {word: values[word] for word in plain}
+    return {**known, "other": known.get("other", 0) + other} if len(plain) < len(values) else known
 
 
 class _Server(ThreadingHTTPServer):
@@ -295,7 +312,27 @@ class _Server(ThreadingHTTPServer):
         self.metrics.register(_Metrics(look))
         ProcessCollector(registry=self.metrics)
         self.open = not is_loopback(host)
+        self._visitors: dict[socket.socket, float] = {}  # → when it came, monotonic
         super().__init__((host, port), _Answer)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Each visitor costs a thread and a descriptor, so that there are few at a time."""
+        if len(self._visitors) >= _VISITORS:
+            return False
+        self._visitors[request] = time.monotonic()
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        self._visitors.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: who drips its request byte by byte, or takes no answer, is hung up on."""
+        oldest = time.monotonic() - _REQUEST_S
+        for visitor, came in list(self._visitors.items()):
+            if came < oldest:
+                with suppress(OSError):
+                    visitor.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a request of %s broke", client_address, exc_info=True)

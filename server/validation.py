@@ -32,6 +32,10 @@ CHECK_FAILED = 112
 """Code for a client whose reply could not be checked."""
 
 
+SERVERS = frozenset({REPLY_REFUSED, PLAN_FAILED, CHECK_FAILED})
+"""Codes that a server gives; no client may."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a reply may not exceed.

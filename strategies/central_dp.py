@@ -72,8 +72,9 @@ class CentralDP(Summary):
     """
 
     name: Literal["central-dp"] = "central-dp"
-    noise_multiplier: PositiveFloat = 1.0
-    target_epsilon: PositiveFloat | None = None
+    # Below and above, accounting takes minutes, to say that nothing is promised, or that nothing can be.
+    noise_multiplier: Annotated[float, Field(ge=0.01)] = 1.0
+    target_epsilon: Annotated[float, Field(ge=0.001, le=50)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     clip: PositiveFloat = 1.0
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -73,6 +73,13 @@ def settings(unit: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+def test_the_server_may_have_as_many_descriptors_as_it_asks_for() -> None:
+    from server.grids.door import MOST, RESERVED, WANTED
+
+    assert int(settings(ROOT / "deploy" / "fedft-server.service")["LimitNOFILE"]) == WANTED
+    assert WANTED - RESERVED > MOST
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 class TestUnits:
     def test_what_is_started_is_a_command(self, unit: Path) -> None:

@@ -129,7 +129,7 @@ def solved_noise(target: float, rate: float, releases: int, delta: float) -> flo
         )
     except (ValueError, NoBracketIntervalFoundError) as error:
         raise ConfigError(
-            f"[strategy] target-epsilon = {target}: no noise multiplier comes to it ({error})",
+            f"[strategy] target-epsilon = {target}: no noise multiplier comes to it",
             fix="Raise the target, or lower [rounds] count or per-round.",
         ) from error
     return math.ceil(z / _TOLERANCE) * _TOLERANCE

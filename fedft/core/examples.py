@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedft.core.errors import SecurityRefusal
+from fedft.core.files import MIB, read_plain
 from fedft.core.types import IGNORED, Batch
 
 Rows = NDArray[np.integer[Any]]
@@ -283,13 +284,17 @@ def _opened(value: object, folder: Path) -> Any:
             raise ValueError("more pixels than PIL opens") from error
 
 
+LARGEST_IMAGE = 256 * MIB
+"""Of the file of an image, in bytes."""
+
+
 def _content(value: object, folder: Path) -> bytes:
     """The bytes of an image as it is kept: encoded, where it is."""
     value = _unwrapped(value)
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        return _inside(folder, value).read_bytes()
+        return read_plain(_inside(folder, value), largest=LARGEST_IMAGE)
     image = cast(Any, value)
     return _pixels(image).tobytes() if isinstance(value, list) else image.tobytes()
 

@@ -1,5 +1,8 @@
 """Writing files that survive a crash, through a seam that tests can break.
 
+Files that came from elsewhere are opened by :func:`open_plain`: no pipe that never ends, no link out
+of its folder, nothing larger than what can be meant.
+
 Three rules hold everywhere: content is synced before its name appears (write a temporary file,
 fsync, rename), a name is synced before anything relies on it (fsync of the folder), and nothing is
 removed before its successor is durable. Every step goes through :class:`Files`, so that a test can
@@ -8,7 +11,9 @@ stop the machine between any two of them.
 
 import contextlib
 import os
+import stat
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
 
 from fedft.core import system
@@ -97,16 +102,76 @@ def write_file(path: Path, data: bytes) -> None:
         files.sync_folder(path.parent)
 
 
-def read_text(path: Path) -> str:
-    """The text of a small file that a user named, without a byte order mark.
+MIB = 1 << 20
+
+LARGEST_TEXT = 256 * MIB
+"""Of a file that a user writes, or a program for him: a table of a million devices fits."""
+
+_UNTRUSTED = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class NotPlain(OSError):
+    """A file that is none, leads elsewhere, or is too large: ``strerror`` says which."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(None, why, str(path))
+        self.strerror = why
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def open_plain(
+    path: Path, *, largest: int | None = None, within: Path | None = None
+) -> BufferedReader:
+    """Open a file for reading that somebody else may have put there.
+
+    A pipe would be read for ever, and so would a device; a link could lead to what its author must
+    not see, or to what must not be read.
+
+    Args:
+        path: of the file.
+        largest: bytes that it may have.
+        within: the folder that links may not lead out of; None lets them lead anywhere.
 
     Raises:
-        ConfigError: it is not there, not a file, or not UTF-8.
+        NotPlain: it is no regular file, has more bytes, or is outside of the folder.
+        OSError: it is not there, or cannot be read.
+    """
+    if within is not None and not path.resolve().is_relative_to(within.resolve()):
+        raise NotPlain(path, f"a link that leads out of {within}")
+    if path.is_dir():  # where a folder can be opened, and where it cannot
+        raise NotPlain(path, "Is a directory")
+    file = os.fdopen(os.open(path, _UNTRUSTED), "rb")
+    about = os.fstat(file.fileno())
+    why = None
+    if not stat.S_ISREG(about.st_mode):
+        why = "it is a pipe or a device"
+    elif largest is not None and about.st_size > largest:
+        why = f"it has {about.st_size:,} bytes, and {largest:,} is the most that can be meant"
+    if why is not None:
+        file.close()
+        raise NotPlain(path, why)
+    return file
+
+
+def read_plain(path: Path, *, largest: int, within: Path | None = None) -> bytes:
+    """All of such a file; see :func:`open_plain`."""
+    with open_plain(path, largest=largest, within=within) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise NotPlain(path, f"it grows beyond {largest:,} bytes")
+    return data
+
+
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """The text of a file that a user named, without a byte order mark.
+
+    Raises:
+        ConfigError: it is not there, not a file, too large, or not UTF-8.
     """
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():
-            raise ConfigError(f"cannot read {path}: it is a pipe or a device", fix="Name a file.")
-        return path.read_text(encoding="utf-8-sig")
+        return read_plain(path, largest=largest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"cannot read {path}: it is not UTF-8 at byte {error.start + 1}",

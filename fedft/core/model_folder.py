@@ -25,6 +25,9 @@ _LARGEST_CONFIG = 16 << 20
 _LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself allows no more."""
 
+_LARGEST_TEXT = 256 << 20
+"""Bytes of a tokenizer; large vocabularies take 35 MB."""
+
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that a model is fine-tuned from → bytes a number."""
 
@@ -74,7 +77,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _check_regular(path: Path) -> None:
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
+        mode = found.st_mode
     except OSError as error:
         raise MismatchError(
             f"{path} cannot be read: {error.strerror}",
@@ -85,6 +89,11 @@ def _check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
         raise MismatchError(f"{path} is {kind}, not a file", fix="Put the file itself there.")
+    if path.suffix != ".safetensors" and found.st_size > _LARGEST_TEXT:
+        raise MismatchError(
+            f"{path} has {found.st_size:,} bytes, and {_LARGEST_TEXT:,} is the most that can be meant",
+            fix="Fetch the file anew.",
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -103,9 +112,15 @@ def read_json(path: Path) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # JSON or UTF-8
         raise MismatchError(
-            f"{path} is not JSON: {str(error) or type(error).__name__}",
+            f"{path} is not JSON: {_words(error)}",
             fix="Fetch the file anew: it is torn or was edited.",
         ) from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return "a number has too many digits" if "integer string" in str(error) else str(error)
 
 
 def _table(found: Any) -> Mapping[str, Any]:
@@ -275,7 +290,7 @@ def _header(path: Path) -> tuple[Mapping[str, Any], int]:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MismatchError(
-            f"{path} is no safetensors file: {str(error).splitlines()[0]}",
+            f"{path} is no safetensors file: {_words(error).splitlines()[0]}",
             fix="Fetch the file anew: it is torn or of another kind.",
         ) from error
     return header, 8 + length

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fedft.core.data import codes
 from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
+from fedft.core.files import MIB, open_plain, read_plain
 from fedft.core.seeds import derive, numpy_generator
 from fedft.core.spec import PartitionSpec
 
@@ -127,17 +128,19 @@ def load(folder: Path, fingerprint: str | None = None) -> Manifest:
         MismatchError: it has another fingerprint.
     """
     try:
-        header: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        header: dict[str, Any] = json.loads(
+            read_plain(folder / "manifest.json", largest=MIB, within=folder)
+        )
         found = str(header.pop("fingerprint"))
         named: bool = header["named"]
         arrays: list[Any] = [
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            np.load(_plain(folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
             for name in _ARRAYS[: 3 if named else 2]
         ]
         names = arrays[2] if named else None
         manifest = Manifest(arrays[0], arrays[1], names, _canonical(header), found)
         _check_shapes(manifest, header)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise IntegrityError(
             f"the partition manifest in {folder} cannot be read: {error}",
             fix="start the run anew, or restore the folder",
@@ -149,6 +152,17 @@ def load(folder: Path, fingerprint: str | None = None) -> Manifest:
             fix="use the data, the partition table and the seed that the run started with",
         )
     return manifest
+
+
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+
+
+def _plain(path: Path) -> Path:
+    open_plain(path, within=path.parent).close()
+    return path
 
 
 def build(

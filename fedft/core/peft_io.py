@@ -16,7 +16,7 @@ from fedft.core import hydra, methods
 from fedft.core.algebra import pad
 from fedft.core.checkpoint import Head
 from fedft.core.errors import MismatchError, SecurityRefusal
-from fedft.core.files import Files, disk, write_file
+from fedft.core.files import MIB, Files, disk, open_plain, read_plain, write_file
 from fedft.core.models import PEFT_TASK, effective, scale_of
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
@@ -181,10 +181,10 @@ def load_mixture(folder: Path) -> tuple[Adapter, dict[str, Any]]:
         MismatchError: it is no folder of a HydraLoRA adapter.
     """
     try:
-        config = json.loads((folder / f"{MIXTURE}.json").read_text(encoding="utf-8"))
-        adapter = Adapter({}, load_file(folder / f"{MIXTURE}.safetensors"))
+        config = _read_json(folder / f"{MIXTURE}.json")
+        adapter = Adapter({}, _read_tensors(folder / f"{MIXTURE}.safetensors"))
         scaled = float(config["scale"]) > 0 and hydra.head_count(adapter) == config["heads"] > 0
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise MismatchError(
             f"{folder} holds no readable HydraLoRA mixture: {error}",
             fix="Export it from a run with [lora] method = 'hydralora'.",
@@ -220,20 +220,38 @@ def load_adapter(folder: Path) -> Adapter:
             f"{folder} has no {WEIGHTS}", fix="Name the folder of an exported adapter."
         )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        scale = _scale(config)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        scale = _scale(_read_json(folder / CONFIG))
+        tensors = _read_tensors(folder / WEIGHTS)
+        modules = dict.fromkeys(module_of(n) for n in tensors if part_of(n) == "A")
+        factors = {
+            m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], scale)
+            for m in modules
+        }
+    except _UNREADABLE as error:
         raise MismatchError(
             f"{folder} is no readable LoRA adapter: {error}",
             fix="Export it again, or name the folder of another.",
         ) from error
-    modules = dict.fromkeys(module_of(n) for n in tensors if part_of(n) == "A")
-    factors = {
-        m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], scale)
-        for m in modules
-    }
     return Adapter(factors, {n: t for n, t in tensors.items() if part_of(n) == "head"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found = json.loads(read_plain(path, largest=16 * MIB, within=path.parent))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The library maps the file, and compares what its header claims with how long it is."""
+    open_plain(path, within=path.parent).close()
+    return load_file(path)
+
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError),
+    SafetensorError,
+)
 
 
 def _scale(config: dict[str, Any]) -> float:

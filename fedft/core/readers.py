@@ -8,7 +8,6 @@ which lists or counts them. No message quotes the text of an example.
 # datasets, pyarrow and yaml have no types; rows are Any here and checked in data.py.
 import bz2
 import gzip
-import io
 import lzma
 import re
 import stat
@@ -19,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fedft.core import bombs
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.packages import package_folder
 from fedft.core.raw import BadRows, RawTable
@@ -77,10 +77,9 @@ def local_path(source: str) -> Path | None:
 
 def _read_parquet(source: str, stream: Stream, _: BadRows) -> RawTable:
     import pyarrow as pa
-    import pyarrow.parquet as parquet
 
     try:
-        table: Any = parquet.ParquetFile(io.BytesIO(stream.read())).read()
+        table: Any = bombs.read_parquet(source, stream.read())
         names: list[str] = table.column_names
         columns = {name: table.column(i).to_pylist() for i, name in enumerate(names)}
     # What a value cannot be turned into (a date before Christ) is told by many types.
@@ -154,7 +153,8 @@ def _read_file(source: str, path: Path, reader: Read, bad: BadRows) -> RawTable:
             if reader is _read_parquet or not packed:
                 _check_head(source, head, reader)
                 return reader(source, raw, bad)
-            with packed[0](raw) as stream:
+            with packed[0](raw) as unpacking:
+                stream = bombs.Unpacked(unpacking, source, path.stat().st_size)
                 _check_head(source, stream.read(16), reader)
                 stream.seek(0)
                 return reader(source, stream, bad)

@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import weakref
@@ -36,7 +37,7 @@ from typing import Any, Self, cast
 
 from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
-from fedft.core.files import Files, disk, write_file
+from fedft.core.files import MIB, Files, disk, open_plain, read_plain, temporary, write_file
 
 SCHEMA = 1
 """Version of the run directory's layout. A newer one is refused."""
@@ -114,8 +115,8 @@ class RunDir:
             made = path is None or not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             known = folder / "config.toml"
-            same = again is not None and known.is_file() and known.read_bytes() == again.encode()
-            allowed = _UNBEGUN if same else {_LOCK}
+            same = again is not None and known.is_file() and _is(known, again.encode())
+            allowed = _UNBEGUN if same else {_LOCK, temporary(known).name}
             if not {entry.name for entry in folder.iterdir()} <= allowed:
                 raise ConfigError(
                     f"{folder} is not empty, and a run never overwrites anything",
@@ -124,8 +125,7 @@ class RunDir:
             Files().sync_folder(folder.parent)
         run = cls(folder, writing=True)
         run._made = made
-        if same:
-            run._clear()
+        run._clear()
         return run
 
     @classmethod
@@ -142,10 +142,15 @@ class RunDir:
             EnvironmentFailure: it was written by a newer fedft, or another process is writing it.
         """
         run = cls(path, writing=False)
+        _check_own(run.path)
         if not run._config.is_file():
+            begun = temporary(run._config).exists()
+            why = ", but the beginning of one, which a crash left" if begun else ""
             raise ConfigError(
-                f"{path} is not a run directory: it has no config.toml",
-                fix="Name the folder that `fedft simulate` printed; a run that failed before its "
+                f"{path} is not a run directory: it has no config.toml{why}",
+                fix="Start the run anew, with the command that started it."
+                if begun
+                else "Name the folder that `fedft simulate` printed; a run that failed before its "
                 "first line has nothing to go on from.",
             )
         schema = run.environment().get("schema", SCHEMA)
@@ -198,7 +203,12 @@ class RunDir:
     def config(self) -> str:
         """Text of the resolved configuration."""
         with disk(f"read {self._config}"):
-            text = self._config.read_bytes()
+            text = read_plain(self._config, largest=_LARGEST, within=self.path)
+        if not text.strip():  # it would read as a configuration of defaults
+            raise IntegrityError(
+                f"{self._config} is damaged: it is empty",
+                fix="Restore it from a copy of the run directory.",
+            )
         try:
             return text.decode()
         except UnicodeDecodeError as error:
@@ -377,8 +387,9 @@ class RunDir:
             for folder in (self.partition, self.tokenizer):
                 if folder.exists():
                     shutil.rmtree(folder)
-            (self.path / "environment.json").unlink(missing_ok=True)
-            self._config.unlink(missing_ok=True)
+            for file in (self.path / "environment.json", self._config):
+                temporary(file).unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Gives the lock back. Reading goes on working."""
@@ -437,8 +448,53 @@ class RunDir:
 
 
 _LOCK = ".lock"
-_UNBEGUN = frozenset({_LOCK, "config.toml", "environment.json", "partition", "tokenizer"})
+_UNBEGUN = frozenset(
+    {
+        *(_LOCK, "config.toml", "environment.json", "partition", "tokenizer"),
+        *(".config.toml.tmp", ".environment.json.tmp"),
+    }
+)
 """What is in the folder of a run before its first round, or its first client."""
+
+_LARGEST = 64 * MIB
+"""Bytes of a file that is read at once."""
+_LONGEST = 16 * MIB
+"""Bytes of a line. What is longer is damage."""
+
+_FILES = (
+    *(_LOCK, "config.toml", "environment.json", "summary.json", "rounds.jsonl", "clients.jsonl"),
+    *("privacy.jsonl", "audit.jsonl"),
+)
+_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer")
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a run directory of which a part is not its own: it was copied from somebody.
+
+    Raises:
+        SecurityRefusal: a file is a link, a pipe or a device, or a folder is a link.
+    """
+    for name in (*_FILES, *_FOLDERS):
+        path = folder / name
+        try:
+            mode = path.lstat().st_mode
+        except OSError:
+            continue
+        if stat.S_ISLNK(mode):
+            raise SecurityRefusal(
+                f"{path} is a symbolic link, and could lead out of {folder}",
+                fix="Replace the link by the file or folder itself.",
+            )
+        if name in _FILES and not stat.S_ISREG(mode):
+            raise SecurityRefusal(
+                f"{path} is no regular file", fix="Restore it from a copy of the run directory."
+            )
+
+
+def _is(path: Path, content: bytes) -> bool:
+    """Whether a file has this content; another size is not read."""
+    return path.stat().st_size == len(content) and path.read_bytes() == content
+
 
 _writers: "weakref.WeakSet[RunDir]" = weakref.WeakSet()
 
@@ -528,7 +584,7 @@ def _read_object(path: Path) -> Record:
     with disk(f"read {path}"):
         if not path.exists():
             return {}
-        text = path.read_bytes()
+        text = read_plain(path, largest=_LARGEST)
     record = _parsed(text)
     if record is None:
         raise IntegrityError(
@@ -556,8 +612,8 @@ def _lines(path: Path, until: int | None = None) -> Iterator[tuple[bytes, Record
         if not path.exists():
             return
         damaged = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_plain(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
                 record = _parsed(line) if line.endswith(b"\n") else None
                 if record is None or type(record.get("round")) is not int:
                     damaged = damaged or number

@@ -269,12 +269,13 @@ class DPSpec(Table):
     operating system's, so that such a run cannot be repeated.
 
     Attributes:
-        noise_multiplier: standard deviation of the noise in units of ``max_grad_norm``.
+        noise_multiplier: standard deviation of the noise in units of ``max_grad_norm``; at least
+            0.01, below which no account ends, and none would promise anything.
         max_grad_norm: what each example's gradient is clipped to; ``clip-norm`` is not used.
         delta: of the guarantee; well below 1 / examples of a site.
     """
 
-    noise_multiplier: PositiveFloat = 1.0
+    noise_multiplier: Annotated[float, Field(ge=0.01)] = 1.0
     max_grad_norm: PositiveFloat = 1.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 

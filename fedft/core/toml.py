@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core.errors import ConfigError
-from fedft.core.files import read_text
+from fedft.core.files import MIB, read_text
+
+LARGEST_TOML = 16 * MIB
+"""A parser of TOML takes half a minute for this much."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -14,7 +17,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is no TOML.
     """
-    return toml_table(read_text(path), str(path))
+    return toml_table(read_text(path, LARGEST_TOML), str(path))
 
 
 def toml_table(text: str, where: str) -> dict[str, Any]:

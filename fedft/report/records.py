@@ -14,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 
 from fedft.core.errors import ConfigError, IntegrityError
+from fedft.core.files import MIB, read_plain
 from fedft.core.rundir import RunDir
 
 Json = Mapping[str, object]
@@ -140,8 +141,8 @@ def read(path: Path) -> Record:
 
 def _arms(plan: Path) -> tuple[str, ...]:
     try:
-        found = mapping(json.loads(plan.read_text(encoding="utf-8"))).get("arms")
-    except (OSError, ValueError):
+        found = mapping(json.loads(read_plain(plan, largest=16 * MIB))).get("arms")
+    except (OSError, ValueError, RecursionError):
         return ()
     return tuple(clean(name, 60) for name in found) if isinstance(found, list) else ()
 

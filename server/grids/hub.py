@@ -19,12 +19,23 @@ from fedft.core.errors import EnvironmentFailure, FedftError, SecurityRefusal
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc
 from fedft.core.link.framing import MAX_MESSAGE_BYTES, Ticket
-from fedft.core.link.stream import Broken
+from fedft.core.link.limits import TooLong, bounded
+from fedft.core.link.stream import Broken, Overlong
 from fedft.core.types import Site
 from server.authority import Issuer
+from server.grids.allowance import Allowance
+from server.grids.door import Door, Room, descriptors, raise_limit
 from server.grids.flower import NODE_UNAVAILABLE
 from server.grids.outbox import Outbox, Pending, Verdict
-from server.grids.stream import Left, Refused, Stream, Terms, Timing, acknowledgement
+from server.grids.stream import (
+    LONGEST,
+    Left,
+    Refused,
+    Stream,
+    Terms,
+    Timing,
+    acknowledgement,
+)
 from server.identity import Address, Audit, Client, Registry, serial_of
 
 logger = logging.getLogger(__name__)
@@ -32,6 +43,10 @@ logger = logging.getLogger(__name__)
 SERVICE = "fedft.link.v1.Federation"
 _TURNED_AWAY = 32
 """Names of whom the last refusal is remembered."""
+_HALF_OPEN, _OWN_HALF_OPEN = 256, 4
+"""Streams on which nobody has said hello yet: in all, and of one certificate."""
+_TOLD, _TOLD_S = 20, 1.0
+"""Lines about refusals that whoever watches is told at once, and seconds until the next after."""
 
 
 class Hub(link_pb2_grpc.FederationServicer):
@@ -71,6 +86,9 @@ class Hub(link_pb2_grpc.FederationServicer):
         self._streams: dict[str, Stream] = {}
         self._loading: dict[str, Stream] = {}  # sites that have said who they are, and no more yet
         self._left: dict[str, float] = {}  # site → when it went away, monotonic
+        self._half_open: dict[Stream, str] = {}  # → name in its certificate; oldest first
+        self._lines = Allowance(_TOLD, 1 / _TOLD_S)
+        self._door: Door | None = None
         self._turned_away: Mapping[str, str] = {}  # replaced, never changed: any thread reads it
         self._begun = time.monotonic()
         self._watching: asyncio.Task[None] | None = None
@@ -87,7 +105,9 @@ class Hub(link_pb2_grpc.FederationServicer):
         return {name: stream.doing for name, stream in streams.items() if stream.doing}
 
     async def start(self, address: Address) -> int:
-        server = grpc.aio.server(options=_OPTIONS)
+        room = Room.within(raise_limit(), len(descriptors()))
+        most = ("grpc.max_allowed_incoming_connections", room.most)
+        server = grpc.aio.server(options=[*_OPTIONS, most])
         link_pb2_grpc.add_FederationServicer_to_server(self, server)
         healthy = vars(health)["aio"].HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -106,11 +126,12 @@ class Hub(link_pb2_grpc.FederationServicer):
             ) from error
         await server.start()
         self._server = server
+        self._door = Door(port, room)
         self._watching = asyncio.create_task(self._watch())
         return port
 
     async def drain(self, finished: bool, reason: str, patience_s: float) -> None:
-        word = pb.Drain(finished=finished, reason=reason)
+        word = pb.Drain(finished=finished, reason=reason[:LONGEST])
         # From now on nobody is let in: who comes late hears at the door that the run is over.
         self.over = word if finished else None
         streams = list(self._streams.values())
@@ -135,7 +156,7 @@ class Hub(link_pb2_grpc.FederationServicer):
 
     def tell_refused(self, ticket: Ticket, reason: str) -> None:
         """Tell a site that a result of it, which was taken, turned out to be of no use."""
-        self.audit(Verdict.REFUSED.value, ticket.site, reason)
+        self.audit.quietly(Verdict.REFUSED.value, ticket.site, reason)
         if (stream := self._streams.get(ticket.site)) is not None:
             stream.put(acknowledgement(ticket, Verdict.REFUSED, reason))
 
@@ -153,7 +174,8 @@ class Hub(link_pb2_grpc.FederationServicer):
             while True:
                 await asyncio.sleep(self.timing.watch)
                 clients = self.registry.clients()
-                for name, stream in list(self._streams.items()):
+                self._close_surplus()
+                for name, stream in [*self._streams.items(), *self._loading.items()]:
                     client = clients.get(name)
                     if client is None or client.revoked:
                         why = client.why if client else "not registered any more"
@@ -172,13 +194,30 @@ class Hub(link_pb2_grpc.FederationServicer):
             self.outbox.failed(error)
             raise
 
+    def _close_surplus(self) -> None:
+        if self._door is not None:
+            streams = [*self._streams.values(), *self._loading.values()]
+            if closed := self._door.look([stream.peer for stream in streams]):
+                why = f"{closed} connections on which nobody showed himself: too many at once"
+                self.audit.quietly("refused", "?", why)
+
     def _give_up(self, site: str, reason: str) -> None:
         for pending in self.outbox.open_for(site):
             self.outbox.settle(pending.ticket, Error(NODE_UNAVAILABLE, reason), Verdict.LATE)
 
     # streams come and go
 
+    def _opened(self, stream: Stream, name: str) -> None:
+        """A stream came, on which nobody has said anything; too many of those, and the oldest go."""
+        self._half_open[stream] = name
+        own = [s for s, whose in self._half_open.items() if whose == name] if name else []
+        for crowd, most in ((own, _OWN_HALF_OPEN), ([*self._half_open], _HALF_OPEN)):
+            for old in crowd[: max(0, len(crowd) - most)]:
+                old.cut(Refused("too many streams on which nobody says hello", retry=True))
+                self._half_open.pop(old, None)
+
     def greeted(self, stream: Stream) -> None:
+        self._half_open.pop(stream, None)
         self._loading[stream.site] = stream
 
     async def joined(self, site: Site, serial: str) -> None:
@@ -193,6 +232,7 @@ class Hub(link_pb2_grpc.FederationServicer):
             stream.put(pending)
 
     def depart(self, stream: Stream) -> None:
+        self._half_open.pop(stream, None)
         if self._loading.get(stream.site) is stream:
             del self._loading[stream.site]
         if self._streams.get(stream.site) is stream:
@@ -206,19 +246,23 @@ class Hub(link_pb2_grpc.FederationServicer):
             return
         others = [(n, why) for n, why in self._turned_away.items() if n != who]
         self._turned_away = dict([*others, (who, reason)][-_TURNED_AWAY:])
-        self._tell(f"{who} {how}: {reason}")
+        if self._lines.take() <= 0:  # a stranger can think of many reasons; the audit counts them
+            self._tell(f"{who} {how}: {reason}")
 
     def away_s(self, site: str) -> float:
         return time.monotonic() - self._left.get(site, self._begun)
 
-    def replaces(self, name: str, instance: str) -> None:
-        old = self._streams.get(name)
-        if old is None:
-            return
-        if old.instance != instance and old.quiet_s < 2.5 * self.timing.heartbeat:
-            raise Refused(f"{name} is connected from another machine or process", retry=True)
-        old.cut(None)
-        self.depart(old)
+    def replaces(self, stream: Stream) -> None:
+        for streams in (self._streams, self._loading):
+            old = streams.get(stream.site)
+            if old is None or old is stream:
+                continue
+            if old.instance != stream.instance and old.quiet_s < 2.5 * self.timing.heartbeat:
+                raise Refused(
+                    f"{stream.site} is connected from another machine or process", retry=True
+                )
+            old.cut(None)
+            self.depart(old)
 
     # the two calls
 
@@ -227,20 +271,27 @@ class Hub(link_pb2_grpc.FederationServicer):
         try:
             if self._authority is None:
                 raise SecurityRefusal("a server without TLS certifies nobody")
+            try:
+                request = bounded(request)
+            except TooLong as error:
+                raise SecurityRefusal(f"the certificate request is none: {error}") from error
             pem = await asyncio.to_thread(self.registry.enrol, serial, request.csr, self._authority)
         except FedftError as error:
-            self.audit("refused", name, error.what, peer=context.peer())
+            self.audit.quietly("refused", name, error.what, peer=context.peer())
             self._turn_away(name, error.what, "was refused")
             return pb.EnrolReply(refusal=str(error))
-        self.audit("enrolled", name, peer=context.peer())
+        self.audit.quietly("enrolled", name, peer=context.peer())
         return pb.EnrolReply(certificate=pem)
 
     async def Session(self, request_iterator: Any, context: Any) -> None:
         stream = Stream(self, context)
+        self._opened(stream, "" if self._authority is None else _certificate(context)[1])
         try:
             await stream.serve()
         except Refused as refused:
             await self._refuse(stream, refused)
+        except Overlong as much:
+            await self._refuse(stream, Refused(str(much), mismatch=True))
         except (Left, Broken) as gone:
             if stream.dismissed and isinstance(gone, Left):
                 await asyncio.to_thread(self.registry.dismissed, stream.site)
@@ -261,12 +312,12 @@ class Hub(link_pb2_grpc.FederationServicer):
 
     async def _refuse(self, stream: Stream, refused: Refused) -> None:
         who, reason = refused.who or stream.site or "?", str(refused)
-        self.audit("refused", who, reason, peer=stream.peer)
+        self.audit.quietly("refused", who, reason, peer=stream.peer)
         self._turn_away(who, reason, "was cut off" if stream.arrived else "was refused")
         await stream.tell(refusal=refused.message)
 
     def _note_gone(self, stream: Stream, reason: str) -> None:
-        self.audit("left", stream.site or "?", reason, peer=stream.peer)
+        self.audit.quietly("left", stream.site or "?", reason, peer=stream.peer)
         if stream.site and not (stream.arrived or stream.dismissed):
             self._turn_away(stream.site, reason, "left before it had joined")
 

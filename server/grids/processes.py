@@ -79,21 +79,27 @@ class ProcessGrid(WorkerGrid[_Process]):
         self._numbers = itertools.count()
         ours, theirs = socket.socketpair()
         self._control = ours
+        ends, self._lifeline = os.pipe()  # nothing is written to it; its end is what tells
+        handles = [ends, theirs.fileno()]
         with theirs:
             self._zygote = subprocess.Popen(
                 # -P: a folder that happens to be called "server" here is not meant.
-                [sys.executable, "-P", "-m", "server.grids.zygote", str(theirs.fileno()), *imports],
+                [
+                    *(sys.executable, "-P", "-m", "server.grids.lifeline"),
+                    *(*map(str, handles), *imports),
+                ],
                 env={
                     **os.environ,
                     **self._setting.environment,
                     "PYTHONPATH": os.pathsep.join(own_paths()),
                 },
-                pass_fds=[theirs.fileno()],
+                pass_fds=handles,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the driver's to handle
             )
+        os.close(ends)
         try:
             self._workers = [self._start_worker() for _ in range(workers or cores(threads))]
         except BaseException:
@@ -109,6 +115,7 @@ class ProcessGrid(WorkerGrid[_Process]):
         # It may still be importing; no worker is lost with it, they are ended already.
         self._zygote.kill()
         self._zygote.wait()
+        os.close(self._lifeline)
 
     def _announce(self, cohorts: Sequence[Sequence[Message]]) -> None:
         waiting = set(shared_by(list(self._parcels.values())))

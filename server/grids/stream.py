@@ -22,17 +22,27 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, Expected, Ticket, describe
 from fedft.core.link.stream import Broken, Pipe, first_to_end
 from fedft.core.types import Site
+from server.grids.allowance import Allowance
+from server.grids.flower import APP_RAISED
 from server.grids.outbox import Outbox, Pending, Verdict
 from server.identity import Audit, Client
-from server.validation import REPLY_REFUSED
+from server.validation import REPLY_REFUSED, SERVERS
 
 logger = logging.getLogger(__name__)
 
 MOST_EXAMPLES = 10**12
 """Examples that a site can claim to have. Their sum is a weight, and must stay a number."""
 
+LONGEST = 2000
+"""Characters of a sentence to a client."""
+
+_BEATS, _BEATS_RATE = 50.0, 20.0
+"""Heartbeats: so many at once, and so many a second from then on."""
+_UNWANTED, _UNWANTED_RATE = 200.0, 100.0
+"""Results that nobody asked for; likewise."""
+
 _WIRE: dict[Verdict, Any] = {v: pb.Verdict.Value(v.name) for v in Verdict}
-_DOING = {
+_DOING: dict[int, str] = {
     pb.LOADING: "loading the model",
     pb.WAITING: "waiting",
     pb.TRAINING: "training round {}",
@@ -98,7 +108,7 @@ class Refused(Exception):
     ) -> None:
         super().__init__(reason)
         self.who = who
-        self.message = pb.Refusal(reason=reason, retry=retry, mismatch=mismatch)
+        self.message = pb.Refusal(reason=reason[:LONGEST], retry=retry, mismatch=mismatch)
 
 
 class Left(Exception):
@@ -122,8 +132,8 @@ class Host(Protocol):
         """
         ...
 
-    def replaces(self, name: str, instance: str) -> None:
-        """Make room for a stream of a site that may have one.
+    def replaces(self, stream: "Stream") -> None:
+        """Make room for a stream of a site, which has one at most, ready or loading.
 
         Raises:
             Refused: the other one is alive, and of another process.
@@ -167,7 +177,9 @@ class Stream:
         self._given: WeakSet[Pending] = WeakSet()
         self._inbox: _Upload | None = None
         self._cut: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
-        self._heard = pb.Heartbeat()
+        self._heard: tuple[int, int] = (0, 0)  # activity, round
+        self._beats = Allowance(_BEATS, _BEATS_RATE)
+        self._unwanted = Allowance(_UNWANTED, _UNWANTED_RATE)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.site = ""
         self.instance = ""
@@ -187,8 +199,8 @@ class Stream:
     @property
     def doing(self) -> str:
         """What the client says it does; empty where it does not say."""
-        words = _DOING.get(self._heard.activity, "")
-        return words.format(self._heard.round)
+        activity, round_ = self._heard
+        return _DOING.get(activity, "").format(round_)
 
     def put(self, item: "Pending | pb.Cancel | pb.Drain | pb.Ack") -> None:
         """Send something, in its turn.
@@ -219,13 +231,14 @@ class Stream:
         """The whole conversation."""
         heart = asyncio.create_task(self._pipe.beat(self._timing.heartbeat))
         try:
-            await self._handshake()
-            await first_to_end(self._read_on(), self._send_on(), self._until_cut(), heart)
+            await first_to_end(self._handshake(), self._until_cut())
+            if self.arrived:
+                await first_to_end(self._read_on(), self._send_on(), self._until_cut(), heart)
         finally:
             heart.cancel()
 
     async def _until_cut(self) -> None:
-        if (refusal := await self._cut) is not None:
+        if (refusal := await asyncio.shield(self._cut)) is not None:
             raise refusal
 
     # opening
@@ -235,8 +248,8 @@ class Stream:
         client, serial = self._host.admit(self._context, hello)
         self.site = client.name
         _check_versions(hello)
-        self._host.replaces(client.name, hello.instance)
         self.instance = hello.instance
+        self._host.replaces(self)
         if self._host.over is not None:
             await self._dismiss(self._host.over)
         self._host.greeted(self)
@@ -245,9 +258,9 @@ class Stream:
         await self._pipe.say(task=task)
         site = self._accepted(await self._offer())
         await self._host.joined(site, serial)
-        self._host.replaces(client.name, hello.instance)
+        self._host.replaces(self)
         await self._pipe.say(welcome=pb.Welcome())
-        self._host.audit(
+        self._host.audit.quietly(
             "joined",
             site.name,
             peer=self.peer,
@@ -256,6 +269,13 @@ class Stream:
         )
         self.arrived = True
         self._host.arrive(self)
+
+    async def _beat(self, beat: pb.Heartbeat) -> None:
+        """Take a heartbeat; those beyond their rate are dropped, and slow their sender down."""
+        if (pause := self._beats.take()) > 0:
+            await asyncio.sleep(pause)
+        else:
+            self._heard = beat.activity, beat.round
 
     async def _dismiss(self, word: pb.Drain) -> None:
         """Say that the run is over, and hear the goodbye."""
@@ -273,7 +293,7 @@ class Stream:
                 case "offer":
                     return message.offer
                 case "heartbeat":
-                    self._heard = message.heartbeat
+                    await self._beat(message.heartbeat)
                 case "goodbye":
                     raise Left(message.goodbye.reason[:500])
                 case other:
@@ -335,7 +355,7 @@ class Stream:
             message = await self._pipe.read(self._timing.silence)
             match message.WhichOneof("body"):
                 case "heartbeat":
-                    self._heard = message.heartbeat
+                    await self._beat(message.heartbeat)
                 case "result":
                     await self._result(message.result)
                 case "chunk":
@@ -355,14 +375,14 @@ class Stream:
         ticket, outbox = Ticket.read(result.ticket), self._host.outbox
         pending = outbox.pending(ticket) if ticket.site == self.site else None
         if pending is None:
+            await asyncio.sleep(self._unwanted.take())
             own = ticket.site == self.site
             await self._ack(ticket, outbox.verdict(ticket) if own else Verdict.STALE)
             return
         try:
             upload = _Upload(ticket, _assembly(result, pending))
             if upload.assembly is None:
-                failure = result.failure
-                await self._settle(ticket, Error(failure.code, failure.reason[:1000]))
+                await self._settle(ticket, _error(result.failure))
             elif upload.assembly.complete:
                 await self._settle(ticket, _content(upload.assembly))
             else:
@@ -395,7 +415,7 @@ class Stream:
     async def _ack(self, ticket: Ticket, verdict: Verdict, reason: str = "") -> None:
         if verdict not in (Verdict.SEND, Verdict.ACCEPTED):
             why = reason or f"{ticket.kind}, round {ticket.round}"
-            self._host.audit(verdict.value, self.site, why)
+            self._host.audit.quietly(verdict.value, self.site, why)
         await self._pipe.say(ack=acknowledgement(ticket, verdict, reason))
 
 
@@ -415,6 +435,12 @@ class _Upload:
     def overdue(self, timing: Timing) -> bool:
         size = self.assembly.declared if self.assembly is not None else 0
         return time.monotonic() - self.since > timing.stall + size / timing.rate
+
+
+def _error(failure: pb.Failure) -> Error:
+    """What a client says went wrong. What only a server finds is not a client's to claim."""
+    code = APP_RAISED if failure.code in SERVERS else failure.code
+    return Error(code, failure.reason[:1000])
 
 
 def _assembly(result: pb.Result, pending: Pending) -> Assembly | None:

@@ -1,16 +1,15 @@
-"""The process that worker processes are forked from. Runs as a program of its own.
+"""The process that worker processes are forked from; :mod:`server.grids.lifeline` starts it.
 
 It imports what workers need, once, and then forks itself for every worker that it is asked for: a
 worker shares the pages of those imports and is there at once. It runs on one thread and never
 touches a GPU, so that forking it is safe, and no worker ever imports the driver's own program.
 
 The driver holds the other end of a socket, through which it sends one end of each new worker's
-own socket. When the driver is gone, however it went, the socket ends, this process with it, and
-the kernel ends the workers with this process.
+own socket. When the driver is gone, however it went, the kernel ends this process, also while it
+still imports, and the workers with it.
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -24,14 +23,13 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from fedft.core.errors import FedftError
+from server.grids.lifeline import end_with_parent
 from server.grids.serve import describe
 from server.grids.worker import Server
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
-    """``python -m server.grids.zygote FD MODULE…``: fork a worker for each socket that comes."""
+    """With the arguments ``FD MODULE…``: fork a worker for each socket that comes through FD."""
     control = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         with contextlib.suppress(Exception):  # whoever needs it says better what is wrong
@@ -39,14 +37,15 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # a collection in a worker would write to the pages that it shares
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the driver hears of deaths by itself
+    zygote = os.getpid()
     while True:
         _, handles, _, _ = socket.recv_fds(control, 1, 1)
         if not handles:
             return
         if os.fork() == 0:
+            end_with_parent(zygote)
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _end_with_parent()
             work(Connection(handles[0]))
             os._exit(0)
         os.close(handles[0])
@@ -87,13 +86,3 @@ def _tried(act: Callable[..., Sequence[Any] | None], *what: Any) -> Told:
         return None, error
     except Exception as error:  # any other may not survive the way to the driver
         return None, RuntimeError(describe(error))
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process with the one it was forked from, where it can (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

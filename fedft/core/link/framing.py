@@ -28,6 +28,7 @@ HEADER_BYTES = 4096
 MAX_ARRAYS = 20_000
 MAX_METRICS = 64
 MAX_NAME = 512  # characters
+MAX_FORMAT = 64  # characters
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -157,8 +158,8 @@ def check(header: pb.Content, expected: Expected) -> int:
         The bytes that will follow.
 
     Raises:
-        UpdateRejected: with the reason ``schema``, ``keys``, ``dtype``, ``shape``, ``size`` or
-            ``metrics``.
+        UpdateRejected: with the reason ``schema``, ``keys``, ``dtype``, ``shape``, ``format``,
+            ``size`` or ``metrics``.
     """
     if len(header.metrics) > MAX_METRICS or any(len(m.name) > MAX_NAME for m in header.metrics):
         raise UpdateRejected("metrics", f"{len(header.metrics)} metrics, or a name too long")
@@ -183,6 +184,8 @@ def _check_array(header: pb.ArrayHeader, shape: Shape) -> int:
     if tuple(header.shape) != shape:
         raise UpdateRejected("shape", f"{header.name} is {_shown(header.shape)}, not {shape}")
     numbers = prod(shape) * ITEM_BYTES[header.dtype]
+    if len(header.format) > MAX_FORMAT:
+        raise UpdateRejected("format", f"{header.name} is in no known serialisation format")
     if not numbers <= header.size <= numbers + HEADER_BYTES:
         raise UpdateRejected("size", f"{header.name} has {header.size} bytes for {numbers}")
     return header.size

@@ -8,6 +8,7 @@ the site draws a key that never leaves it and has it certified; from then on the
 import ipaddress
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from fedft.core import system
 from fedft.core.errors import ConfigError, SecurityRefusal
-from fedft.core.files import Files, disk, place
+from fedft.core.files import LARGEST_TEXT, Files, disk, place
 
 KIT_FORMAT = "fedft-kit/1"
 _LARGEST_KIT = 262_144  # bytes: a roster of 2,000 clients
@@ -61,15 +62,21 @@ def write_private(path: Path, data: bytes) -> None:
         files.sync_folder(path.parent)
 
 
-def read_private(path: Path) -> bytes:
+def read_private(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """Read a file that must not be readable for others.
 
+    Args:
+        path: of the file.
+        largest: bytes that it may have.
+
     Raises:
-        SecurityRefusal: it is; or it belongs to somebody else, or is a symbolic link.
+        SecurityRefusal: it is; or it belongs to somebody else, is a symbolic link or a pipe, or has
+            more bytes.
         ConfigError: there is no such file.
     """
     try:
-        descriptor = system.open_file(path, os.O_RDONLY)
+        # At once, also for a pipe: whether it is one is looked at below.
+        descriptor = system.open_file(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}", fix="Check the path.") from None
     except OSError as error:
@@ -78,6 +85,13 @@ def read_private(path: Path) -> bytes:
             fix="Name the file itself, not a link or a folder, and check its permissions.",
         ) from error
     with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
+            raise SecurityRefusal(
+                f"{path} is no file of the kind that is meant: it is a pipe or a device, or has "
+                f"more than {largest:,} bytes",
+                fix="Name the file itself, as fedft wrote it.",
+            )
         if (exposed := system.protection().exposed(path, file.fileno())) is not None:
             why, fix = exposed
             raise SecurityRefusal(f"{path} {why}", fix=fix)

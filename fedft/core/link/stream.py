@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import chunks
+from fedft.core.link.limits import TooLong, bounded
 
 _EOF: Any = vars(grpc.aio)["EOF"]  # public, and not in the types
 
@@ -29,6 +30,10 @@ class Broken(Exception):
     def __init__(self, why: str, code: grpc.StatusCode | None = None) -> None:
         super().__init__(why)
         self.code = code
+
+
+class Overlong(Broken):
+    """The other end sent a text that is longer than any that belongs there; says which."""
 
 
 class Pipe:
@@ -58,6 +63,7 @@ class Pipe:
 
         Raises:
             Broken: none came.
+            Overlong: one did whose texts are not within :data:`~fedft.core.link.limits.LIMITS`.
         """
         self._reading = True
         try:
@@ -72,7 +78,10 @@ class Pipe:
         if message is _EOF:
             raise Broken("the other side ended the stream")
         self._heard = time.monotonic()
-        return message
+        try:
+            return bounded(message)
+        except TooLong as error:
+            raise Overlong(f"the other side sent too much: {error}") from None
 
     async def say(self, **body: Any) -> None:
         """Write one message, given as its one field.
