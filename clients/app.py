@@ -19,6 +19,7 @@ from clients.probe import compare
 from clients.workbench import Workbench, one_by_one, workbench
 from fedft.core import codec, trial
 from fedft.core.checkpoint import first_sentence, lacks_memory
+from fedft.core.drawn import distinct
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
 
@@ -165,7 +166,7 @@ def _examples(bench: Workbench, context: Context, plan: TrainPlan, own: Sequence
     rows, _ = bench.rows(_index(bench, context))
     if plan.training.dp_noise:
         return len(rows)  # as enrolled; the sizes of Poisson samples are secret
-    return min(len(rows), sum(len(batch) for batch in own))
+    return distinct(own, len(rows))
 
 
 def _with_kept(adapter: Adapter, context: Context, parts: frozenset[Part]) -> Adapter:

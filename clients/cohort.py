@@ -157,11 +157,13 @@ class CohortEngine:
         losses = torch.zeros(len(plans), dtype=widest(device), device=device)
         norms: dict[str, list[float]] = {}
         leaves: Mapping[str, Tensor] = {}
-        count = 0
+        count, seen = 0, [0] * len(plans)
         with self._wired(stack), recomputed(self._recomputed, self._surroundings):
             kept = None if plans[0].layers is not None else self._prefix.for_training(batches)
             for i in range(len(batches[0])):
                 own = [mine[i] for mine in batches if len(mine) > i]
+                for k, batch in enumerate(own):
+                    seen[k] += len(batch)
                 if count != len(own):
                     count = len(own)
                     leaves = stack.leaves(count)
@@ -175,7 +177,7 @@ class CohortEngine:
                 }
                 optimizer.step(count)
         return [
-            Trained(stack.read(k), _metrics(float(losses[k]), mine, norms, k))
+            Trained(stack.read(k), _metrics(float(losses[k]), seen[k], len(mine), norms, k))
             for k, mine in enumerate(batches)
         ]
 
@@ -461,8 +463,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _metrics(
-    loss_sum: float, batches: Sequence[Batch], norms: Mapping[str, list[float]], k: int
+    loss_sum: float, examples: int, steps: int, norms: Mapping[str, list[float]], k: int
 ) -> dict[str, float]:
-    examples = sum(map(len, batches))
-    first = {name: values[k] for name, values in norms.items()} if batches else {}
-    return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}
+    first = {name: values[k] for name, values in norms.items()} if steps else {}
+    return {"loss": loss_sum / max(examples, 1), "steps": float(steps), **first}

@@ -191,6 +191,20 @@ class Ledger:
         """ε after these releases, with all that was spent before. Nothing is entered."""
         return self.account().plus(releases).epsilon(delta)
 
+    def of_run(self, run: str) -> Account:
+        """What one run has spent on these rows."""
+        mine = [release for release in self._releases() if release.run == run[:_LONGEST_NAME]]
+        return Account().plus(mine)
+
+    def trainings(self, run: str) -> int:
+        """How many trainings of a run have been answered with these rows."""
+        name = run[:_LONGEST_NAME]
+        return sum(r.run == name and r.kind == "train" for r in self._releases())
+
+    def _releases(self) -> list[Release]:
+        shared = [p for p in _ledgers(self._folder) if p != self.path and self._shares_rows(p)]
+        return [release for path in (self.path, *shared) for release in _read(path)[0]]
+
     def spend(self, release: Release) -> None:
         """Enter a result. When this returns, the line is on disk, and the result may leave.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from clients.packing import Packing, Step
 from clients.recompute import first_adapted
 from fedft.core.batches import in_chunks
+from fedft.core.drawn import distinct, traced
 from fedft.core.models import Base
 from fedft.core.overrides import overridden
 from fedft.core.types import Batch, Origin
@@ -100,12 +101,13 @@ class Prefix:
         of its rows, since the others would be computed for nothing, and where the pools together
         exceed the budget.
         """
-        if not self._depth or any(batch.origin is None for own in batches for batch in own):
+        if not self._depth or not all(map(traced, batches)):
             return None
         firsts = (own[0].origin for own in batches if own)
         origins = [origin for origin in firsts if origin is not None]
-        drawn = [sum(map(len, own)) for own in batches if own]
-        if any(count < len(o.lengths) for count, o in zip(drawn, origins, strict=True)):
+        some = [own for own in batches if own]
+        pools = [len(origin.lengths) for origin in origins]
+        if any(distinct(own, n) < n for own, n in zip(some, pools, strict=True)):
             return None
         if sum(map(self._size, origins)) > self._budget:
             return None

@@ -31,8 +31,8 @@ from fedft.core.errors import (
     SecurityRefusal,
     UpdateRejected,
 )
+from fedft.core.link import codes, link_pb2_grpc
 from fedft.core.link import link_pb2 as pb
-from fedft.core.link import link_pb2_grpc
 from fedft.core.link.framing import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
@@ -51,6 +51,8 @@ UNUSABLE = 102
 """Code of a failure for work that this client cannot do as it was sent."""
 
 _KEPT_RESULTS = 2
+_MOST_WORK = 16
+"""Pieces of work that are held at a time: each holds an adapter, or a result."""
 _LINGER_S = 0.5
 _MEANT = 4
 """Times in a row that a server hangs up on a certificate before that is taken for its answer."""
@@ -75,10 +77,17 @@ class Offer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Work that could not be done, and why."""
+    """Work that could not be done, and why.
+
+    Attributes:
+        code: of the reason.
+        reason: one word of :mod:`fedft.core.link.codes`, which the server gets.
+        details: for this client's own screen.
+    """
 
     code: int
     reason: str
+    details: str = ""
 
 
 class Worker(Protocol):
@@ -173,6 +182,7 @@ class Session:
         timing: patience.
         renewal: gives the credentials to connect with from now on; asked before an attempt where the
             present ones are due, see :attr:`~fedft.core.link.secrets.Credentials.due`. None keeps them.
+        send_details: whether the text of errors may leave, beside its code.
     """
 
     connection: Connection
@@ -181,6 +191,7 @@ class Session:
     stop: Callable[[], bool] = lambda: False
     timing: Timing = field(default_factory=Timing)
     renewal: Callable[[], Credentials] | None = None
+    send_details: bool = False
 
     def __post_init__(self) -> None:
         self._instance = uuid.uuid4().hex
@@ -253,7 +264,7 @@ class Session:
         while not task.done():
             if self.stop():
                 if self._stream is not None:
-                    await self._stream.goodbye("stopped by its owner")
+                    await self._stream.goodbye("stopped")
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 raise Interrupted("stopped; the site can join again with the same command")
@@ -285,6 +296,8 @@ class Session:
         """Start on work that came, or give back what came of it before."""
         job = self._jobs.get(ticket)
         if job is None:
+            if sum(not job.judged for job in self._jobs.values()) >= _MOST_WORK:
+                raise Broken("the server sends more work than it takes results of")
             self._jobs[ticket] = job = _Job(ticket)
             task = asyncio.create_task(self._do(job, plan, content))
             self._tasks.add(task)
@@ -314,7 +327,7 @@ class Session:
                 return self.worker.work(ticket, plan, content)
             except Exception as error:  # a bug here must not leave the server waiting
                 logger.exception("work on %s failed", ticket)
-                return Failure(UNUSABLE, f"{type(error).__name__}: {error}")
+                return Failure(UNUSABLE, codes.OTHER, f"{type(error).__name__}: {error}")
 
         while (outcome := await loop.run_in_executor(self._thread, work)) is None:
             if not job.wanted:
@@ -324,7 +337,8 @@ class Session:
         job.outcome = outcome
         self.does(pb.WAITING)
         if isinstance(outcome, Failure):
-            self.tell(f"round {ticket.round}: {ticket.kind} failed: {outcome.reason}")
+            why = codes.told(codes.reason(outcome.reason, outcome.details, send_details=True))
+            self.tell(f"round {ticket.round}: {ticket.kind} failed: {why}")
         self.offer_results()
 
     def _begun(self, ticket: Ticket) -> None:
@@ -430,11 +444,12 @@ class _Stream:
         """Tell the server what the site does now, without waiting for the next heartbeat."""
         self._outbox.put_nowait(self._session.heartbeat)
 
-    async def goodbye(self, reason: str) -> None:
-        """A last word, if the server still listens."""
+    async def goodbye(self, word: str, details: str = "") -> None:
+        """A last word, if the server still listens; see :mod:`fedft.core.link.codes`."""
+        reason = codes.reason(word, details, send_details=self._session.send_details)
         try:
             async with asyncio.timeout(2.0):
-                await self._pipe.say(goodbye=pb.Goodbye(reason=reason[:500]))
+                await self._pipe.say(goodbye=pb.Goodbye(reason=reason))
                 await self._pipe.part(_LINGER_S)
         except (TimeoutError, Broken, grpc.aio.BaseError):
             logger.debug("the server did not hear the goodbye")
@@ -465,10 +480,10 @@ class _Stream:
                 raise
             except FedftError as error:
                 if not self._refused:
-                    await self.goodbye(error.what)
+                    await self.goodbye(codes.word_of(error), error.what)
                 raise
             except (_Finished, _Paused):
-                await self.goodbye("as the server asked")
+                await self.goodbye("done")
                 raise
             finally:
                 if heart is not None:
@@ -518,7 +533,8 @@ class _Stream:
             elif isinstance(item, _Upload):
                 await self._pipe.send(item.content)
             elif (outcome := self._session.outcome(item)) is not None:
-                await self._pipe.say(result=_result(item, outcome))
+                details = self._session.send_details
+                await self._pipe.say(result=_result(item, outcome, send_details=details))
 
     async def _read_on(self) -> None:
         while True:
@@ -597,9 +613,12 @@ class _Upload:
     content: RecordDict
 
 
-def _result(ticket: Ticket, outcome: RecordDict | Failure) -> pb.Result:
+def _result(
+    ticket: Ticket, outcome: RecordDict | Failure, *, send_details: bool = False
+) -> pb.Result:
     if isinstance(outcome, Failure):
-        failure = pb.Failure(code=outcome.code, reason=outcome.reason[:1000])
+        reason = codes.reason(outcome.reason, outcome.details, send_details=send_details)
+        failure = pb.Failure(code=outcome.code, reason=reason)
         return pb.Result(ticket=ticket.message(), failure=failure)
     return pb.Result(ticket=ticket.message(), content=describe(outcome))
 

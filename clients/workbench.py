@@ -4,7 +4,7 @@ Loading it takes seconds, using it milliseconds. One process keeps one workbench
 it was last asked about.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +13,16 @@ import numpy as np
 
 from clients.engine import Engine
 from fedft.core import entropy, memory, models, partition, seeds
-from fedft.core.batches import batches, eval_batches, poisson_batches, poisson_schedule
+from fedft.core.batches import (
+    batch_count,
+    batch_rows,
+    batches,
+    eval_batches,
+    poisson_batches,
+    poisson_schedule,
+)
 from fedft.core.data import Data, prepare
+from fedft.core.drawn import Drawn, check_time
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Rows
 from fedft.core.partition import Manifest
@@ -60,28 +68,42 @@ class Workbench:
     def training_batches(self, index: int, round_: int, training: LocalTraining) -> Sequence[Batch]:
         """The batches of one site in one round, in training order; a function of the seed.
 
-        With DP-SGD they are not: see :mod:`clients.dp_sgd`.
+        With DP-SGD they are not: see :mod:`clients.dp_sgd`. Each is made when it is asked for.
         """
         rows, _ = self.rows(index)
         name = self.manifest.name_of(index)
         if training.dp_noise:
             return self._poisson_batches(rows, training)
-        return list(
-            batches(
+        size, epochs, steps = training.batch_size, training.epochs, training.steps
+
+        def draw() -> Iterator[Batch]:
+            return batches(
                 self.data.train,
                 rows,
-                training.batch_size,
-                epochs=training.epochs,
-                steps=training.steps,
+                size,
+                epochs=epochs,
+                steps=steps,
                 generator=seeds.torch_generator(self.task.seed, "batches", round_, name),
                 pool=f"training rows of {name}",
             )
-        )
+
+        count = batch_count(len(rows), size, epochs=epochs, steps=steps) if len(rows) else 0
+        seen = len(rows)
+        if steps is not None and count < batch_count(len(rows), size):  # less than one pass
+            generator = seeds.torch_generator(self.task.seed, "batches", round_, name)
+            lengths = self.data.train.lengths[rows]
+            seen = sum(map(len, batch_rows(lengths, size, steps=steps, generator=generator)))
+        return Drawn(draw, count, seen)
 
     def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
         """As many as usual, each a Poisson sample by the operating system's randomness."""
         rate, steps = poisson_schedule(len(rows), training)
-        return list(poisson_batches(self.data.train, rows, rate, steps, entropy.Keystream()))
+
+        def draw() -> Iterator[Batch]:
+            return poisson_batches(self.data.train, rows, rate, steps, entropy.Keystream())
+
+        # As enrolled: the sizes of the samples are secret.
+        return Drawn(draw, steps if len(rows) else 0, len(rows))
 
     def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
         """One of ``count`` slices of the central test set."""
@@ -93,11 +115,32 @@ class Workbench:
         rows, _ = self.rows(index)
         return list(eval_batches(self.data.train, rows[:PROBE_ROWS], PROBE_BATCH))
 
-    def holdout_batches(self, index: int) -> Iterable[Batch]:
+    def holdout_batches(self, index: int) -> Iterator[Batch]:
         """The examples that a site holds out."""
         _, held = self.rows(index)
         name = self.manifest.name_of(index)
-        return eval_batches(self.data.train, held, pool=f"held-out rows of {name}")
+        for batch in eval_batches(self.data.train, held, pool=f"held-out rows of {name}"):
+            check_time()
+            yield batch
+
+
+@lru_cache(maxsize=1)
+def prepared(task_json: str) -> Data:
+    """The data of a task, tokenised; no weight is loaded.
+
+    Raises:
+        ConfigError, MismatchError: as :func:`fedft.core.data.prepare`.
+    """
+    task = TaskSpec.model_validate_json(task_json)
+    return prepare(
+        task.data,
+        task.model.task,
+        models.input_encoder(task.model, models.resolve(task.model)),
+        seed=task.seed,
+        classes=task.classes or None,
+        relabel=task.relabel,
+        most_rows=task.most_rows,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -111,10 +154,7 @@ def workbench(task_json: str) -> Workbench:
         MismatchError: the data here are partitioned otherwise than at the server.
     """
     task = TaskSpec.model_validate_json(task_json)
-    folder = models.resolve(task.model)
-    encoder = models.input_encoder(task.model, folder)
-    classes = task.classes or None
-    data = prepare(task.data, task.model.task, encoder, seed=task.seed, classes=classes)
+    data = prepared(task_json)
     manifest = _manifest(task, data)
     if task.lean:
         memory.return_what_is_freed()

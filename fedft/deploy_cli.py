@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedft import policy_cli as own
 from fedft.ca_cli import add_authority
 
 Config = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
@@ -128,8 +129,9 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             str | None, typer.Option(help="Of the frozen model here: fp32, bf16 or tf32.")
         ] = None,
         threads: Annotated[int | None, typer.Option(help="Threads to train with.")] = None,
-        model: Annotated[str | None, typer.Option(help="Where the base model is here.")] = None,
-        skip_bad: Annotated[bool, typer.Option(help="Leave malformed rows out.")] = False,
+        model: Annotated[
+            str | None, typer.Option(help="The base model: a folder here, or an id of a hub.")
+        ] = None,
         trust_remote_code: Annotated[
             bool, typer.Option(help="Let the base model bring code of its own.")
         ] = False,
@@ -140,15 +142,54 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         give_up: Annotated[
             float, typer.Option(help="Seconds without a server after which to end.")
         ] = 86_400.0,
+        text: own.Text = "text",
+        label: own.Label = "label",
+        prompt: own.Prompt = "prompt",
+        answer: own.Answer = "answer",
+        image: own.Image = "image",
+        map_label: own.MapLabel = None,
+        max_rows: own.MaxRows = None,
+        skip_bad: own.SkipBad = False,
+        check: own.Check = False,
+        send_details: own.SendDetails = False,
+        policy: own.PolicyFile = None,
+        least_noise: own.LeastNoise = None,
+        most_epsilon: own.MostEpsilon = None,
+        delta: own.Delta = None,
+        most_rounds: own.MostRounds = None,
+        most_epochs: own.MostEpochs = None,
+        most_steps: own.MostSteps = None,
+        most_seconds: own.MostSeconds = None,
+        most_batch_size: own.MostBatchSize = None,
+        least_clients: own.LeastClients = None,
+        model_sha256: own.ModelHash = None,
+        task: own.Task = None,
+        metrics: own.Metrics = None,
     ) -> None:
         """Take part in a federation with data of one's own, until it is over."""
         from clients import join as joining
+        from clients.own import Own, mapping
+        from clients.policy import Policy
         from clients.session import Timing
         from fedft.console import safe
 
         def tell(text: str) -> None:
             typer.echo(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}", err=True)
 
+        conditions = {
+            "least_noise": least_noise,
+            "most_epsilon": most_epsilon,
+            "delta": delta,
+            "most_rounds": most_rounds,
+            "most_epochs": most_epochs,
+            "most_steps": most_steps,
+            "most_seconds": most_seconds,
+            "most_batch_size": most_batch_size,
+            "least_clients": least_clients,
+            "models": model_sha256 or None,
+            "tasks": task or None,
+            "metrics": metrics,
+        }
         site = joining.Site(
             data,
             rank,
@@ -156,16 +197,24 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             device,
             threads,
             model,
-            skip_bad,
             trust_remote_code,
+            ledger,
             precision=joining.checked_precision(precision),
-            ledger=ledger,
+            own=Own(text, label, prompt, answer, image, mapping(map_label), max_rows, skip_bad),
+            policy=Policy.read(policy, conditions),
+            send_details=send_details,
         )
         tell("loading the libraries is done; connecting …")
         try:
             with graceful() as stop:
                 last = joining.join(
-                    kit, site, folder=site_dir, tell=tell, stop=stop, timing=Timing(give_up=give_up)
+                    kit,
+                    site,
+                    folder=site_dir,
+                    tell=tell,
+                    stop=stop,
+                    timing=Timing(give_up=give_up),
+                    check=check,
                 )
         except KeyboardInterrupt:
             os._exit(130)  # a second signal: not even the training in hand is waited for

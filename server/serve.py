@@ -360,6 +360,7 @@ def sites_task(setting: Setting) -> TaskSpec:
             "manifest": None,
             "fingerprint": "",
             "device": "cpu",
+            "quorum": setting.config.rounds.needed,
         }
     )
 

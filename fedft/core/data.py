@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from fedft.core.examples import Examples, ImageExamples, Rows, image_fault
 from fedft.core.raw import BadRows, RawTable, kind_of
 from fedft.core.readers import local_path, read
 from fedft.core.seeds import numpy_generator
-from fedft.core.spec import DataSpec, PartitionSpec
+from fedft.core.spec import DataSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +117,13 @@ class Data:
 
 
 def load(
-    spec: DataSpec, task: Task, *, seed: int = 0, classes: Sequence[str] | None = None
+    spec: DataSpec,
+    task: Task,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    relabel: Mapping[str, str] | None = None,
+    most_rows: int | None = None,
 ) -> RawData:
     """Reads and checks the data and sets the test rows aside.
 
@@ -127,6 +133,8 @@ def load(
         seed: of the run; the test split is a function of it and of the data.
         classes: the run's class names, where a site reads data of its own; None takes those of
             the data, in numerical order where all are integers, else in that of their text.
+        relabel: label → class, of a site whose own words are others.
+        most_rows: read no more rows than that, the first ones.
 
     Raises:
         ConfigError: the source or the partition's column cannot be.
@@ -134,6 +142,7 @@ def load(
     """
     bad = BadRows(spec.skip_bad)
     table = read(spec.source, spec.subset, spec.split, bad)
+    table = _first(_relabelled(table, spec.label, relabel or {}), most_rows)
     rows, names, notes = _checked(table, spec, task, classes, spec.partition.column, bad)
     if spec.test_source is not None:
         test_table = read(spec.test_source, spec.subset, spec.split, bad)
@@ -154,6 +163,8 @@ def prepare(
     *,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    relabel: Mapping[str, str] | None = None,
+    most_rows: int | None = None,
 ) -> Data:
     """Loads and encodes: what a simulation, a server and a site start from.
 
@@ -164,11 +175,13 @@ def prepare(
             to pixel values [c, h, w].
         seed: as for :func:`load`.
         classes: as for :func:`load`.
+        relabel: as for :func:`load`.
+        most_rows: as for :func:`load`.
 
     Raises:
         ConfigError, MismatchError: as :func:`load`; or a row has no token of its answer left.
     """
-    raw = load(spec, task, seed=seed, classes=classes)
+    raw = load(spec, task, seed=seed, classes=classes, relabel=relabel, most_rows=most_rows)
     bad = BadRows(spec.skip_bad)
     train, kept, cut = _encode(raw.train, task, encoder, spec.max_length, bad)
     test, _, cut_of_test = _encode(raw.test, task, encoder, spec.max_length, bad)
@@ -189,6 +202,36 @@ def prepare(
         {"train": cut, "test": cut_of_test},
         raw.notes,
     )
+
+
+def _relabelled(table: RawTable, column: str, relabel: Mapping[str, str]) -> RawTable:
+    """The table with other words for some of its labels.
+
+    Raises:
+        ConfigError: a label that has another word is not there.
+    """
+    if not relabel or column not in table.columns:
+        return table
+    values = table.columns[column]
+    names = labels.named(values)
+    if absent := [old for old in relabel if old not in names]:
+        raise ConfigError(
+            f"{table.source} has no label {absent[0][:40]!r}, which is to be called "
+            f"{relabel[absent[0]][:40]!r}",
+            fix="Check --map-label, OLD=NEW.",
+        )
+    new = [
+        relabel.get(name, value) if isinstance(name, str) else value
+        for name, value in zip(names, values, strict=True)
+    ]
+    return replace(table, columns={**table.columns, column: new})
+
+
+def _first(table: RawTable, rows: int | None) -> RawTable:
+    if rows is None or rows >= len(table):
+        return table
+    columns = {name: values[:rows] for name, values in table.columns.items()}
+    return RawTable(table.source, columns, table.lines[:rows])
 
 
 def check_test(spec: DataSpec, test: int, rows: int) -> None:
@@ -220,19 +263,6 @@ def check_test(spec: DataSpec, test: int, rows: int) -> None:
         f"data.test-fraction = {spec.test_fraction:g} of {rows:,} rows leaves the server no test row (one "
         "of every class and owner stays in training)",
         fix="raise data.test-fraction, give more rows, or name a file in data.test-source",
-    )
-
-
-def of_site(spec: DataSpec, source: str) -> DataSpec:
-    """The run's table for a site that has a file of its own: all of it is the site's to train on."""
-    # What would divide one source among many has no meaning here, nor has its column.
-    return spec.model_copy(
-        update={
-            "source": source,
-            "test_source": None,
-            "test_fraction": 0.0,
-            "partition": PartitionSpec(kind="iid"),
-        }
     )
 
 

@@ -347,6 +347,9 @@ class TaskSpec(Table):
         lean: this machine grants limited memory: of the base it loads only the blocks that a plan
             names.
         attack: which sites of a simulation lie, and how; None of none.
+        quorum: clients without whose replies no round counts, as the server says; 0 says nothing.
+        relabel: what a client's own labels are called in the run; a server's is not looked at.
+        most_rows: rows that a client brings at most, the first ones; a server's is not looked at.
     """
 
     model: ModelSpec
@@ -366,3 +369,6 @@ class TaskSpec(Table):
     classes: tuple[str, ...] = ()
     lean: bool = False
     attack: AttackSpec | None = None
+    quorum: Annotated[int, Field(ge=0)] = 0
+    relabel: dict[str, str] = {}
+    most_rows: PositiveInt | None = None

@@ -18,6 +18,7 @@ import grpc.aio
 from flwr.app import Error, Message, RecordDict
 
 from fedft.core.errors import UpdateRejected
+from fedft.core.link import codes
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, Expected, Ticket, describe
 from fedft.core.link.stream import Broken, Pipe, first_to_end
@@ -282,7 +283,7 @@ class Stream:
         self.dismissed = True
         await self._pipe.say(drain=word)
         message = await self._pipe.read(self._timing.handshake)
-        raise Left(message.goodbye.reason[:500])
+        raise Left(codes.told(message.goodbye.reason))
 
     async def _offer(self) -> pb.Offer:
         """The client's offer, once it has loaded; heartbeats come before it."""
@@ -295,7 +296,7 @@ class Stream:
                 case "heartbeat":
                     await self._beat(message.heartbeat)
                 case "goodbye":
-                    raise Left(message.goodbye.reason[:500])
+                    raise Left(codes.told(message.goodbye.reason))
                 case other:
                     raise Refused(f"an offer was expected, not {other}")
         raise Refused("the client did not load its model and data in time", retry=True)
@@ -361,7 +362,7 @@ class Stream:
                 case "chunk":
                     await self._chunk(message.chunk.data)
                 case "goodbye":
-                    raise Left(message.goodbye.reason[:500])
+                    raise Left(codes.told(message.goodbye.reason))
                 case other:
                     raise Refused(f"{other} makes no sense in the middle of a stream")
             if self._inbox is not None and self._inbox.overdue(self._timing):
@@ -440,7 +441,7 @@ class _Upload:
 def _error(failure: pb.Failure) -> Error:
     """What a client says went wrong. What only a server finds is not a client's to claim."""
     code = APP_RAISED if failure.code in SERVERS else failure.code
-    return Error(code, failure.reason[:1000])
+    return Error(code, codes.told(failure.reason))
 
 
 def _assembly(result: pb.Result, pending: Pending) -> Assembly | None:

@@ -365,7 +365,7 @@ def test_a_life_of_random_kills_tears_and_runs_never_counts_too_little(tmp_path:
 class Desk:
     """A client with its data, asked by a server that may say anything."""
 
-    def __init__(self, model: Path, data: Path, folder: Path) -> None:
+    def __init__(self, model: Path, data: Path, folder: Path, run: str = "run") -> None:
         self.told: list[str] = []
         self.task = TaskSpec(
             model=ModelSpec(source=str(model)),
@@ -373,11 +373,12 @@ class Desk:
             data=DataSpec(source="own"),
             classes=("animal", "plant", "tool"),
         )
-        site = Site(data, ledger=folder / "ledger")
+        site = Site(data, model=str(model), ledger=folder / "ledger")
         self.resident = Resident("ann", site, KeptParts(folder / "kept"), self.told.append)
         found = models.fingerprint(models.resolve(self.task.model))
         wanted = {**found, "data_schema": data_schema(self.task, self.task.classes)}
-        self.examples = self.resident.load("run", self.task.model_dump_json(), wanted).examples
+        self.run = run
+        self.examples = self.resident.load(run, self.task.model_dump_json(), wanted).examples
 
     @property
     def ledger(self) -> Ledger:
@@ -389,12 +390,13 @@ class Desk:
         assert self.resident._bench is not None
         return self.resident._bench.initial(4)
 
-    def train(self, training: LocalTraining, run: str = "run", round_: int = 1) -> Any:
+    def train(self, training: LocalTraining, round_: int = 1) -> Any:
         plan = TrainPlan(start=self.start, training=training, round=round_, site="ann")
-        return self.work("train", codec.Encoder("{}").train(plan), run, round_)
+        return self.work("train", codec.Encoder("{}").train(plan), self.run, round_)
 
     def evaluate(self, plan: EvalPlan) -> Any:
-        return self.work("evaluate", codec.Encoder("{}").evaluate(plan), "run", 1)
+        plan = replace(plan, round=1, site="ann")
+        return self.work("evaluate", codec.Encoder("{}").evaluate(plan), self.run, 1)
 
     def work(self, kind: str, content: Any, run: str, round_: int) -> Any:
         plan = content.config_records["config"]["plan"]
@@ -418,7 +420,8 @@ def test_it_enters_what_it_did_and_says_so(desk: Desk, tiny_model: Path, tmp_pat
     one = Release("dp-sgd", 1.25, 6 / 30, 2)
     assert desk.ledger.account().epsilon() == epsilon(one)
     assert desk.told[-1] == f"privacy spent: ε = {epsilon(one):.4g} at δ = 1e-05 over 1 result"
-    desk.train(replace(DP, steps=None, epochs=3, dp_noise=2.0), "another-run", 7)
+    another = Desk(tiny_model, tmp_path / "own.jsonl", tmp_path, "another-run")
+    another.train(replace(DP, steps=None, epochs=3, dp_noise=2.0), 7)
     two = Release("dp-sgd", 2.0, 6 / 30, 15)
     assert desk.ledger.account().epsilon() == epsilon(one, two)
     other = tmp_path / "moved"
@@ -433,21 +436,35 @@ def test_it_enters_what_it_did_and_says_so(desk: Desk, tiny_model: Path, tmp_pat
 
 def test_a_plan_without_noise_and_one_with_less_are_entered_as_such(desk: Desk) -> None:
     """A server that strips the noise, or lowers it, changes the account, not what it says."""
-    desk.train(DP)
-    desk.train(replace(DP, dp_noise=0.5), round_=2)
+    desk.train(replace(DP, dp_noise=0.0))
+    desk.train(DP, round_=2)
+    desk.train(replace(DP, dp_noise=0.5), round_=3)
     expected = epsilon(Release("dp-sgd", 1.25, 0.2, 2), Release("dp-sgd", 0.5, 0.2, 2))
-    assert desk.ledger.account().epsilon() == expected
-    desk.train(replace(DP, dp_noise=0.0), round_=3)
     account = desk.ledger.account()
     assert account.epsilon() == math.inf and account.protected_epsilon() == expected
     assert "without differential privacy" in desk.told[-1]
+
+
+def test_a_run_that_trained_with_noise_never_trains_with_less(desk: Desk) -> None:
+    """Row 72: without a policy of the client's, too."""
+    desk.train(DP)
+    for noise in (0.0, 0.5, 1.2499):
+        refused = desk.train(replace(DP, dp_noise=noise), round_=2)
+        assert isinstance(refused, Failure) and refused.reason == "privacy"
+        assert "its privacy was taken out" in refused.details
+    compared = desk.evaluate(EvalPlan(desk.start, probe="block-influence"))
+    assert isinstance(compared, Failure) and compared.reason == "privacy"
+    assert desk.ledger.account().results == 1, "nothing was done"
+    assert not isinstance(desk.train(replace(DP, dp_noise=2.0), round_=2), Failure)
 
 
 def test_scores_and_comparisons_of_ones_own_examples_are_entered(desk: Desk) -> None:
     desk.evaluate(EvalPlan(adapter=desk.start, split="test"))
     desk.evaluate(EvalPlan(adapter=desk.start, split="holdout", site="ann"))
     assert desk.ledger.account() == Account(), "there were no examples to look at"
-    assert not isinstance(desk.evaluate(EvalPlan(desk.start, probe="norm", site="ann")), Failure)
+    assert not isinstance(
+        desk.evaluate(EvalPlan(desk.start, probe="block-influence", site="ann")), Failure
+    )
     assert desk.ledger.account().unprotected == 1
 
 
@@ -468,7 +485,7 @@ def test_what_cannot_be_entered_does_not_leave(desk: Desk, monkeypatch: pytest.M
         outcome = desk.train(DP)
     assert isinstance(outcome, Failure)
     assert str(desk.ledger.path.parent) not in outcome.reason, "paths are the client's own business"
-    assert "No space left" in desk.told[-1]
+    assert outcome.reason == "ledger" and "No space left" in outcome.details
     assert not isinstance(desk.train(DP), Failure)
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from clients.own import Own
 from fedft.core import readers
-from fedft.core.data import RawData, codes, load, of_site, prepare, test_rows
+from fedft.core.data import RawData, codes, load, prepare, test_rows
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.examples import IGNORED, TokenExamples
 from fedft.core.raw import BadRows
@@ -261,7 +262,7 @@ def test_one_class_is_none(tmp_path: Path) -> None:
 
 def test_a_site_keeps_the_runs_classes(tmp_path: Path) -> None:
     """A site that holds one class of three still numbers it as the server does."""
-    spec = of_site(DataSpec(partition=PartitionSpec(column="gone")), str(tmp_path / "d.jsonl"))
+    spec = Own().data(DataSpec(partition=PartitionSpec(column="gone")), str(tmp_path / "d.jsonl"))
     jsonl(tmp_path / "d.jsonl", [{"text": "x", "label": "b"}] * 4)
     raw = load(spec, "classification", classes=("a", "b", "c"))
     assert raw.train.labels is not None and raw.train.labels.tolist() == [1] * 4

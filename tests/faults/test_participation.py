@@ -60,6 +60,7 @@ class Lab:
         kit = self.folder / f"{name}.kit"
         if not kit.exists():
             identity.invite(self.run_dir, name, kit)
+        options = {"model": self.table["model"]["source"], **options}
         about = (kind, kit, self.data, self.folder / name, QUICK, self.log(name), options)
         self.clients[name] = self._start(misbehaving.client, *about)
 
@@ -169,7 +170,7 @@ def test_eight_clients_of_which_five_misbehave_finish_within_their_deadlines(
     assert "hangs" in rounds[0]["failures"]["timeout"]
     assert "leaves" in here.counted(1) and "leaves" in here.counted(5)
     # Who misbehaves is told so, and who watches the server sees whom it waits for, and how long.
-    assert "round 1: train failed: RuntimeError: no disk" in here.said("raises")
+    assert "round 1: train failed: it failed (failed): RuntimeError: no disk" in here.said("raises")
     assert "round 1: train refused (nan: " in here.said("nan")
     line = r"round \d: \d of 8 answered; waiting for .*hangs \(training round \d\), 1\d s"
     assert re.search(line, here.said("server"))

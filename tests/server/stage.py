@@ -128,7 +128,8 @@ class Stage:
 
     def start_client(self, name: str, data: Path) -> None:
         ledger = self.ledgers or self.folder / "ledger"
-        site = Site(data, rank=self.ranks.get(name), threads=1, ledger=ledger)
+        model = self.config.model.source
+        site = Site(data, self.ranks.get(name), threads=1, model=model, ledger=ledger)
         process = self.processes.Process(
             target=join,
             args=(self.folder / f"{name}.kit", site),

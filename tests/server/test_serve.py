@@ -401,6 +401,7 @@ def test_the_commands_as_a_user_types_them(
             kit = tmp_path / f"{name}.kit"
             assert "fedft join" in here("invite", name, "--run-dir", run_dir, "-o", kit)
             options = ("--data", tiny_data, "--threads", "1", "--give-up", "60")
+            options += ("--model", table["model"]["source"])
             environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / name)}
             running.append(fedft("join", kit, *options, env=environment))
         out, err = running[0].communicate(timeout=200)
