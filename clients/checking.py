@@ -6,7 +6,7 @@ from clients.policy import Policy
 from fedft.core.data import Data
 from fedft.core.errors import Interrupted
 from fedft.core.link.codes import coded
-from fedft.core.partition import split_holdout
+from fedft.core.partition import split_holdout, undivided
 from fedft.core.spec import TaskSpec
 
 
@@ -32,8 +32,9 @@ def report(run: str, task: TaskSpec, data: Data, policy: Policy) -> list[str]:
         data: read by it.
         policy: of this client.
     """
-    every = np.arange(len(data.train))
-    rows, held = split_holdout(every, task.data.holdout, task.seed, task.site or "")
+    name = task.site or ""
+    own = undivided(len(data.train), name).rows_of(0)
+    rows, held = split_holdout(own, task.data.holdout, task.seed, name)
     lines = [
         f"run {run}: {task.model.task} with {task.model.source}, adapters of rank {task.lora.rank}",
         f"{task.data.source}: {len(rows):,} rows to train on, {len(held):,} held out to judge by",

@@ -425,6 +425,7 @@ class Resident:
         for what, asked, own in (
             ("run", ticket.run, self._run),
             ("client", ticket.site, self.name),
+            ("client", fields.site, self.name),
             ("round", str(fields.round), str(ticket.round)),
         ):
             if asked != own:

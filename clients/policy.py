@@ -5,9 +5,9 @@ The server learns of a refusal by one word of :mod:`fedft.core.link.codes`; the 
 client's own screen. The defaults let an honest run through and bound what a plan can cost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -150,11 +150,10 @@ class Policy(Table):
             (max(task.lora.layers or (0,)), "most_rank", "its highest block"),
         ):
             self._at_most(value, key, what)
-        for name, value in task.lora.options.items():
-            if isinstance(value, int) and abs(value) > self.most_rank and "key" not in name:
-                raise _refused(
-                    "limits", f"[lora] options ask for {name[:40]} = {value}", "most_rank"
-                )
+        for name, value in _numbers_in(task.lora.options):
+            if abs(value) > self.most_rank and "key" not in name:
+                what = f"[lora] options ask for {name[:40]} = {_short(value)}"
+                raise _refused("limits", what, "most_rank")
         if task.quorum < self.least_clients and self.least_clients > 1:
             raise _refused(
                 "clients",
@@ -261,6 +260,19 @@ class Policy(Table):
         limit = getattr(self, key)
         if value > limit:
             raise _refused("limits", f"{what} is {_short(value)}, above {limit:,}", key)
+
+
+def _numbers_in(options: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers among options and in their tables and lists."""
+    for name, value in options.items():
+        held: Iterable[Any] = (
+            cast(Mapping[str, Any], value).values()
+            if isinstance(value, Mapping)
+            else cast(list[Any], value)
+            if isinstance(value, list)
+            else (value,)
+        )
+        yield from ((name, one) for one in held if isinstance(one, int))
 
 
 def _short(value: int) -> str:

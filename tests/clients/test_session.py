@@ -357,6 +357,27 @@ class TestExactlyOnce:
         assert len(worker.done) == 2
         assert "round 1: train refused (nan: a contains NaN); waiting for work" in going.said
 
+    def test_no_server_can_pile_up_work(self, host: Host, run: Callable[..., Running]) -> None:
+        """Each piece holds an adapter: beyond a few the line is cut, and what is held is done."""
+        worker = Counter()
+        worker.go.clear()
+        going = run(worker)
+        line = host.line().welcome()
+        for round_ in range(1, 40):
+            line.work(round_)
+        again = host.line().welcome()
+        assert len(going.session._jobs) == 16
+        assert any("more work than it takes results of" in text for text in going.said)
+        worker.go.set()
+        until(lambda: len(worker.done) == 16)
+        first = again.hear("result")
+        again.judge(
+            first.ticket, pb.SEND
+        )  # positive control: there is room again for what is taken
+        again.judge(first.ticket, pb.ACCEPTED)
+        again.work(50)
+        until(lambda: len(worker.done) == 17)
+
     def test_it_says_what_it_does(self, host: Host, run: Callable[..., Running]) -> None:
         worker = Counter()
         worker.go.clear()

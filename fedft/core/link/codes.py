@@ -8,6 +8,7 @@ the text (``fedft join --send-details``).
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
+from fedft.core.drawn import Overtime
 from fedft.core.errors import (
     ConfigError,
     EnvironmentFailure,
@@ -47,6 +48,7 @@ LONGEST = 500
 
 _CODE = "code"
 _BY_TYPE: tuple[tuple[type[FedftError], str], ...] = (
+    (Overtime, "time"),
     (Interrupted, "stopped"),
     (EnvironmentFailure, "environment"),
     (SecurityRefusal, "task"),
