@@ -213,7 +213,7 @@ def _relabelled(table: RawTable, column: str, relabel: Mapping[str, str]) -> Raw
     if not relabel or column not in table.columns:
         return table
     values = table.columns[column]
-    names = labels.named(values)
+    names = labels.named(values, relabel)
     if absent := [old for old in relabel if old not in names]:
         raise ConfigError(
             f"{table.source} has no label {absent[0][:40]!r}, which is to be called "

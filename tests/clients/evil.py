@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +124,7 @@ class Evil(link_pb2_grpc.FederationServicer):
 
 
 def meet(
-    evil: Evil, site: Site, folder: Path, stop: Callable[[], bool] = lambda: False
+    evil: Evil, site: Site, folder: Path, *, check: bool = False
 ) -> tuple[list[str], FedftError | None]:
     """A client joins.
 
@@ -141,14 +141,9 @@ def meet(
 
     def client() -> None:
         try:
-            join(
-                folder / "ann.kit",
-                site,
-                folder=folder / "site",
-                tell=said.append,
-                stop=stop,
-                timing=BRISK,
-            )
+            kit, own = folder / "ann.kit", folder / "site"
+            last = join(kit, site, folder=own, tell=said.append, timing=BRISK, check=check)
+            said.append(last)
             ended.append(None)
         except FedftError as error:
             ended.append(error)
