@@ -24,6 +24,7 @@ from clients.agreed import Agreement
 from clients.app import CLIENT_ERROR, app
 from clients.checking import Looked, looked, report
 from clients.enrolment import Renewal, enrolled, pinned
+from clients.kept import KeptParts
 from clients.ledger import Ledger, Release, release_of, usable
 from clients.ledger import default_folder as default_ledgers
 from clients.own import Own
@@ -31,7 +32,7 @@ from clients.policy import EvalFields, Policy, TrainFields, plan_of
 from clients.request import folder_of_key
 from clients.session import Connection, Failure, Offer, Session, Timing
 from clients.workbench import Workbench, prepared, workbench
-from fedft.core import codec, models, system
+from fedft.core import models, system
 from fedft.core.drawn import within
 from fedft.core.errors import (
     ConfigError,
@@ -41,7 +42,7 @@ from fedft.core.errors import (
     SecurityRefusal,
     UpdateRejected,
 )
-from fedft.core.files import Files, disk, place
+from fedft.core.files import disk
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.codes import NUMBERS, coded, under, word_of
 from fedft.core.link.framing import Expected, Ticket, data_schema
@@ -64,8 +65,6 @@ BITS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "tf32": 19}
 
 AGREED = "task.json"
 """File of a site's folder that says which task it has joined."""
-_VERSIONS = 3
-"""Rounds of which the kept parts stay on disk: the server may go back to an older checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -220,63 +219,6 @@ def _occupied(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-# ── the parts that stay ───────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class KeptParts:
-    """A site's own parts on disk: one file a round, so that a round can be done again.
-
-    A server that dies in round n asks for round n again, and the site must then start from what
-    it had before: the newest version of an *earlier* round.
-
-    Args:
-        folder: made when it is needed.
-    """
-
-    folder: Path
-
-    def before(self, ticket: Ticket) -> RecordDict:
-        """The state to work on: of earlier rounds for training, up to the round's for judging."""
-        last = ticket.round if ticket.kind == "evaluate" else ticket.round - 1
-        rounds = [r for r in self._rounds(ticket.run) if r <= last]
-        if not rounds:
-            return RecordDict()
-        from safetensors.torch import load_file
-
-        tensors = load_file(self._file(ticket.run, rounds[-1]))
-        return RecordDict({codec.KEPT: codec.arrays_from(tensors)})
-
-    def store(self, ticket: Ticket, state: RecordDict) -> None:
-        """Keep what a round of training left; on disk before its result is sent."""
-        record = state.array_records.get(codec.KEPT)
-        if ticket.kind != "train" or record is None:
-            return
-        from safetensors.torch import save
-
-        path = self._file(ticket.run, ticket.round)
-        with disk(f"create {path.parent}"):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place(Files(), path, save(codec.tensors_from(record)))
-        with disk(f"write {path}"):
-            Files().sync_folder(path.parent)
-
-    def judged(self, ticket: Ticket, *, counted: bool) -> None:
-        """Forget what a round left that did not count, and what is too old to be asked for."""
-        if ticket.kind != "train":
-            return
-        if not counted:
-            self._file(ticket.run, ticket.round).unlink(missing_ok=True)
-        for round_ in self._rounds(ticket.run)[:-_VERSIONS]:
-            self._file(ticket.run, round_).unlink(missing_ok=True)
-
-    def _rounds(self, run: str) -> list[int]:
-        return sorted(int(f.stem[6:]) for f in child(self.folder, run).glob("round-*.safetensors"))
-
-    def _file(self, run: str, round_: int) -> Path:
-        return child(self.folder, run) / f"round-{round_:08d}.safetensors"
 
 
 # ── the work ──────────────────────────────────────────────────────────────────────────────────

@@ -139,7 +139,8 @@ def test_it_joins_a_real_server(
         kit = tmp_path / "ann.kit"
         identity.invite(run, "ann", kit)
         options = ("--data", str(tiny_data), "--site-dir", str(tmp_path / "site"), "--threads", "1")
-        join = ["join", str(kit), *options, "--precision", "bf16"]
+        model = ("--model", config.model.source)
+        join = ["join", str(kit), *options, *model, "--precision", "bf16"]
         kit.chmod(0o644)
         refused = bare(windows, *join)
         assert refused.returncode == 7 and "S-1-1-0 has rights on it" in refused.stderr
