@@ -60,6 +60,7 @@ from fedft.core.spec import Precision, TaskSpec
 logger = logging.getLogger(__name__)
 
 _MOST_RANK = 1 << 20
+_LONGEST_NAME = 200
 BITS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "tf32": 19}
 """Bits of a number, by which a reply says the precision that its client chose."""
 
@@ -260,6 +261,19 @@ class Resident:
         """
         if self.site.threads is not None:
             torch.set_num_threads(self.site.threads)
+        try:
+            return self._loaded(run, task, hashes)
+        except FedftError:
+            raise
+        except Exception as error:  # whatever a task leads to that no rule has foreseen
+            logger.debug("the task could not be loaded", exc_info=True)
+            failed = MismatchError(
+                f"this task cannot be done here: {type(error).__name__}: {error}",
+                fix="Show this line to whoever runs the server, if there is nothing of yours in it.",
+            )
+            raise coded(failed, word_of(error)) from error
+
+    def _loaded(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
         own = self.own_task(run, task_of(task))
         with under("model"):
             found = self.model(own, hashes)
@@ -428,6 +442,8 @@ class Resident:
         Raises:
             SecurityRefusal: the policy does not allow it, or it is another one than before.
         """
+        if len(run) > _LONGEST_NAME:
+            raise coded(MismatchError(f"the name of the run has {len(run):,} characters"), "task")
         self.site.policy.check_task(given)
         source = self.site.policy.check_source(given.model, self.site.model)
         if given.model.trust_remote_code and not self.site.trust_remote_code:

@@ -40,7 +40,8 @@ class Policy(Table):
     """The conditions of one client. Keys are in kebab-case in the file.
 
     Attributes:
-        least_noise: noise multiplier of DP-SGD that every training has at least; None asks for none.
+        least_noise: noise multiplier of DP-SGD that every training has at least; what says anything
+            about the rows without noise is refused then. None asks for none.
         most_epsilon: ε that all results on these data come to at most, those of earlier runs too; a
             result that no noise protects has no ε, and is refused. None sets no limit.
         delta: at which this ε is accounted.
@@ -241,6 +242,8 @@ class Policy(Table):
                     ),
                     "privacy",
                 )
+        if self.least_noise is not None and release.mechanism == "none":
+            raise _refused("privacy", "no noise would protect this result", "least_noise")
         if self.most_epsilon is None:
             return
         epsilon = ledger.would_spend(release, delta=self.delta)

@@ -51,7 +51,7 @@ UNUSABLE = 102
 """Code of a failure for work that this client cannot do as it was sent."""
 
 _KEPT_RESULTS = 2
-_MOST_WORK = 16
+_MOST_WORK = 8
 """Pieces of work that are held at a time: each holds an adapter, or a result."""
 _LINGER_S = 0.5
 _MEANT = 4
@@ -160,6 +160,7 @@ class _Job:
     announced: bool = False  # on the present connection
     judged: bool = False
     wanted: bool = True
+    given: tuple[str, RecordDict] | None = None  # plan and content, until it is done or called off
 
 
 class _Paused(Exception):
@@ -296,35 +297,38 @@ class Session:
         """Start on work that came, or give back what came of it before."""
         job = self._jobs.get(ticket)
         if job is None:
-            if sum(not job.judged for job in self._jobs.values()) >= _MOST_WORK:
+            if sum(one.wanted and not one.judged for one in self._jobs.values()) >= _MOST_WORK:
                 raise Broken("the server sends more work than it takes results of")
-            self._jobs[ticket] = job = _Job(ticket)
-            task = asyncio.create_task(self._do(job, plan, content))
+            self._jobs[ticket] = job = _Job(ticket, given=(plan, content))
+            task = asyncio.create_task(self._do(job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
+            if job.outcome is None:
+                job.given = (plan, content)
             job.judged, job.wanted = False, True
             self.offer_results()
 
     def call_off(self, ticket: Ticket) -> None:
         """Do not start on this any more."""
         if (job := self._jobs.get(ticket)) is not None:
-            job.wanted = False
+            job.wanted, job.given = False, None
 
     def outcome(self, ticket: Ticket) -> RecordDict | Failure | None:
         """What came of a piece of work."""
         job = self._jobs.get(ticket)
         return job.outcome if job is not None else None
 
-    async def _do(self, job: _Job, plan: str, content: RecordDict) -> None:
+    async def _do(self, job: _Job) -> None:
         loop, ticket = asyncio.get_running_loop(), job.ticket
 
         def work() -> RecordDict | Failure | None:
-            if not job.wanted:
+            given = job.given
+            if not job.wanted or given is None:
                 return None  # called off while it waited behind other work: nothing is lost
             loop.call_soon_threadsafe(self._begun, ticket)
             try:
-                return self.worker.work(ticket, plan, content)
+                return self.worker.work(ticket, *given)
             except Exception as error:  # a bug here must not leave the server waiting
                 logger.exception("work on %s failed", ticket)
                 return Failure(UNUSABLE, codes.OTHER, f"{type(error).__name__}: {error}")
@@ -334,7 +338,7 @@ class Session:
                 self._jobs.pop(ticket, None)
                 return
             # It was asked for again just after it was called off.
-        job.outcome = outcome
+        job.outcome, job.given = outcome, None
         self.does(pb.WAITING)
         if isinstance(outcome, Failure):
             why = codes.told(codes.reason(outcome.reason, outcome.details, send_details=True))

@@ -267,21 +267,29 @@ TASKS: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"exec": "import os"}, "task"),
     "digits": ({"seed": "9" * 5000}, "task"),
     "task": ({"model": {"task": "generation"}}, "task"),
+    "blocks": ({"lora": {"layers": [10**9]}}, "limits"),
+    "no block": ({"lora": {"layers": [-7]}}, "task"),
+    "no module": ({"lora": {"target_modules": ["nothing.here"]}}, "task"),
+    "method": ({"lora": {"method": "os.system"}}, "task"),
+    "device": ({"precision": "fp8"}, "task"),
+    "bits": ({"model": {"load_in": "4bit"}}, "task"),
 }
 
 
-@pytest.mark.parametrize("name", [*TASKS, "nested", "nothing"])
+@pytest.mark.parametrize("name", [*TASKS, "nested", "nothing", "name"])
 def test_tasks_that_are_bombs(
     name: str, task: TaskSpec, site: Site, liar: Callable[..., Evil], tmp_path: Path
 ) -> None:
     text, word = ("[" * 100_000, "task") if name == "nested" else ("", "task")
+    if name == "name":
+        text = task.model_dump_json()
     if name in TASKS:
         change, word = TASKS[name]
         table = json.loads(task.model_dump_json())
         for key, value in change.items():
             table[key] = {**table[key], **value} if isinstance(value, dict) else value
         text = json.dumps(table)
-    evil = liar(text)
+    evil = liar(text, run="x" * 201 if name == "name" else "run")
     meet(evil, site, tmp_path / "asked")
     only_a_word(evil, word)
 
@@ -451,11 +459,12 @@ def test_a_server_that_strips_the_noise_gets_a_word(
     stripped = asked(task, tiny_model)
     weak = asked(task, tiny_model, replace(DP, dp_noise=1e-3))
     strong = asked(task, tiny_model, DP)
-    evil = liar(task, stripped, weak, strong)
+    compared = judged(task, tiny_model, probe="block-influence")
+    evil = liar(task, stripped, weak, compared, strong)
     said, error = meet(evil, replace(site, policy=Policy(**policy)), tmp_path / "asked")
-    assert error is None and evil.refusals == ["privacy", "privacy"]
+    assert error is None and evil.refusals == ["privacy"] * 3
     assert evil.results[-1].WhichOneof("outcome") == "content", "positive control"
-    assert sum("its policy wants more privacy" in line for line in said) == 2
+    assert sum("its policy wants more privacy" in line for line in said) == 3
     # Without a policy the same plans are followed, and entered as what they are.
     trusting = liar(task, stripped, weak, strong)
     meet(trusting, replace(site, ledger=tmp_path / "other"), tmp_path / "trusting")

@@ -366,17 +366,37 @@ class TestExactlyOnce:
         for round_ in range(1, 40):
             line.work(round_)
         again = host.line().welcome()
-        assert len(going.session._jobs) == 16
+        assert len(going.session._jobs) == 8
         assert any("more work than it takes results of" in text for text in going.said)
         worker.go.set()
-        until(lambda: len(worker.done) == 16)
+        until(lambda: len(worker.done) == 8)
         first = again.hear("result")
         again.judge(
             first.ticket, pb.SEND
         )  # positive control: there is room again for what is taken
         again.judge(first.ticket, pb.ACCEPTED)
         again.work(50)
-        until(lambda: len(worker.done) == 17)
+        until(lambda: len(worker.done) == 9)
+
+    def test_work_that_was_called_off_holds_nothing_and_takes_no_place(
+        self, host: Host, run: Callable[..., Running]
+    ) -> None:
+        """A client that is slow for many rounds is not cut off for what was called off meanwhile."""
+        worker = Counter()
+        worker.go.clear()
+        going = run(worker)
+        line = host.line().welcome()
+        line.work(1)
+        for round_ in range(2, 40):
+            line.say(cancel=pb.Cancel(tickets=[line.work(round_)]))
+        last = line.work(50)
+        until(lambda: len(going.session._jobs) == 40)
+        held = [job for job in going.session._jobs.values() if job.given is not None]
+        assert len(held) == 2
+        worker.go.set()
+        assert line.hear("result").ticket.round == 1
+        assert line.hear("result").ticket == last
+        assert [ticket.round for ticket in worker.done] == [1, 50]
 
     def test_it_says_what_it_does(self, host: Host, run: Callable[..., Running]) -> None:
         worker = Counter()
