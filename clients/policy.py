@@ -344,7 +344,7 @@ class TrainFields(_Plan):
 
     train: list[Part]
     send: list[Part]
-    basis: Annotated[int, Field(ge=0, lt=2**64)] | None
+    basis: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     training: Training
     heads: list[Index] | None
 

@@ -1,25 +1,30 @@
 """A policy in a file and in options; a file in its owner's words; what a check shows."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from clients.agreed import Agreement
 from clients.join import KeptParts, Resident, Site
 from clients.own import Own, mapping
-from clients.policy import Policy
+from clients.policy import Policy, TrainFields, plan_of
 from fedft.cli import cli
-from fedft.core import models
+from fedft.core import codec, models
 from fedft.core.data import load
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.link import codes
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import data_schema
-from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
+from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, TrainingSpec
+from fedft.core.sublayers import Sublayer
+from fedft.core.types import EvalPlan, LocalTraining
 from tests.clients.evil import Evil, meet
+from tests.strategies.test_laws import TABLE, fleet, initial, warm
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────
 
@@ -234,3 +239,33 @@ def test_the_options_of_the_command(tmp_path: Path, tiny_data: Path) -> None:
     assert isinstance(wrong, ConfigError) and "is not valid TOML" in str(wrong)
     wrong = fedft(*join, "--policy", policy.with_suffix(".none")).exception
     assert isinstance(wrong, ConfigError) and "cannot read" in str(wrong)
+
+
+# ── honest plans ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_the_plans_of_every_rule_pass(name: str) -> None:
+    """As strict as a client is with a plan, and as it is without options."""
+    rule = TABLE[name].rule
+    for state in (initial(rule, torch.float32), warm(rule)):
+        for site in fleet(rule):
+            asked = TrainingSpec(dp=DPSpec(), clip_norm=0).local()
+            plan = replace(rule.plan(state, site), site="ann", round=3)
+            for training in (asked.overlaid(plan.training), LocalTraining(steps=7)):
+                content = codec.Encoder("{}").train(replace(plan, training=training))
+                fields = plan_of("train", json.dumps(codec.message_fields(content)))
+                assert isinstance(fields, TrainFields)
+                assert fields.training.local() == replace(training, asked=())
+                Policy().check_training(fields.training.local(), fields.rank, 1000, 0)
+
+
+@pytest.mark.parametrize("layers", [None, (0, 2), (Sublayer(1, "attention"), 2)])
+@pytest.mark.parametrize("probe", [None, "block-influence", "ablation"])
+def test_plans_to_judge_pass(layers: Any, probe: Any) -> None:
+    for split in ("test", "holdout"):
+        state = initial(TABLE[next(iter(TABLE))].rule, torch.float32)
+        plan = EvalPlan(state.adapter, split=split, layers=layers, probe=probe, site="ann")
+        content = codec.Encoder("{}").evaluate(plan)
+        fields = plan_of("evaluate", json.dumps(codec.message_fields(content)))
+        assert fields.layers is None or tuple(fields.layers) == layers

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
+from clients.policy import plan_of
 from clients.session import Connection, Failure, Offer, Session
 from clients.session import Timing as ClientTiming
-from fedft.core import codec, models, seeds
+from fedft.core import codec, models, seeds, trial
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
@@ -56,6 +57,7 @@ class Stub:
 
     def work(self, ticket: Ticket, plan: str, content: RecordDict) -> RecordDict | Failure:
         self.done.append(ticket)
+        plan_of(ticket.kind, plan)  # as strictly as a client reads it
         content["config"] = ConfigRecord({"plan": plan, "task": ""})
         good = self._trained(content) if ticket.kind == "train" else self._compared(content)
         return self.answer(ticket, good) or good
@@ -174,6 +176,11 @@ def least_mib(config: RunConfig, rank: int) -> float:
 
 
 def answering(message: Message, *_: Any) -> Message:
-    """A central evaluation that costs nothing: the same sums for every slice of the test set."""
+    """A central evaluation that costs nothing: the same sums for every slice of the test set.
+
+    What is asked before round 1, whether the task can be trained at all, is answered by yes.
+    """
+    if message.metadata.message_type == MessageType.QUERY:
+        return Message(trial.answer(trial.Verdict("loop")), reply_to=message)
     sums = MetricRecord({"num-examples": 4, "loss-sum": 2.0, "correct": 3})
     return Message(RecordDict({"metrics": sums}), reply_to=message)

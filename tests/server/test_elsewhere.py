@@ -636,6 +636,7 @@ def test_a_federation_whose_authority_is_on_another_machine(
     server = machines.start(serve)
 
     join = f"join {{0}}.kit --data {tiny_data} --site-dir {{0}} --give-up 120 --threads 1"
+    join += f" --model {config.model.source}"
     # Strangers: known to the authority but not invited; of another authority; of no authority.
     fedft("ca request eve -o eve.csr --site-dir eve")
     fedft("ca sign ca eve.csr")
