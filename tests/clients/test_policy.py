@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from clients.agreed import Agreement
@@ -22,9 +21,10 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import data_schema
 from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, TrainingSpec
 from fedft.core.sublayers import Sublayer
-from fedft.core.types import EvalPlan, LocalTraining
+from fedft.core.types import Adapter, EvalPlan, LocalTraining
+from fedft.core.types import Site as Member
+from strategies import RULES, Strategy
 from tests.clients.evil import Evil, meet
-from tests.strategies.test_laws import TABLE, fleet, initial, warm
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────
 
@@ -244,28 +244,33 @@ def test_the_options_of_the_command(tmp_path: Path, tiny_data: Path) -> None:
 # ── honest plans ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
-def test_the_plans_of_every_rule_pass(name: str) -> None:
+def adapter(model: Path, rank: int = 3) -> Adapter:
+    lora = LoraSpec(rank=rank)
+    shapes = models.schema(ModelSpec(source=str(model)), lora, 3)
+    return models.initial_adapter(shapes, lora, rank, 0)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r().takes("lora")])
+def test_the_plans_of_every_rule_pass(rule: type[Strategy], tiny_model: Path) -> None:
     """As strict as a client is with a plan, and as it is without options."""
-    rule = TABLE[name].rule
-    for state in (initial(rule, torch.float32), warm(rule)):
-        for site in fleet(rule):
-            asked = TrainingSpec(dp=DPSpec(), clip_norm=0).local()
-            plan = replace(rule.plan(state, site), site="ann", round=3)
-            for training in (asked.overlaid(plan.training), LocalTraining(steps=7)):
-                content = codec.Encoder("{}").train(replace(plan, training=training))
-                fields = plan_of("train", json.dumps(codec.message_fields(content)))
-                assert isinstance(fields, TrainFields)
-                assert fields.training.local() == replace(training, asked=())
-                Policy().check_training(fields.training.local(), fields.rank, 1000, 0)
+    made = rule()
+    state = made.init(adapter(tiny_model))
+    for rank in (None, 2) if made.mixed_ranks else (None,):
+        asked = TrainingSpec(dp=DPSpec(), clip_norm=0).local()
+        plan = replace(made.plan(state, Member("ann", 9, rank=rank)), site="ann", round=3)
+        for training in (asked.overlaid(plan.training), LocalTraining(steps=7)):
+            content = codec.Encoder("{}").train(replace(plan, training=training))
+            fields = plan_of("train", json.dumps(codec.message_fields(content)))
+            assert isinstance(fields, TrainFields)
+            assert fields.training.local() == replace(training, asked=())
+            Policy().check_training(fields.training.local(), fields.rank, 1000, 0)
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2), (Sublayer(1, "attention"), 2)])
 @pytest.mark.parametrize("probe", [None, "block-influence", "ablation"])
-def test_plans_to_judge_pass(layers: Any, probe: Any) -> None:
+def test_plans_to_judge_pass(layers: Any, probe: Any, tiny_model: Path) -> None:
     for split in ("test", "holdout"):
-        state = initial(TABLE[next(iter(TABLE))].rule, torch.float32)
-        plan = EvalPlan(state.adapter, split=split, layers=layers, probe=probe, site="ann")
+        plan = EvalPlan(adapter(tiny_model), split=split, layers=layers, probe=probe, site="ann")
         content = codec.Encoder("{}").evaluate(plan)
         fields = plan_of("evaluate", json.dumps(codec.message_fields(content)))
         assert fields.layers is None or tuple(fields.layers) == layers
