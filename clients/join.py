@@ -60,7 +60,6 @@ from fedft.core.spec import Precision, TaskSpec
 logger = logging.getLogger(__name__)
 
 _MOST_RANK = 1 << 20
-_LONGEST_NAME = 200
 BITS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "tf32": 19}
 """Bits of a number, by which a reply says the precision that its client chose."""
 
@@ -442,8 +441,6 @@ class Resident:
         Raises:
             SecurityRefusal: the policy does not allow it, or it is another one than before.
         """
-        if len(run) > _LONGEST_NAME:
-            raise coded(MismatchError(f"the name of the run has {len(run):,} characters"), "task")
         self.site.policy.check_task(given)
         source = self.site.policy.check_source(given.model, self.site.model)
         if given.model.trust_remote_code and not self.site.trust_remote_code:

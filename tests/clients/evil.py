@@ -23,6 +23,10 @@ from fedft.core.link.secrets import Kit
 BRISK = Timing(heartbeat=0.5, silence=20.0, first_delay=0.05, longest_delay=0.2, give_up=10.0)
 
 
+class Gone(Exception):
+    """The client has hung up."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """One piece of work as a liar asks for it; ``run``, ``site`` and ``number`` stand on the ticket."""
@@ -71,7 +75,7 @@ class Evil(link_pb2_grpc.FederationServicer):
         self._server.stop(grace=None).wait(5)
 
     def Session(self, request_iterator: Any, context: Any) -> Iterator[pb.FromServer]:
-        with contextlib.suppress(StopIteration, grpc.RpcError):
+        with contextlib.suppress(Gone, grpc.RpcError):
             yield from self._talk(request_iterator)
 
     def _talk(self, requests: Any) -> Iterator[pb.FromServer]:
@@ -99,7 +103,9 @@ class Evil(link_pb2_grpc.FederationServicer):
 
     def _hear(self, requests: Any, *kinds: str) -> pb.FromSite:
         while True:
-            message = next(requests)
+            message = next(requests, None)
+            if message is None:
+                raise Gone
             self.heard.append(message)
             if message.WhichOneof("body") in kinds:
                 return message
