@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from fedft.core import codec, stock
 from fedft.core.batches import eval_batches
@@ -98,7 +99,8 @@ def verify(
             fix="The run is kept. Report this with its config.toml; [engine] verify = false ends it "
             "without this check.",
         )
-    return {"rows": float(sum(t.count for t in theirs)), "difference": worst}
+    rows = sum(len(_of_shard(test, shard, count)) for shard in shards)
+    return {"rows": rows, "difference": worst}
 
 
 def _loss(tally: Tally) -> float:
@@ -107,7 +109,11 @@ def _loss(tally: Tally) -> float:
 
 def _rows(test: Examples, shard: int, count: int) -> Iterator[Batch]:
     """As a worker cuts them."""
-    return eval_batches(test, np.arange(len(test))[shard::count])
+    return eval_batches(test, _of_shard(test, shard, count))
+
+
+def _of_shard(test: Examples, shard: int, count: int) -> NDArray[np.int64]:
+    return np.arange(len(test))[shard::count]
 
 
 def _of_run(

@@ -93,6 +93,8 @@ def test_a_model_without_an_end_of_text_is_told(tiny_table: Table, tmp_path: Pat
         told = run.environment()["special_tokens"]["end"]
         assert told == (None if end is None else tokenizer.eos_token_id)
         assert any("no end-of-text token" in note for note in notes.kept) == (end is None)
+        rows, counted = (run.summary()[key] for key in ("verified", "final"))
+        assert (rows["rows"], set(counted)) == (4, {"loss", "perplexity"}), "rows, not tokens"
 
 
 def test_the_export_scores_in_stock_peft_what_the_run_says(
