@@ -192,10 +192,11 @@ def compare(
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
     """
-    parsed = _config(config, None, None, settings or {})
+    rules = list(strategies) if arms is None else []
+    parsed = own_server("config").configured(config, settings or {}, rules)
     folder = Path(run_dir)
     server = own_server("compare")
-    sides = server.rules(parsed, strategies) if arms is None else server.read_arms(Path(arms))
+    sides = server.rules(parsed, rules) if arms is None else server.read_arms(Path(arms))
     paths = server.compare(parsed, sides, list(seeds), folder)
     return Comparison(folder, tuple(Run(path) for path in paths))
 

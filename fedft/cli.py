@@ -95,16 +95,13 @@ def compare(
     from fedft.report.statistics import check_seeds
     from fedft.report.tables import summarise
 
-    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers))
+    names = [name.strip() for name in strategies.split(",")] if arms is None else []
+    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers), names)
     numbers = _numbers(seeds)
     if confidence is not None:
         check_seeds(len(numbers), confidence, "--confidence")
     comparison = own_server("compare")
-    sides = (
-        comparison.rules(parsed, strategies.split(","))
-        if arms is None
-        else comparison.read_arms(arms)
-    )
+    sides = comparison.rules(parsed, names) if arms is None else comparison.read_arms(arms)
     with _graceful() as stop, ComparisonConsole(len(sides) * len(numbers), json) as console:
         paths = comparison.compare(
             parsed, sides, numbers, run_dir, observer=console.cell, stop=stop

@@ -1,7 +1,7 @@
 """The configuration of a run: one TOML file, validated whole before anything starts."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -452,25 +452,30 @@ def check_real(config: RunConfig) -> None:
         )
 
 
-def load_config(path: Path, settings: Iterable[str] = ()) -> RunConfig:
+def load_config(path: Path, settings: Iterable[str] = (), rules: Sequence[str] = ()) -> RunConfig:
     """Read and validate a TOML file.
 
     Args:
         path: the file.
         settings: overrides such as ``training.lr=1e-3``; values are TOML, bare words are strings.
+        rules: as for :func:`configured`.
 
     Raises:
         ConfigError: naming the key, the rule and the nearest valid name.
     """
-    return configured(path, dict(_setting(text) for text in settings))
+    return configured(path, dict(_setting(text) for text in settings), rules)
 
 
-def configured(source: "str | Path | RunConfig", overrides: Mapping[str, Any]) -> RunConfig:
+def configured(
+    source: "str | Path | RunConfig", overrides: Mapping[str, Any], rules: Sequence[str] = ()
+) -> RunConfig:
     """A configuration with other values at some dotted keys.
 
     Args:
         source: a TOML file, or a validated configuration.
         overrides: such as ``{"training.lr": 1e-3, "strategy": {"name": "ffa-lora"}}``.
+        rules: the aggregation rules that are to be run in place of the configuration's. Where its
+            own is none of them the first takes its place: what nobody runs need not fit the rest.
 
     Raises:
         ConfigError: as for :func:`load_config`.
@@ -481,7 +486,19 @@ def configured(source: "str | Path | RunConfig", overrides: Mapping[str, Any]) -
         table, where = _read(Path(source)), str(source)
     for key, value in overrides.items():
         _override(table, key, value)
+    if rules and _rule(table) not in rules:
+        table["strategy"] = {"name": rules[0]}
     return parse_config(table, where)
+
+
+def _rule(table: Mapping[str, Any]) -> Any:
+    """The rule that an unchecked table names; the default where it names none."""
+    given: Any = table.get("strategy", {})
+    return (
+        cast(Mapping[str, Any], given).get("name", FedAvgLoRA().name)
+        if isinstance(given, Mapping)
+        else given
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

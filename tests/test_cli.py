@@ -141,6 +141,45 @@ def test_compare_continues_and_refuses_another_configuration(
     assert "fedavg-lora" in err
 
 
+def test_a_rule_that_is_not_compared_need_not_fit(
+    fedft: Any, tiny_table: Table, tmp_path: Path
+) -> None:
+    """The file names no rule: its default cannot take mixed ranks, and nobody asked for it."""
+    config = written(tiny_table(rounds={"count": 1}, fleet={"ranks": [2, 4]}), tmp_path)
+    command = ("compare", config, "--seeds", "0", "--json", "--strategies")
+    code, out, _ = fedft(*command, "flexlora, exact-mixed-rank", "--run-dir", tmp_path / "cmp")
+    assert code == 0
+    assert [row["strategy"] for row in json.loads(out)["rules"]] == ["flexlora", "exact-mixed-rank"]
+    from fedft import compare
+
+    again = compare(config, strategies=["exact-mixed-rank"], seeds=[0], run_dir=tmp_path / "python")
+    one, two = (
+        Run(tmp_path / folder / "exact-mixed-rank-seed0").metrics["adapter_sha256"]
+        for folder in ("cmp", "python")
+    )
+    assert one == two and len(again.runs) == 1
+    for asked in ("fedavg-lora", "flexlora,fedavg-lora"):  # positive control
+        code, _, err = fedft(*command, asked, "--run-dir", tmp_path / "x")
+        assert code == 2
+        assert "fedavg-lora cannot take sites of different ranks" in err
+
+
+def test_a_rule_of_the_file_that_is_compared_keeps_its_hyperparameters(
+    fedft: Any, tiny_table: Table, tmp_path: Path
+) -> None:
+    table = tiny_table(rounds={"count": 1}, strategy={"name": "lora-fair", "ridge": 0.5})
+    config = written(table, tmp_path)
+    command = ("compare", config, "--seeds", "0", "--json", "--strategies")
+    code, *_ = fedft(*command, "fedavg-lora,lora-fair", "--run-dir", tmp_path / "cmp")
+    assert code == 0
+    settings = tomllib.loads((tmp_path / "cmp" / "lora-fair-seed0" / "config.toml").read_text())
+    assert settings["strategy"]["ridge"] == 0.5
+    code, _, err = fedft(
+        *command, "lora-fair", "--set", "strategy.ridge=-1", "--run-dir", tmp_path / "x"
+    )
+    assert code == 2 and "ridge" in err
+
+
 def test_compare_arms_that_are_not_rules(fedft: Any, tiny_table: Table, tmp_path: Path) -> None:
     config = written(tiny_table(rounds={"count": 1}), tmp_path)
     arms = tmp_path / "arms.toml"
