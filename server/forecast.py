@@ -16,6 +16,7 @@ from server.inputs import check_rank, data_of, remarks
 from server.privacy import forecast_privacy, promises
 from server.pruning import granularity, narrowed, pruning_of, site_footprint
 from server.run import resolved
+from server.traffic import counted, shares, varies
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:
@@ -23,7 +24,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
-        first round (the base delta of some rules grows later), ``clients`` a list with one entry
+        first round, on average over the ranks of the fleet where they are mixed, ``bytes`` the same
+        of all rounds, None where later rounds send other numbers than the first (the base change of
+        some rules grows), ``clients`` a list with one entry
         a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
         many from the first on, its peak memory by part, and the total with gradient
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
@@ -47,7 +50,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     state = config.strategy.init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
         state = replace(state, delta=initial.factors)
-    ranks = sorted({*config.fleet.rank_choices}) or [config.rank]
+    ranks = shares(config)
     geometry = models.geometry(config.model, folder)
     pruning, _ = pruning_of(config, shapes, geometry)
     parts = [] if pruning is None else [pruning.named(range(k)) for k in pruning.sizes]
@@ -67,9 +70,10 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         for layers in (*parts, None)
     ]
     mean = {
-        way: sum(c["bytes"][way] for c in clients) / len(clients) * config.rounds.per_round
-        for way in ("up", "down")
+        way: count * sum(ranks[c["rank"]] * c["bytes"][way] for c in clients) / (len(parts) + 1)
+        for way, count in counted(config).items()
     }
+    alike = not varies(config, initial, state.delta)
     trainable = max(c["trainable"] for c in clients)
     pace = pace_of(config, shapes, geometry)
     framework = framework_bytes()
@@ -81,7 +85,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         },
         "bytes_per_round": {way: round(value) for way, value in mean.items()},
         "rounds": config.rounds.count,
-        "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()},
+        "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()}
+        if alike
+        else None,
         "clients": clients,
         "framework_mib": None if framework is None else framework / MIB,
         "deadline": {
@@ -152,12 +158,9 @@ def _memory(
 def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     """The forecast and the resolved configuration, for reading."""
     size = cost["parameters"]
-    per_round = cost["bytes_per_round"]
     lines = [
         f"trainable parameters  {size['trainable']:,} of {size['base'] + size['trainable']:,} ({size['share']:.3%})",
-        f"bytes a round         {per_round['up']:,} up, {per_round['down']:,} down "
-        f"({config.rounds.per_round} clients)",
-        f"bytes in all          {sum(cost['bytes'].values()):,} in {cost['rounds']} rounds",
+        *_traffic_lines(config, cost),
         f"examples              {cost['data']['train']:,} to train on, {cost['data']['test']:,} to test on"
         + (f", in {len(classes)} classes" if (classes := cost["data"]["classes"]) else ""),
         *(f"note                  {note}" for note in cost["data"]["notes"]),
@@ -215,6 +218,29 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     lines.append(f"with real clients     a round closes after {shown}")
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
+
+
+def _traffic_lines(config: RunConfig, cost: dict[str, Any]) -> list[str]:
+    """What is sent: of every round where all are alike, else of the first, and where the rest is."""
+    first, total = cost["bytes_per_round"], cost["bytes"]
+    mixed = len({client["rank"] for client in cost["clients"]}) > 1
+    count, spares = counted(config)["up"], config.rounds.spares
+    whom = f"{count} client{'s' * (count != 1)}"
+    whom += (f" and {spares} to spare" if spares else "") + (
+        ", of the ranks on average" if mixed else ""
+    )
+    sent = f"{first['up']:,} up, {first['down']:,} down ({whom})"
+    if total is None:
+        return [
+            f"bytes in round 1      {sent}",
+            f"bytes later           other numbers under {config.strategy.name}: the formula is on its "
+            "page",
+        ]
+    about = "about " if mixed else ""
+    return [
+        f"bytes a round         {sent}",
+        f"bytes in all          {about}{sum(total.values()):,} in {cost['rounds']} rounds",
+    ]
 
 
 def _privacy_line(unit: str, spent: dict[str, Any]) -> str:

@@ -144,6 +144,69 @@ def test_plan_predicts_the_bytes_that_the_run_measures(tiny_table: Table, tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        ({"name": "fedavg-lora"}, False),
+        ({"name": "flexlora"}, False),
+        ({"name": "rolora"}, False),  # of square layers
+        ({"name": "krum"}, False),
+        ({"name": "fedprox", "inner": {"name": "ffa-lora"}}, False),
+        ({"name": "fedasync"}, False),  # one reply is a round
+        ({"name": "fedbuff", "size": 3}, False),
+        ({"name": "flora"}, True),
+        ({"name": "fedex-lora"}, True),
+        ({"name": "fedmomentum"}, True),
+        ({"name": "exact-mixed-rank"}, True),
+        ({"name": "fed-sb"}, True),
+        ({"name": "fedprox", "inner": {"name": "fedex-lora"}}, True),
+    ],
+    ids=str,
+)
+def test_plan_names_a_total_of_bytes_only_where_all_rounds_are_alike(
+    tiny_table: Table, tmp_path: Path, rule: dict[str, Any], changes: bool
+) -> None:
+    """What it names is what the run measures; where rounds differ it says so in words."""
+    from server.forecast import as_text, forecast
+
+    clock = {"fleet": {"speeds": [1.0, 2.0]}} if rule["name"] in {"fedasync", "fedbuff"} else {}
+    table = tiny_table(strategy=rule, **clock)
+    run, said = run_of(table, tmp_path / "r"), forecast(parse_config(table))
+    assert said["bytes_per_round"] == run.rounds[0]["bytes"]
+    assert said["bytes"] == (None if changes else run.metrics["bytes"])
+    text = as_text(parse_config(table), said)
+    assert ("bytes later" in text, "bytes in all" in text) == (changes, not changes)
+    assert any(line["bytes"] != run.rounds[0]["bytes"] for line in run.rounds) == changes
+
+
+def test_plan_counts_what_is_sent_to_spares(tiny_table: Table, tmp_path: Path) -> None:
+    from server.forecast import as_text, forecast
+
+    table = tiny_table(
+        fleet={"speeds": [1.0, 2.0]}, rounds={"count": 2, "per-round": 3, "spares": 2}
+    )
+    run, said = run_of(table, tmp_path / "r"), forecast(parse_config(table))
+    assert said["bytes_per_round"] == run.rounds[0]["bytes"]
+    assert said["bytes"] == run.metrics["bytes"]
+    assert "(3 clients and 2 to spare)" in as_text(parse_config(table), said)
+
+
+def test_plan_weighs_each_rank_by_the_clients_that_have_it(tiny_table: Table) -> None:
+    """Three of four clients with rank 2, one with 8: 3.5 on average, not 5."""
+    from server.forecast import as_text, forecast
+
+    def said(ranks: list[int]) -> dict[str, Any]:
+        table = tiny_table(strategy={"name": "flexlora"}, fleet={"ranks": ranks})
+        return forecast(parse_config(table))
+
+    mixed, alone = said([2, 2, 2, 8]), {rank: said([rank]) for rank in (2, 8)}
+    for way in ("up", "down"):
+        two, eight = (alone[rank]["bytes_per_round"][way] for rank in (2, 8))
+        assert mixed["bytes_per_round"][way] == round((3 * two + eight) / 4)
+    table = tiny_table(strategy={"name": "flexlora"}, fleet={"ranks": [2, 2, 2, 8]})
+    assert "about" in as_text(parse_config(table), mixed)
+
+
 def test_stock_peft_loads_the_exported_adapter(tiny_table: Table, tmp_path: Path) -> None:
     """Law 8, row 70: the run's own logits from PeftModel.from_pretrained."""
     from peft import PeftModel
