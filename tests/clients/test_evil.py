@@ -199,7 +199,8 @@ def test_a_server_learns_nothing_of_paths_and_packages(
         looked_for.append(spec.source)
         return honest(spec)
 
-    monkeypatch.setattr(models, "resolve", seen)
+    for home in (models, models.source, models.layers, models.load):
+        monkeypatch.setattr(home, "resolve", seen)
     there, file = tmp_path / "there", tmp_path / "there.safetensors"
     there.mkdir()
     file.touch()

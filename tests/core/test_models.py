@@ -13,7 +13,7 @@ import torch
 from fedft.core import models
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.types import Factors
+from fedft.core.types import Factors, block_of
 
 LORA = LoraSpec(rank=4, alpha=8)
 
@@ -69,7 +69,7 @@ def test_absent_target_modules_are_told_with_the_nearest_names(tiny_model: Path)
 
 def test_layers_and_all_linear_choose_what_is_adapted(tiny_model: Path) -> None:
     top = models.schema(spec_of(tiny_model), LoraSpec(layers=(1,)), 3)
-    assert {models.block_of(path) for path in top.modules} == {1}
+    assert {block_of(path) for path in top.modules} == {1}
     every = models.schema(spec_of(tiny_model), LoraSpec(target_modules="all-linear"), 3)
     assert len(every.modules) == 2 * 6 + 1  # six linear layers a block, and the pooler
     assert not any(path.startswith("classifier") for path in every.modules)
@@ -151,7 +151,7 @@ def test_processes_of_one_machine_share_bfloat16_weights(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(models.load, "_WORTH_SHARING", 0)
     load = partial(models.load_base, spec_of(tiny_model), LORA, 3, precision="bf16")
     own = load().model.state_dict()
     for _ in range(2):

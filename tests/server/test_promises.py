@@ -163,7 +163,7 @@ def test_too_little_memory_is_told_in_one_attempt(
     from clients.train import LoopEngine
 
     if where == "load":
-        monkeypatch.setattr(fedft.core.models, "_ready", none_left)
+        monkeypatch.setattr(fedft.core.models.load, "_ready", none_left)
     else:
         monkeypatch.setattr(LoopEngine, "train", none_left)
     with pytest.raises(MismatchError, match="not enough memory") as caught:
@@ -181,7 +181,7 @@ def test_a_missing_package_can_be_resumed_once_it_is_there(
     def absent(*_: Any, **__: Any) -> Any:
         raise ImportError("BertTokenizer requires the fancy library but it was not found")
 
-    monkeypatch.setattr(fedft.core.models, "text_encoder", absent)
+    monkeypatch.setattr(fedft.core.models.source, "text_encoder", absent)
     with pytest.raises(EnvironmentFailure, match="fancy") as caught:
         simulate(config_of(tiny_table), tmp_path / "run")
     assert caught.value.exit_code == 3 and "fedft resume" in caught.value.fix
