@@ -101,11 +101,19 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
     for path, module in model.named_modules():
-        own = type(module).__module__.startswith("transformers.models")
-        if isinstance(module, nn.Linear) and own and type(module).forward is not nn.Linear.forward:
-            continue
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _maps(module)):
             yield path, module
+
+
+def _maps(linear: nn.Linear) -> bool:
+    """Whether a layer, with a forward pass of a model's own, still maps vectors to vectors."""
+    kind = type(linear)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers.models"):
+        return True
+    weight = linear.weight
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a router may draw
+        given = linear(weight.new_zeros(1, linear.in_features))
+    return isinstance(given, Tensor) and given.shape == (1, linear.out_features)
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
