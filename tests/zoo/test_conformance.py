@@ -93,6 +93,10 @@ INVENTED = (
 """Models of which transformers makes up a layer in the middle, by a random draw of each process."""
 
 
+REFUSED = {("deberta-classification", "bf16")}
+"""Of the first DeBERTa a frozen layer gets float32 in bf16, and the trial refuses it."""
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*INVENTED, "mixtral-causal-lm", "swin-image-classification"])
@@ -110,9 +114,12 @@ def test_two_processes_give_the_same_bytes(
         ran = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
+        if (name, precision) in REFUSED:
+            assert "MismatchError" in ran.stderr and "cannot be trained on" in ran.stderr
+            continue
         assert ran.returncode == 0, ran.stderr[-2000:]
         found.add(ran.stdout.split("SHA")[1].strip())
-    assert len(found) == 1
+    assert len(found) == ((name, precision) not in REFUSED)
 
 
 def test_the_remedy_of_a_refusal_works(place: Path, tmp_path: Path) -> None:
