@@ -257,7 +257,9 @@ def _refusing(bench: Bench, tokens: int) -> Iterator[None]:
         rows = f"rows of {tokens} tokens" if tokens else "these rows"
         raise MismatchError(
             f"{source} cannot be trained on {rows}: {said}",
-            fix="Check that the tokenizer and the weights belong together, or choose another model.",
+            fix='Set [engine] precision = "fp32": parts of this model compute in it whatever is asked.'
+            if bench.task.precision == "bf16" and "BFloat16" in str(error)
+            else "Check that the tokenizer and the weights belong together, or choose another model.",
         ) from error
 
 

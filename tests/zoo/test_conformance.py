@@ -93,8 +93,8 @@ INVENTED = (
 """Models of which transformers makes up a layer in the middle, by a random draw of each process."""
 
 
-REFUSED = {("deberta-classification", "bf16")}
-"""Of the first DeBERTa a frozen layer gets float32 in bf16, and the trial refuses it."""
+REFUSED = {("deberta-classification", "bf16"), ("xlnet-classification", "bf16")}
+"""Models of which a frozen layer gets float32 in bf16: the trial refuses them."""
 
 
 @pytest.mark.zoo
@@ -115,7 +115,7 @@ def test_two_processes_give_the_same_bytes(
             command, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         if (name, precision) in REFUSED:
-            assert "MismatchError" in ran.stderr and "cannot be trained on" in ran.stderr
+            assert "MismatchError" in ran.stderr and 'precision = "fp32"' in ran.stderr
             continue
         assert ran.returncode == 0, ran.stderr[-2000:]
         found.add(ran.stdout.split("SHA")[1].strip())
