@@ -93,7 +93,7 @@ INVENTED = (
 """Models of which transformers makes up a layer in the middle, by a random draw of each process."""
 
 
-REFUSED = {("deberta-classification", "bf16"), ("xlnet-classification", "bf16")}
+REFUSED = {(f"{name}-classification", "bf16") for name in ("deberta", "xlnet", "swin-image")}
 """Models of which a frozen layer gets float32 in bf16: the trial refuses them."""
 
 
