@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedft.core.types import Adapter, ClientUpdate, Factors, Part, ServerState
-from strategies import (
+from fedft.strategies import (
     FedAdam,
     FedAvgLoRA,
     FedExLoRA,

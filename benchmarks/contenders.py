@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.turns import spread, take_turns
-from clients.cohort import CohortEngine
-from clients.engine import Engine
-from clients.stacked import frozen_linear
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.engine import Engine
+from fedft.clients.stacked import frozen_linear
+from fedft.clients.train import PeftEngine
 from fedft.core.batches import batches
 from fedft.core.checkpoint import HEADS
 from fedft.core.examples import Examples, TokenExamples

@@ -7,7 +7,7 @@ worker processes of one thread each, but where it says otherwise. Every contende
 that runs a first round, which does not count, and steady rounds at batch 8 and at batch 1;
 contenders take turns.
 
-* ``loops``: the plain PEFT loop of :mod:`clients.train`, twice at once, half of the sites each.
+* ``loops``: the plain PEFT loop of :mod:`fedft.clients.train`, twice at once, half of the sites each.
 * ``flower``: Flower's simulation engine with a client as FlowerTune has it: it loads everything
   for every message and trains with the ``Trainer`` of transformers. ``lean`` trains with the plain
   loop; ``kept`` does so too, and keeps what it loads; ``bf16`` has a bfloat16 base and eager
@@ -38,8 +38,8 @@ from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
 from fedft.core.quiet import quiet
 from fedft.core.spec import Precision, TaskSpec
-from server.config import parse_config
-from server.run import Silent, open_grid, simulate
+from fedft.server.config import parse_config
+from fedft.server.run import Silent, open_grid, simulate
 
 ROWS, CLIENTS, THREADS = 60, 32, 2
 SIZES = (8, 1)

@@ -4,7 +4,7 @@ As in FlowerTune's examples, the dataset and its partition are made once in a pr
 rest for every message: the tokenizer, the site's tokenised rows, the base model, the PEFT model
 around it, the ``Trainer`` of transformers (:func:`flowertune`).
 
-A tuned peer stands beside it, which trains with :class:`clients.train.PeftEngine`, the plain loop
+A tuned peer stands beside it, which trains with :class:`fedft.clients.train.PeftEngine`, the plain loop
 that everything is compared with (:func:`lean`). It may keep what it loads (``cached``), and have
 the base in bfloat16 with eager attention, which is how PEFT is fast on a CPU.
 """
@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from clients.train import PeftEngine
+from fedft.clients.train import PeftEngine
 from fedft.core import tokens
 from fedft.core.batches import batches
 from fedft.core.data import RawData, load

@@ -33,14 +33,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from benchmarks.record import add_options, measure_sections
 from benchmarks.superlink import NAME, deployment
-from clients.session import Connection, Failure, Offer, Session
+from fedft.clients.session import Connection, Failure, Offer, Session
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
 from fedft.core.link.secrets import Credentials, key_pem, new_key, read_private, write_private
 from fedft.core.quiet import quiet
-from server.grids.grpc import GrpcGrid
-from server.grids.stream import Terms
-from server.identity import Address, Audit, Authority, Registry, serial_of
+from fedft.server.grids.grpc import GrpcGrid
+from fedft.server.grids.stream import Terms
+from fedft.server.identity import Address, Audit, Authority, Registry, serial_of
 
 SECTIONS = ["resident-1", "resident-100", "supernode-1"]
 ARRAYS, SIDE = 24, 3072
@@ -88,7 +88,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Echo:
-    """A worker that gives back what it gets. See :class:`clients.session.Worker`."""
+    """A worker that gives back what it gets. See :class:`fedft.clients.session.Worker`."""
 
     def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
         return Offer(1, None, None, hashes)

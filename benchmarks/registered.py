@@ -30,8 +30,8 @@ from benchmarks.turns import spread
 from fedft.core.quiet import quiet
 from fedft.core.rundir import RunDir
 from fedft.core.types import ServerState
-from server.config import RunConfig, parse_config
-from server.run import Silent, simulate
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.run import Silent, simulate
 
 ROUNDS = 3
 FLEETS = (1_000, 1_000_000)

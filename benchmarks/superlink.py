@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from server.identity import Address, Authority
+from fedft.server.identity import Address, Authority
 
 NAME = "loopback"
 """What ``flwr`` calls the SuperLink."""

@@ -3,19 +3,18 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.errors import ConfigError
 from fedft.core.files import disk
 from fedft.core.rundir import RunDir
 
 if TYPE_CHECKING:
     from fedft.core.types import Adapter
     from fedft.report.tables import Table
-    from server.config import RunConfig
-    from server.run import Observer
+    from fedft.server.config import RunConfig
+    from fedft.server.run import Observer
 
 Which = int | Literal["best", "last"]
 """A round, or ``best`` by evaluation, or ``last``."""
@@ -136,10 +135,11 @@ def simulate(
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
     """
-    server = own_server("run")
+    from fedft.server import run
+
     parsed = _config(config, strategy, seed, settings or {})
     folder = None if run_dir is None else Path(run_dir)
-    return Run(server.simulate(parsed, folder, observer=observer).path)
+    return Run(run.simulate(parsed, folder, observer=observer).path)
 
 
 @dataclass(frozen=True)
@@ -192,18 +192,22 @@ def compare(
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
     """
+    from fedft.server import compare
+    from fedft.server.config import configured
+
     rules = list(strategies) if arms is None else []
-    parsed = own_server("config").configured(config, settings or {}, rules)
+    parsed = configured(config, settings or {}, rules)
     folder = Path(run_dir)
-    server = own_server("compare")
-    sides = server.rules(parsed, rules) if arms is None else server.read_arms(Path(arms))
-    paths = server.compare(parsed, sides, list(seeds), folder)
+    sides = compare.rules(parsed, rules) if arms is None else compare.read_arms(Path(arms))
+    paths = compare.compare(parsed, sides, list(seeds), folder)
     return Comparison(folder, tuple(Run(path) for path in paths))
 
 
 def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
     """Go on with an unfinished run; the end is the same, byte for byte, as without the pause."""
-    return Run(own_server("run").resume(Path(run_dir), observer=observer).path)
+    from fedft.server import run
+
+    return Run(run.resume(Path(run_dir), observer=observer).path)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:
@@ -228,22 +232,11 @@ def _config(
     seed: int | None,
     settings: Mapping[str, Any],
 ) -> "RunConfig":
-    module = own_server("config")
+    from fedft.server.config import configured
+
     overrides = {**settings}
     if seed is not None:
         overrides["seed"] = seed
     if strategy is not None:
         overrides["strategy"] = {"name": strategy}
-    return module.configured(config, overrides)
-
-
-def own_server(name: str) -> Any:
-    """A module of the ``server`` package: ours, not a ``server.py`` of the user's."""
-    module = import_module("server")
-    ours = Path(__file__).resolve().parent.parent / "server"
-    if Path(cast(str, module.__file__ or "")).resolve().parent != ours:
-        raise EnvironmentFailure(
-            f"a module called 'server' hides the one of fedft: {module.__file__}",
-            fix="Rename that file, or run from another folder.",
-        )
-    return import_module(f"server.{name}")
+    return configured(config, overrides)

@@ -27,9 +27,9 @@ def add_authority(cli: typer.Typer) -> None:
     @ca.command()
     def init(authority: Authority) -> None:
         """Make an authority in a new folder. Keep its key offline."""
-        from fedft.api import own_server
+        from fedft.server import ca
 
-        certificate = own_server("ca").init(authority)
+        certificate = ca.init(authority)
         print(f"{certificate}: give it to the server: fedft serve CONFIG --ca {certificate.name}")
         print(f"{authority / 'ca.key'}: the key that signs; keep it here, and a copy locked away")
 
@@ -42,7 +42,7 @@ def add_authority(cli: typer.Typer) -> None:
         ] = None,
     ) -> None:
         """At a client: draw its key, and write the request to certify it."""
-        from clients.request import request as make
+        from fedft.clients.request import request as make
 
         made = make(name, output, site_dir)
         print(f"{made.path}: send it to whoever keeps the authority; nothing in it is secret")
@@ -67,9 +67,9 @@ def add_authority(cli: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Sign the request of a client, or of a server."""
-        from fedft.api import own_server
+        from fedft.server import ca
 
-        made = own_server("ca").sign(
+        made = ca.sign(
             authority,
             request_file,
             server=server,
@@ -93,9 +93,9 @@ def add_authority(cli: typer.Typer) -> None:
         ] = None,
     ) -> None:
         """Sign the list of the clients' public keys, for kits that pin them."""
-        from fedft.api import own_server
+        from fedft.server import ca
 
-        made = own_server("ca").roster(authority, names or [], output)
+        made = ca.roster(authority, names or [], output)
         print(f"{output}: the keys of {len(made.keys)} clients: {', '.join(made.keys)}")
 
     @ca.command()
@@ -111,8 +111,8 @@ def add_authority(cli: typer.Typer) -> None:
         ] = None,
     ) -> None:
         """Write a join kit for a client that was signed. Nothing in it is secret."""
-        from fedft.api import own_server
+        from fedft.server import ca
 
-        made = own_server("ca").kit(authority, name, server, output, roster_file)
+        made = ca.kit(authority, name, server, output, roster_file)
         print(f"{output}: {made.name} may join {made.server}, until {made.expires}")
         print(f"there: fedft join {output.name} --data FILE")

@@ -59,12 +59,14 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Simulate a federation on this machine."""
-    from fedft.api import Run, own_server
+    from fedft.api import Run
     from fedft.console import RunConsole
+    from fedft.server.config import load_config
+    from fedft.server.run import simulate
 
-    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers))
+    parsed = load_config(config, _overrides(settings, backend, workers))
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        run = own_server("run").simulate(parsed, run_dir, observer=console, stop=stop)
+        run = simulate(parsed, run_dir, observer=console, stop=stop)
     if report_too:
         from fedft.report import write_report
 
@@ -89,18 +91,18 @@ def compare(
     json: Json = False,
 ) -> None:
     """Run several rules, or arms, over several seeds, on the same partitions, cohorts and batches."""
-    from fedft.api import own_server
     from fedft.console import ComparisonConsole
     from fedft.report import write_report
     from fedft.report.statistics import check_seeds
     from fedft.report.tables import summarise
+    from fedft.server import compare as comparison
+    from fedft.server.config import load_config
 
     names = [name.strip() for name in strategies.split(",")] if arms is None else []
-    parsed = own_server("config").load_config(config, _overrides(settings, backend, workers), names)
+    parsed = load_config(config, _overrides(settings, backend, workers), names)
     numbers = _numbers(seeds)
     if confidence is not None:
         check_seeds(len(numbers), confidence, "--confidence")
-    comparison = own_server("compare")
     sides = comparison.rules(parsed, names) if arms is None else comparison.read_arms(arms)
     with _graceful() as stop, ComparisonConsole(len(sides) * len(numbers), json) as console:
         paths = comparison.compare(
@@ -138,17 +140,18 @@ def resume(
     json: Json = False,
 ) -> None:
     """Go on with a run after its last committed round."""
-    from fedft.api import Run, own_server
+    from fedft.api import Run
     from fedft.console import RunConsole
+    from fedft.server import run as runs
+    from fedft.server.config import load_config
 
     changed = None
     if settings:
-        changed = own_server("config").load_config(run_dir / "config.toml", settings)
+        changed = load_config(run_dir / "config.toml", settings)
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        server = own_server("run")
         if fork is not None:
-            run_dir, changed = server.fork(run_dir, fork, changed), None
-        run = server.resume(run_dir, changed=changed, observer=console, stop=stop)
+            run_dir, changed = runs.fork(run_dir, fork, changed), None
+        run = runs.resume(run_dir, changed=changed, observer=console, stop=stop)
     console.result(Run(run.path))
 
 
@@ -188,14 +191,15 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a run will cost, without starting anything."""
-    from fedft.api import own_server
     from fedft.console import print_json
+    from fedft.server import forecast
+    from fedft.server.check import check as tried
+    from fedft.server.config import load_config
 
-    forecast = own_server("forecast")
-    parsed = own_server("config").load_config(config, settings or [])
+    parsed = load_config(config, settings or [])
     cost = forecast.forecast(parsed)
     if check:
-        cost["engine"] = vars(own_server("check").check(parsed))
+        cost["engine"] = vars(tried(parsed))
     if json:
         print_json(cost)
     else:

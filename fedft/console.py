@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fedft.core.rundir import RunDir
     from fedft.core.types import ServerState
     from fedft.report.tables import Table as ReportTable
-    from server.compare import Cell
-    from server.config import RunConfig
+    from fedft.server.compare import Cell
+    from fedft.server.config import RunConfig
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

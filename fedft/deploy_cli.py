@@ -75,13 +75,15 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         json: Json = False,
     ) -> None:
         """Run a federation of real clients; goes on with a run that was left."""
-        from fedft.api import Run, own_server
+        from fedft.api import Run
         from fedft.console import RunConsole
+        from fedft.server import authority, identity
+        from fedft.server import serve as server
+        from fedft.server.config import load_config
 
-        parsed = own_server("config").load_config(config, settings or [])
-        server, identity = own_server("serve"), own_server("identity")
+        parsed = load_config(config, settings or [])
         address = identity.Address(host, port, public, insecure)
-        own_server("authority").check_port("--status-port", status_port)
+        authority.check_port("--status-port", status_port)
         hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
         with graceful() as stop, RunConsole(json_output=json, real=True) as console:
             run = server.serve(
@@ -103,16 +105,16 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         ] = None,
     ) -> None:
         """Write a join kit for one client. It works once; send it by a private way."""
-        from fedft.api import own_server
+        from fedft.server import identity
 
         if (output is None) == (certificate is None):
             raise typer.BadParameter("one of --output and --certificate", param_hint="--output")
         if certificate is not None:
-            client = own_server("identity").take_in(run_dir, name, certificate)
+            client = identity.take_in(run_dir, name, certificate)
             print(f"{client.name} may join, until {client.expires}")
             return
         assert output is not None
-        kit = own_server("identity").invite(run_dir, name, output, days)
+        kit = identity.invite(run_dir, name, output, days)
         print(f"{output}: {kit.name} may join {kit.server}, until {kit.expires}")
         print(f"there: fedft join {output.name} --data FILE")
 
@@ -167,10 +169,10 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         metrics: own.Metrics = None,
     ) -> None:
         """Take part in a federation with data of one's own, until it is over."""
-        from clients import join as joining
-        from clients.own import Own, mapping
-        from clients.policy import Policy
-        from clients.session import Timing
+        from fedft.clients import join as joining
+        from fedft.clients.own import Own, mapping
+        from fedft.clients.policy import Policy
+        from fedft.clients.session import Timing
         from fedft.console import safe
 
         def tell(text: str) -> None:
@@ -229,7 +231,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         json: Json = False,
     ) -> None:
         """What this user's clients have given away about each data set, over all runs."""
-        from clients.ledger import ADJACENCY, default_folder, ledgers
+        from fedft.clients.ledger import ADJACENCY, default_folder, ledgers
         from fedft.console import print_json, safe
         from fedft.core.rundir import plain
 
@@ -266,11 +268,11 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from fedft.api import own_server
         from fedft.console import print_json, safe
         from fedft.core.rundir import RunDir
+        from fedft.server import identity
 
-        identity, run = own_server("identity"), RunDir.open(run_dir)
+        run = RunDir.open(run_dir)
         registered = sorted(
             identity.Registry(identity.folder_of(run.path)).clients().values(),
             key=lambda client: client.name,
@@ -293,7 +295,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         why: Annotated[str, typer.Option(help="For the record, and for the client.")] = "",
     ) -> None:
         """Shut a client out for good; a running server cuts its stream at once."""
-        from fedft.api import own_server
+        from fedft.server import identity
 
-        own_server("identity").revoke(run_dir, name, why or "by the operator")
+        identity.revoke(run_dir, name, why or "by the operator")
         print(f"{name} is revoked")

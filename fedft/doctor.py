@@ -33,7 +33,6 @@ def examine() -> list[Finding]:
     looks: tuple[Callable[[], Finding], ...] = (
         _python,
         _packages,
-        _own_packages,
         _processor,
         _accelerator,
         _disk,
@@ -61,17 +60,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _own_packages() -> Finding:
-    from fedft.api import own_server
-    from fedft.core.errors import EnvironmentFailure
-
-    try:
-        own_server("config")
-    except EnvironmentFailure as hidden:
-        return Finding("import path", False, str(hidden))
-    return Finding("import path", True, "no module of yours hides one of fedft")
 
 
 def _processor() -> Finding:

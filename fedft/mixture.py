@@ -25,7 +25,7 @@ def load_mixture(
     Raises:
         MismatchError: the folder holds no mixture, or the base model is not there.
     """
-    from clients.hydra import mixture
+    from fedft.clients.hydra import mixture
     from fedft.core import hydra, models, peft_io
     from fedft.core.spec import LoraSpec, ModelSpec
 

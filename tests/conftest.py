@@ -129,7 +129,7 @@ def stop_after() -> Callable[[int], StopAfter]:
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Makes a server and its clients, in processes of their own, that end with the test."""
-    from server.serve import Hosting
+    from fedft.server.serve import Hosting
     from tests.server.stage import FAST, Stage, processes
 
     made: list[Stage] = []

@@ -74,7 +74,7 @@ def settings(unit: Path) -> dict[str, str]:
 
 
 def test_the_server_may_have_as_many_descriptors_as_it_asks_for() -> None:
-    from server.grids.door import MOST, RESERVED, WANTED
+    from fedft.server.grids.door import MOST, RESERVED, WANTED
 
     assert int(settings(ROOT / "deploy" / "fedft-server.service")["LimitNOFILE"]) == WANTED
     assert WANTED - RESERVED > MOST
@@ -187,6 +187,6 @@ class TestContainers:
         lines = (ROOT / ".dockerignore").read_text().splitlines()
         seen = {line[1:] for line in lines if line.startswith("!")}
         assert "*" in lines
-        assert {"clients", "fedft", "server", "strategies", "pyproject.toml"} <= seen
+        assert {"fedft", "pyproject.toml"} <= seen
         assert all((ROOT / name).exists() for name in seen)
         assert not {"runs", ".git", "deploy"} & seen

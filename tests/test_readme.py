@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedft.core.types import Adapter, ClientUpdate, Factors
-from strategies import FedAvgLoRA, Strategy
+from fedft.strategies import FedAvgLoRA, Strategy
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

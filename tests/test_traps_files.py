@@ -64,8 +64,8 @@ def paused(
 ) -> tuple[dict[str, Any], Path]:
     """A configuration, and the directory of a run that was stopped after two rounds of four."""
     from fedft.core.errors import Interrupted
-    from server.config import parse_toml
-    from server.run import simulate
+    from fedft.server.config import parse_toml
+    from fedft.server.run import simulate
 
     table = {
         "model": {"source": str(tiny_model)},

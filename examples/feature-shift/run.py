@@ -18,8 +18,8 @@ from statistics import mean
 import numpy as np
 import torch
 
-from clients.cohort import CohortEngine
 from fedft.api import Run
+from fedft.clients.cohort import CohortEngine
 from fedft.core.batches import eval_batches
 from fedft.core.data import Data, prepare
 from fedft.core.errors import FedftError, IntegrityError, MismatchError
@@ -28,8 +28,8 @@ from fedft.core.quiet import quiet
 from fedft.core.rundir import RunDir
 from fedft.report.formats import spread
 from fedft.report.statistics import Interval, interval, paired
-from server.config import RunConfig, load_config
-from server.run import concrete
+from fedft.server.config import RunConfig, load_config
+from fedft.server.run import concrete
 
 CONFIG = Path(__file__).resolve().parent / "config.toml"
 BASELINE = "fedavg-lora"

@@ -12,8 +12,8 @@ from statistics import mean
 
 from fedft.report.records import Record, load
 from fedft.report.statistics import Interval, interval, paired
-from server.checkpoints import Checkpoints
-from strategies.hydralora import cluster_of
+from fedft.server.checkpoints import Checkpoints
+from fedft.strategies.hydralora import cluster_of
 
 TASKS = ("glosses", "posts")
 

@@ -7,7 +7,7 @@
     privacy.jsonl          one line an attempt at a round, where the run promises privacy
     adapters/round-0020/   PEFT adapters
     tokenizer/             the tokenizer as the run used it: what pads is decided, see special_tokens
-    checkpoints/           ServerState, see server.checkpoints
+    checkpoints/           ServerState, see fedft.server.checkpoints
     partition/             who holds which rows
     report/                derived; delete at will
     summary.json           written last; absent means unfinished

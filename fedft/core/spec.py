@@ -1,7 +1,7 @@
 """The tables of the configuration that both ends need: what to train, on which data, how.
 
 Each table is a frozen pydantic model; every key has its one default here. The whole file is
-validated by ``server.config.RunConfig``; a client receives these tables only.
+validated by ``fedft.server.config.RunConfig``; a client receives these tables only.
 """
 
 import re

@@ -159,13 +159,11 @@ def _completed(configs: Sequence[Json]) -> Sequence[Json]:
 
     if len(set(map(outside, configs))) < 2:
         return configs
-    from fedft.api import own_server
-
-    parse = own_server("config").parse_config  # loads torch: only where it is needed
+    from fedft.server.config import parse_config  # loads torch: only where it is needed
 
     def complete(config: Json) -> Json:
         try:
-            return parse(config).model_dump(mode="json", by_alias=True, exclude_none=True)
+            return parse_config(config).model_dump(mode="json", by_alias=True, exclude_none=True)
         except FedftError:
             return config
 

@@ -6,7 +6,7 @@ from fedft.report.formats import significant
 from fedft.report.records import Json, Record, clean, mapping, number, round_number
 
 UNITS = ("site", "example")
-"""Whom a run can protect, as :mod:`server.privacy` names them."""
+"""Whom a run can protect, as :mod:`fedft.server.privacy` names them."""
 
 
 def spent(record: Record) -> dict[str, Json]:

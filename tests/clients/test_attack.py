@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clients.attack import liars, sent_by
+from fedft.clients.attack import liars, sent_by
 from fedft.core.spec import AttackSpec, DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import Adapter, Factors, TrainPlan
 

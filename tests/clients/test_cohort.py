@@ -23,11 +23,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from clients import attention, cohort
-from clients.attention import PackedAttention, group_rows
-from clients.cohort import CohortEngine
-from clients.engine import Trained
-from clients.train import PeftEngine
+from fedft.clients import attention, cohort
+from fedft.clients.attention import PackedAttention, group_rows
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.engine import Trained
+from fedft.clients.train import PeftEngine
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models import Base
 from fedft.core.spec import LoraSpec

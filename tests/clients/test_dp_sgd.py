@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from clients import dp_sgd
-from clients.cohort import CohortEngine
-from clients.train import PeftEngine
 from fedft.api import Run
+from fedft.clients import dp_sgd
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.train import PeftEngine
 from fedft.core import models
 from fedft.core.batches import poisson_batches
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan, part_of
-from server.config import parse_config
-from server.privacy import example_epsilon
-from server.run import simulate
-from strategies import FedSB
+from fedft.server.config import parse_config
+from fedft.server.privacy import example_epsilon
+from fedft.server.run import simulate
+from fedft.strategies import FedSB
 
 LORA = LoraSpec(rank=3, alpha=6)
 QUIET = 1e-12  # a noise multiplier below the last bit

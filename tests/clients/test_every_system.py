@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-import clients
 import fedft
+from fedft import clients
 from fedft.core import system
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.secrets import Kit, read_private, write_private
-from server import identity
-from server.config import parse_config
-from server.run import simulate
+from fedft.server import identity
+from fedft.server.config import parse_config
+from fedft.server.run import simulate
 
 BARE = Path(__file__).with_name("bare.py")
 ICACLS = """#!/bin/sh
@@ -103,7 +103,7 @@ def test_all_of_a_client_is_imported_and_plans_and_reports(
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     every = [name for package in (fedft, clients) for name in modules(package)]
-    assert {"clients.join", "fedft.core.system", "fedft.report.page"} <= set(every)
+    assert {"fedft.clients.join", "fedft.core.system", "fedft.report.page"} <= set(every)
     ran = bare(
         windows,
         *("-c", "import " + ", ".join(every), "--"),
@@ -286,7 +286,7 @@ class _Msvcrt:
 def test_a_site_lives_where_the_system_keeps_such_things(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from clients.join import default_folder
+    from fedft.clients.join import default_folder
 
     for name in ("XDG_DATA_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from clients.agreed import Agreement
-from clients.join import Site
-from clients.own import Own
-from clients.policy import Policy, Training
+from fedft.clients.agreed import Agreement
+from fedft.clients.join import Site
+from fedft.clients.own import Own
+from fedft.clients.policy import Policy, Training
 from fedft.core import codec, models
 from fedft.core.accounting import example_epsilon
 from fedft.core.errors import SecurityRefusal
@@ -534,7 +534,7 @@ def test_a_failure_inside_says_nothing_of_the_rows(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import clients.join as joining
+    import fedft.clients.join as joining
 
     honest = joining.app
 

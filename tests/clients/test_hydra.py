@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clients.hydra import HydraEngine, HydraLinear
-from clients.train import PeftEngine
+from fedft.clients.hydra import HydraEngine, HydraLinear
+from fedft.clients.train import PeftEngine
 from fedft.core import hydra, models
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from clients.cohort import CohortEngine
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.train import PeftEngine
 from fedft.core import codec, models
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base

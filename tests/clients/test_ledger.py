@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from clients.join import KeptParts, Resident, Site
-from clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
-from clients.session import Failure
 from fedft.cli import cli
+from fedft.clients.join import KeptParts, Resident, Site
+from fedft.clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
+from fedft.clients.session import Failure
 from fedft.core import codec, models
 from fedft.core.accounting import example_epsilon
 from fedft.core.errors import EnvironmentFailure
@@ -481,7 +481,7 @@ def test_what_cannot_be_entered_does_not_leave(desk: Desk, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("clients.ledger.os.write", full)
+        patch.setattr("fedft.clients.ledger.os.write", full)
         outcome = desk.train(DP)
     assert isinstance(outcome, Failure)
     assert str(desk.ledger.path.parent) not in outcome.reason, "paths are the client's own business"
@@ -521,8 +521,8 @@ def test_no_kill_at_work_lets_a_result_leave_that_is_not_entered(
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
 @pytest.mark.parametrize("steps", [None, 4])
 def test_it_accounts_as_the_server_does(rows: int, steps: int | None) -> None:
-    from server.config import parse_config
-    from server.privacy import example_epsilons, local_steps
+    from fedft.server.config import parse_config
+    from fedft.server.privacy import example_epsilons, local_steps
 
     training: dict[str, Any] = {"batch-size": 6, "epochs": 2, "dp": {"noise-multiplier": 1.25}}
     config = parse_config({"training": training | ({"steps": steps} if steps else {})})

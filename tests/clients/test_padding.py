@@ -17,8 +17,8 @@ import transformers as tr
 from peft import PeftModel
 from torch import Tensor
 
-from clients.cohort import CohortEngine
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.train import PeftEngine
 from fedft.core import models, tokens
 from fedft.core.examples import TokenExamples
 from fedft.core.metrics import Tally
@@ -207,7 +207,7 @@ def test_xlnet_is_padded_before_its_rows(tmp_path: Path) -> None:
         rows = np.split(examples.ids.astype(np.int64), examples.offsets[1:-1])
         single = torch.cat([model(input_ids=torch.from_numpy(r)[None]).logits for r in rows])
     assert torch.allclose(together, single, atol=1e-4)
-    from clients.packing import join
+    from fedft.clients.packing import join
 
     halves = [examples.collate(part) for part in np.array_split(np.arange(len(TEXTS)), 3)]
     step = join(halves, examples.pad_id, packs=False, side="left")

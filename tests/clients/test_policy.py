@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from clients.agreed import Agreement
-from clients.join import KeptParts, Resident, Site
-from clients.own import Own, mapping
-from clients.policy import Policy, TrainFields, plan_of
 from fedft.cli import cli
+from fedft.clients.agreed import Agreement
+from fedft.clients.join import KeptParts, Resident, Site
+from fedft.clients.own import Own, mapping
+from fedft.clients.policy import Policy, TrainFields, plan_of
 from fedft.core import codec, models
 from fedft.core.data import load
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
@@ -23,7 +23,7 @@ from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, Tra
 from fedft.core.sublayers import Sublayer
 from fedft.core.types import Adapter, EvalPlan, LocalTraining
 from fedft.core.types import Site as Member
-from strategies import RULES, Strategy
+from fedft.strategies import RULES, Strategy
 from tests.clients.evil import Evil, meet
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clients.cohort import CohortEngine
-from clients.recompute import first_adapted
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.recompute import first_adapted
+from fedft.clients.train import PeftEngine
 from fedft.core import seeds
 from fedft.core.batches import batches, eval_batches
 from fedft.core.examples import Examples, ImageExamples, TokenExamples

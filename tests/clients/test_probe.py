@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.cohort import CohortEngine
-from clients.probe import compare
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.probe import compare
+from fedft.clients.train import PeftEngine
 from fedft.core import similarity
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base, block_list, load_base

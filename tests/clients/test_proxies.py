@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from clients import enrolment
-from clients.proxies import VARIABLES, channel_options, proxy_note
-from clients.session import Connection, Session, Timing
+from fedft.clients import enrolment
+from fedft.clients.proxies import VARIABLES, channel_options, proxy_note
+from fedft.clients.session import Connection, Session, Timing
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.link.secrets import Credentials, Kit
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from clients.cohort import CohortEngine
-from clients.engine import Engine, Trained
-from clients.hydra import HydraEngine
-from clients.recompute import recomputable
-from clients.train import PeftEngine
-from clients.whole import WholeEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.engine import Engine, Trained
+from fedft.clients.hydra import HydraEngine
+from fedft.clients.recompute import recomputable
+from fedft.clients.train import PeftEngine
+from fedft.clients.whole import WholeEngine
 from fedft.core import methods, models
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base

@@ -16,8 +16,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from clients.join import KeptParts, Resident, Site, _occupied
-from clients.session import Connection, Failure, Offer, Session, Timing
+from fedft.clients.join import KeptParts, Resident, Site, _occupied
+from fedft.clients.session import Connection, Failure, Offer, Session, Timing
 from fedft.core import codec, models
 from fedft.core.errors import (
     EnvironmentFailure,

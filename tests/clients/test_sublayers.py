@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from clients.cohort import CohortEngine
-from clients.engine import Engine
-from clients.probe import compare
-from clients.train import PeftEngine
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.engine import Engine
+from fedft.clients.probe import compare
+from fedft.clients.train import PeftEngine
 from fedft.core import codec, models, similarity, sublayers
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base

@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from clients import vocabulary
-from clients.cohort import CohortEngine
-from clients.engine import Engine
-from clients.probe import compare
-from clients.train import PeftEngine
-from clients.vocabulary import Vocabulary
+from fedft.clients import vocabulary
+from fedft.clients.cohort import CohortEngine
+from fedft.clients.engine import Engine
+from fedft.clients.probe import compare
+from fedft.clients.train import PeftEngine
+from fedft.clients.vocabulary import Vocabulary
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, initial_adapter
 from fedft.core.spec import LoraSpec

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from clients.own import Own
+from fedft.clients.own import Own
 from fedft.core import readers
 from fedft.core.data import RawData, codes, load, prepare, test_rows
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal

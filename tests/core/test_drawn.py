@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.workbench import Workbench, workbench
+from fedft.clients.workbench import Workbench, workbench
 from fedft.core import seeds
 from fedft.core.batches import batches
 from fedft.core.drawn import Drawn, Overtime, distinct, traced, within

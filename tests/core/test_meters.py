@@ -21,9 +21,9 @@ from fedft.core.types import (
     TrainPlan,
     factor_name,
 )
-from strategies.base import weights
-from strategies.fedavg_lora import FedAvgLoRA
-from strategies.ffa_lora import FFALoRA
+from fedft.strategies.base import weights
+from fedft.strategies.fedavg_lora import FedAvgLoRA
+from fedft.strategies.ffa_lora import FFALoRA
 
 SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 28)}
 AB: frozenset[Part] = frozenset({"A", "B"})

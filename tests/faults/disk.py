@@ -22,9 +22,9 @@ import torch
 
 from fedft.api import Run
 from fedft.core.errors import FedftError, Interrupted
-from server.checkpoints import Checkpoints
-from server.config import parse_config
-from server.run import resume, simulate
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import parse_config
+from fedft.server.run import resume, simulate
 
 COMMITTED = 2
 SHOWN = 5

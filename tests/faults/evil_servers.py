@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core import codec
-from server import serve as serving
-from server.config import RunConfig
-from server.identity import Address
-from server.serve import Hosting
+from fedft.server import serve as serving
+from fedft.server.config import RunConfig
+from fedft.server.identity import Address
+from fedft.server.serve import Hosting
 
 
 def strips_the_noise(changes: Mapping[str, Any]) -> None:

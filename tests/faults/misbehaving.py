@@ -1,6 +1,6 @@
 """Real clients that misbehave, and the server as a command: what a test starts as processes.
 
-A client here is :func:`clients.join.join` with one thing changed in its own process. Everything
+A client here is :func:`fedft.clients.join.join` with one thing changed in its own process. Everything
 else, certificates, streams and heartbeats, is what a workstation does.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from clients.join import Resident, Site, join
-from clients.session import Failure, Offer, Session, Timing
+from fedft.clients.join import Resident, Site, join
+from fedft.clients.session import Failure, Offer, Session, Timing
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Ticket

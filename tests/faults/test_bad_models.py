@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fedft.core.errors import FedftError
-from server.check import check
-from server.config import RunConfig, parse_config
-from server.forecast import as_text, forecast
-from server.run import simulate
+from fedft.server.check import check
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.run import simulate
 from tests.conftest import CLASSES
 from tests.faults.bad_models import BAD, Bad
 from tests.zoo.builders import DECODERS, VISION, build

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clients import session as client_side
+from fedft.clients import session as client_side
 from fedft.core import codec
 from fedft.core.digest import state_digest
 from fedft.core.errors import (
@@ -45,13 +45,13 @@ from fedft.core.link.secrets import Kit, new_key, write_private
 from fedft.core.link.stream import Broken
 from fedft.core.rundir import RunDir
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
-from server import checkpoints, identity
-from server.checkpoints import Checkpoints
-from server.grids.flower import adopt_identity
-from server.grids.hub import Hub
-from server.grids.outbox import Outbox, Pending
-from server.grids.stream import Terms, Timing
-from server.validation import REPLY_REFUSED, Limits, validate
+from fedft.server import checkpoints, identity
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.grids.flower import adopt_identity
+from fedft.server.grids.hub import Hub
+from fedft.server.grids.outbox import Outbox, Pending
+from fedft.server.grids.stream import Terms, Timing
+from fedft.server.validation import REPLY_REFUSED, Limits, validate
 
 SITE = Site("ann", 5)
 Loop = asyncio.AbstractEventLoop

@@ -19,11 +19,11 @@ from fedft.core.data import load
 from fedft.core.errors import Interrupted
 from fedft.core.link.secrets import key_pem, new_key
 from fedft.report import write_report
-from server import identity
-from server.config import parse_config
-from server.run import Silent, resume, simulate
-from strategies import RULES
-from strategies.base import Strategy
+from fedft.server import identity
+from fedft.server.config import parse_config
+from fedft.server.run import Silent, resume, simulate
+from fedft.strategies import RULES
+from fedft.strategies.base import Strategy
 
 Table = Callable[..., dict[str, Any]]
 SHORT = {"rounds": {"count": 2, "per-round": 3, "evaluate-every": 2}, "training": {"steps": 3}}

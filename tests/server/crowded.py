@@ -28,10 +28,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from fedft.core.link import link_pb2_grpc
 from fedft.core.link.secrets import key_pem, new_key
-from server.grids import hub
-from server.grids.grpc import GrpcGrid
-from server.grids.stream import Terms, Timing
-from server.identity import Address, Audit, Authority, Registry, serial_of
+from fedft.server.grids import hub
+from fedft.server.grids.grpc import GrpcGrid
+from fedft.server.grids.stream import Terms, Timing
+from fedft.server.identity import Address, Audit, Authority, Registry, serial_of
 
 SHAPES = {"a": (64, 128), "b": (128, 64)}
 HASHES = {"base_model": "m", "tokenizer": "t", "data_schema": "d"}

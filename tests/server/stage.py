@@ -14,15 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clients.join import Site, join
-from clients.session import Timing as ClientTiming
 from fedft.api import Run
+from fedft.clients.join import Site, join
+from fedft.clients.session import Timing as ClientTiming
 from fedft.core import partition
-from server import identity
-from server.config import RunConfig
-from server.grids.stream import Timing
-from server.run import simulate
-from server.serve import Hosting, serve
+from fedft.server import identity
+from fedft.server.config import RunConfig
+from fedft.server.grids.stream import Timing
+from fedft.server.run import simulate
+from fedft.server.serve import Hosting, serve
 
 FAST = Timing(heartbeat=1.0, silence=10.0, absence=30.0)
 QUICK = ClientTiming(heartbeat=1.0, silence=10.0, first_delay=0.1, longest_delay=0.5, give_up=60.0)
@@ -32,7 +32,9 @@ QUICK = ClientTiming(heartbeat=1.0, silence=10.0, first_delay=0.1, longest_delay
 def processes() -> Any:
     """Processes that start in a moment: forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clients.join", "clients.train", "server.serve"])
+    context.set_forkserver_preload(
+        ["fedft.clients.join", "fedft.clients.train", "fedft.server.serve"]
+    )
     return context
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from clients.policy import plan_of
-from clients.session import Connection, Failure, Offer, Session
-from clients.session import Timing as ClientTiming
+from fedft.clients.policy import plan_of
+from fedft.clients.session import Connection, Failure, Offer, Session
+from fedft.clients.session import Timing as ClientTiming
 from fedft.core import codec, models, seeds, trial
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
@@ -26,11 +26,11 @@ from fedft.core.link.framing import Expected, Ticket
 from fedft.core.link.shapes import of_work
 from fedft.core.rundir import RunDir
 from fedft.core.spec import TaskSpec
-from server import identity
-from server.config import RunConfig
-from server.grids.stream import Timing
-from server.pruning import site_footprint
-from server.serve import Hosting, serve
+from fedft.server import identity
+from fedft.server.config import RunConfig
+from fedft.server.grids.stream import Timing
+from fedft.server.pruning import site_footprint
+from fedft.server.serve import Hosting, serve
 
 BRISK = Timing(heartbeat=0.5, silence=20.0, absence=10.0, watch=0.05)
 QUICK = ClientTiming(heartbeat=0.5, silence=20.0, first_delay=0.05, longest_delay=0.2, give_up=30.0)

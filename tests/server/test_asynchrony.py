@@ -9,8 +9,8 @@ import pytest
 
 from fedft.api import Run
 from fedft.core.errors import ConfigError, Interrupted
-from server.config import parse_config
-from server.run import resume, simulate
+from fedft.server.config import parse_config
+from fedft.server.run import resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 

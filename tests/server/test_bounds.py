@@ -16,12 +16,12 @@ from fedft.core.errors import EnvironmentFailure, UpdateRejected
 from fedft.core.link import framing, limits
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import MAX_MESSAGE_BYTES, describe
-from server import audit as audit_module
-from server.audit import Audit
-from server.grids.allowance import Allowance
-from server.grids.door import Room, peer_of
-from server.status import closed
-from server.validation import CHECK_FAILED, PLAN_FAILED, REPLY_REFUSED
+from fedft.server import audit as audit_module
+from fedft.server.audit import Audit
+from fedft.server.grids.allowance import Allowance
+from fedft.server.grids.door import Room, peer_of
+from fedft.server.status import closed
+from fedft.server.validation import CHECK_FAILED, PLAN_FAILED, REPLY_REFUSED
 from tests.server.crowded import Host, crowded
 from tests.server.test_grpc_grid import (
     CROWD,
@@ -165,7 +165,7 @@ def test_a_full_disk_costs_no_client_its_place(tmp_path: Path) -> None:
 
 def test_an_allowance_gives_its_burst_and_then_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("server.grids.allowance.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fedft.server.grids.allowance.time.monotonic", lambda: now[0])
     allowance = Allowance(3, 2.0)
     assert [allowance.take() for _ in range(3)] == [0, 0, 0]
     assert allowance.take() == 0.5

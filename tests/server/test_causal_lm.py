@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedft.api import Run
-from server.config import load_config
-from server.run import simulate
+from fedft.server.config import load_config
+from fedft.server.run import simulate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "causal-lm" / "config.toml"
 

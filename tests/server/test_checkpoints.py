@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import server.checkpoints
+import fedft.server.checkpoints
 from fedft.core.digest import state_digest
 from fedft.core.errors import EnvironmentFailure, IntegrityError
 from fedft.core.files import Files
 from fedft.core.types import Adapter, Factors, ServerState
-from server.checkpoints import Checkpoints
+from fedft.server.checkpoints import Checkpoints
 
 DTYPES = [
     torch.float32,
@@ -265,7 +265,7 @@ def test_all_damaged_is_an_error_and_never_round_zero(tmp_path: Path):
 def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path):
     committed(tmp_path, 2)
     body = json.loads(newest(tmp_path).read_text())["body"]
-    newest(tmp_path).write_bytes(server.checkpoints._sealed(body | {"schema": 9, "new": 1}))
+    newest(tmp_path).write_bytes(fedft.server.checkpoints._sealed(body | {"schema": 9, "new": 1}))
     with pytest.raises(EnvironmentFailure, match=r"format 9.*up to 1"):
         Checkpoints(tmp_path).load()
 
@@ -287,7 +287,7 @@ def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path):
 def test_a_sealed_manifest_that_does_not_fit_its_blobs_is_damage(tmp_path: Path, change):
     committed(tmp_path, 2)
     body = json.loads(newest(tmp_path).read_text())["body"]
-    newest(tmp_path).write_bytes(server.checkpoints._sealed(body | change))
+    newest(tmp_path).write_bytes(fedft.server.checkpoints._sealed(body | change))
     loaded = Checkpoints(tmp_path).load()
     assert loaded is not None
     assert (loaded.state.round, len(loaded.notes)) == (1, 1)
@@ -333,10 +333,10 @@ def test_the_harness_finds_flips_when_a_checksum_is_not_looked_at(
         try:
             return json.loads(raw)["body"]
         except (ValueError, KeyError) as error:
-            raise server.checkpoints._Damaged from error
+            raise fedft.server.checkpoints._Damaged from error
 
     blind = {"_check": lambda *_: None, "_unsealed": parse_only}
-    monkeypatch.setattr(server.checkpoints, guard, blind[guard])
+    monkeypatch.setattr(fedft.server.checkpoints, guard, blind[guard])
 
     @settings(
         max_examples=300, deadline=None, database=None, derandomize=True,
@@ -379,7 +379,7 @@ def test_any_state_comes_back(tmp_path_factory, modules, slots, scale, round):
 
 def test_a_reader_follows_a_server_that_prunes_under_its_eyes(tmp_path: Path, monkeypatch):
     writer = committed(tmp_path, 2)
-    original = server.checkpoints._read_manifest
+    original = fedft.server.checkpoints._read_manifest
     pending = [3, 4]
 
     def slow(path: Path):
@@ -391,7 +391,7 @@ def test_a_reader_follows_a_server_that_prunes_under_its_eyes(tmp_path: Path, mo
         return original(path)
 
     reader = Checkpoints(tmp_path)
-    monkeypatch.setattr(server.checkpoints, "_read_manifest", slow)
+    monkeypatch.setattr(fedft.server.checkpoints, "_read_manifest", slow)
     loaded = reader.load()
     assert loaded is not None
     assert loaded.state.round == 4

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-import server.serve
-from clients.session import Failure
+import fedft.server.serve
+from fedft.clients.session import Failure
 from fedft.core.errors import ConfigError
 from fedft.core.link.framing import Ticket
 from fedft.core.rundir import RunDir
-from server import pruning
-from server.config import RunConfig, check_real, parse_config
-from server.validation import PLAN_FAILED
-from strategies import RULES, rule_names
+from fedft.server import pruning
+from fedft.server.config import RunConfig, check_real, parse_config
+from fedft.server.validation import PLAN_FAILED
+from fedft.strategies import RULES, rule_names
 from tests.server.stub_clients import Notes, Stub, answering, least_mib, run_with
 
 pytestmark = pytest.mark.grpc
@@ -46,9 +46,11 @@ def rules_of_real_clients() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def cheap_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.serve, "CLIENT_APP", answering)
-    inline = server.serve.InlineGrid
-    monkeypatch.setattr(server.serve, "InlineGrid", lambda app, nodes: inline(answering, nodes))
+    monkeypatch.setattr(fedft.server.serve, "CLIENT_APP", answering)
+    inline = fedft.server.serve.InlineGrid
+    monkeypatch.setattr(
+        fedft.server.serve, "InlineGrid", lambda app, nodes: inline(answering, nodes)
+    )
 
 
 def config_of(table: Table, rule: str, selection: str, adapter: str, **more: Any) -> RunConfig:

@@ -13,12 +13,12 @@ from fedft.core import codec, partition
 from fedft.core.errors import ConfigError, Interrupted, MismatchError
 from fedft.core.spec import PartitionSpec
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
-from server.availability import read_availability
-from server.clock import SimulatedClock, examples
-from server.config import parse_config, parse_toml
-from server.fleet import Device, Distribution, Fleet, read_devices
-from server.roster import SimulatedRoster
-from server.run import resume, simulate
+from fedft.server.availability import read_availability
+from fedft.server.clock import SimulatedClock, examples
+from fedft.server.config import parse_config, parse_toml
+from fedft.server.fleet import Device, Distribution, Fleet, read_devices
+from fedft.server.roster import SimulatedRoster
+from fedft.server.run import resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from fedft.core.errors import ConfigError
-from server.compare import read_arms
-from server.config import configured, differences, load_config, parse_config, parse_toml
-from server.serve import for_sites
+from fedft.server.compare import read_arms
+from fedft.server.config import configured, differences, load_config, parse_config, parse_toml
+from fedft.server.serve import for_sites
 
 ROOT = Path(__file__).parents[2]
 

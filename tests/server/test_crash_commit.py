@@ -22,7 +22,7 @@ from fedft.core.errors import EnvironmentFailure, IntegrityError
 from fedft.core.files import Files
 from fedft.core.rundir import RunDir
 from fedft.core.types import Adapter, Factors, ServerState
-from server.checkpoints import Checkpoints
+from fedft.server.checkpoints import Checkpoints
 
 
 def make_state(round: int) -> ServerState:

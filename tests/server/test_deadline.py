@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fedft.core import models
-from server.config import parse_config
-from server.deadline import Pace, pace_of
-from server.forecast import as_text, forecast
+from fedft.server.config import parse_config
+from fedft.server.deadline import Pace, pace_of
+from fedft.server.forecast import as_text, forecast
 
 Table = Callable[..., dict[str, Any]]
 

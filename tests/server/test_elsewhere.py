@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from benchmarks.superlink import free_port
-from clients.join import default_folder, enrolled, pinned
-from clients.request import request
+from fedft.clients.join import default_folder, enrolled, pinned
+from fedft.clients.request import request
 from fedft.core.errors import ConfigError, EnvironmentFailure, FedftError, SecurityRefusal
 from fedft.core.link.roster import Roster
 from fedft.core.link.secrets import (
@@ -33,10 +33,10 @@ from fedft.core.link.secrets import (
     write_private,
 )
 from fedft.core.rundir import RunDir
-from server import ca, identity
-from server.authority import Address, Authority, _builder, _name
-from server.config import parse_config
-from server.elsewhere import AuthorityElsewhere, issuer_of
+from fedft.server import ca, identity
+from fedft.server.authority import Address, Authority, _builder, _name
+from fedft.server.config import parse_config
+from fedft.server.elsewhere import AuthorityElsewhere, issuer_of
 
 ADDRESS = Address("127.0.0.1", 8470, "lab.example")
 

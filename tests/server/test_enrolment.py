@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from fedft.core.errors import QuorumFailure
-from server import enrolment
-from server.courier import Waiting
-from server.enrolment import EnrolledRoster
-from server.identity import Client
+from fedft.server import enrolment
+from fedft.server.courier import Waiting
+from fedft.server.enrolment import EnrolledRoster
+from fedft.server.identity import Client
 
 
 @dataclass

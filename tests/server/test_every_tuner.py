@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedft.core.errors import ConfigError
 from fedft.core.rundir import RunDir
 from fedft.core.tuners import TUNERS, canonical
-from server.checkpoints import Checkpoints
-from server.config import RunConfig, parse_config
-from server.run import parse_toml, prepare_run, simulate
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.run import parse_toml, prepare_run, simulate
 
 Table = Callable[..., dict[str, Any]]
 IDS = torch.arange(2, 14).reshape(2, 6)
@@ -118,7 +118,7 @@ def table_of(
 
 def logits_of_run(run: RunDir, config: RunConfig) -> torch.Tensor:
     """What the run's own engine makes of its last state."""
-    from clients.workbench import workbench
+    from fedft.clients.workbench import workbench
 
     with RunDir.open(run.path, writing=True) as open_run:
         task = prepare_run(parse_toml(run.config, "run"), open_run).task

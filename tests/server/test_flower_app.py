@@ -25,11 +25,11 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError
-from server.app import _check_version, configuration, main
-from server.config import configured, parse_config
-from server.grids.inline import Fault, Faults, InlineGrid
-from server.grids.superlink import SuperLinkGrid
-from server.run import CLIENT_APP, simulate
+from fedft.server.app import _check_version, configuration, main
+from fedft.server.config import configured, parse_config
+from fedft.server.grids.inline import Fault, Faults, InlineGrid
+from fedft.server.grids.superlink import SuperLinkGrid
+from fedft.server.run import CLIENT_APP, simulate
 
 Table = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,9 +16,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from server.grids import flower
-from server.grids.inline import InlineGrid
-from server.grids.ray import RayGrid
+from fedft.server.grids import flower
+from fedft.server.grids.inline import InlineGrid
+from fedft.server.grids.ray import RayGrid
 
 # A client that knows nothing of fedft: it adds its partition id and how often it was called.
 TOY = """

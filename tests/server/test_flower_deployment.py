@@ -11,8 +11,8 @@ import pytest
 import tomli_w
 
 from benchmarks.superlink import NAME, deployment
-from server.config import configured, parse_config
-from server.run import simulate
+from fedft.server.config import configured, parse_config
+from fedft.server.run import simulate
 
 Table = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,12 +32,12 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, chunks, describe
 from fedft.core.link.secrets import key_pem, new_key
 from fedft.core.types import Site
-from server.grids import hub as hub_module
-from server.grids.grpc import GrpcGrid
-from server.grids.outbox import Outbox, Pending, Verdict
-from server.grids.stream import Stream, Terms, Timing
-from server.identity import Address, Audit, Authority, Registry, serial_of
-from server.validation import PLAN_FAILED, REPLY_REFUSED
+from fedft.server.grids import hub as hub_module
+from fedft.server.grids.grpc import GrpcGrid
+from fedft.server.grids.outbox import Outbox, Pending, Verdict
+from fedft.server.grids.stream import Stream, Terms, Timing
+from fedft.server.identity import Address, Audit, Authority, Registry, serial_of
+from fedft.server.validation import PLAN_FAILED, REPLY_REFUSED
 
 SHAPES = {"a": (64, 128), "b": (128, 64)}
 HASHES = {"base_model": "m", "tokenizer": "t", "data_schema": "d"}
@@ -775,7 +775,7 @@ class TestJoining:
 CROWD = """
 import asyncio, json, sys
 from flwr.app import MetricRecord, RecordDict
-from clients.session import Connection, Offer, Session
+from fedft.clients.session import Connection, Offer, Session
 from fedft.core.link.secrets import Credentials
 
 class Echo:

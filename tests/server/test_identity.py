@@ -20,10 +20,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from clients.enrolment import Renewal
-from clients.join import Site as Workstation
-from clients.join import enrolled, join
-from clients.session import Connection, Offer, Session, Timing
+from fedft.clients.enrolment import Renewal
+from fedft.clients.join import Site as Workstation
+from fedft.clients.join import enrolled, join
+from fedft.clients.session import Connection, Offer, Session, Timing
 from fedft.core.errors import (
     ConfigError,
     EnvironmentFailure,
@@ -44,10 +44,10 @@ from fedft.core.link.secrets import (
 )
 from fedft.core.link.trust import near_the_end, tls_trouble
 from fedft.core.types import Site
-from server import authority
-from server.grids.grpc import GrpcGrid
-from server.grids.stream import Terms
-from server.identity import (
+from fedft.server import authority
+from fedft.server.grids.grpc import GrpcGrid
+from fedft.server.grids.stream import Terms
+from fedft.server.identity import (
     Address,
     Audit,
     Authority,
@@ -427,7 +427,9 @@ class TestOverTls:
             attend(here.address.target, new, stop=lambda: next(asked, True))
         # One that stays due, as where an authority elsewhere signs, is not asked for all the time.
         calls: list[float] = []
-        monkeypatch.setattr("clients.enrolment.enrolled", lambda *_: calls.append(now[0]) or own)
+        monkeypatch.setattr(
+            "fedft.clients.enrolment.enrolled", lambda *_: calls.append(now[0]) or own
+        )
         for now[0] in (3599.0, 3600.0, 3700.0, 7199.0, 7200.0):
             renewal()
         assert calls == [3600.0, 7200.0]

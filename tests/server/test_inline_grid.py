@@ -20,9 +20,9 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedft.core.errors import ConfigError
-from server.grids.flower import APP_CRASHED, APP_RAISED, NODE_UNAVAILABLE
-from server.grids.inline import Fault, Faults, InlineGrid
-from server.grids.serve import resolve
+from fedft.server.grids.flower import APP_CRASHED, APP_RAISED, NODE_UNAVAILABLE
+from fedft.server.grids.inline import Fault, Faults, InlineGrid
+from fedft.server.grids.serve import resolve
 
 
 def echo(message: Message, context: Context) -> Message:

@@ -14,8 +14,8 @@ from uuid import uuid4
 
 import pytest
 
-from server.grids import lifeline
-from server.grids.cluster import own_paths
+from fedft.server.grids import lifeline
+from fedft.server.grids.cluster import own_paths
 
 pytestmark = pytest.mark.crash
 
@@ -23,13 +23,13 @@ MARK = "FEDFT_TEST_MARK"
 
 DRIVER = """
     import os, subprocess, sys
-    from server.grids.processes import ProcessGrid
+    from fedft.server.grids.processes import ProcessGrid
 
     if "untied" in sys.argv:
         honest = subprocess.Popen
 
         def untied(command, **options):
-            code = "import sys; del sys.argv[1]; from server.grids import zygote; zygote.main()"
+            code = "import sys; del sys.argv[1]; from fedft.server.grids import zygote; zygote.main()"
             return honest([command[0], "-P", "-c", code, *command[4:]], **options)
 
         subprocess.Popen = untied

@@ -17,11 +17,11 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.shapes import ALL, of_adapter, of_work
 from fedft.core.rundir import RunDir
 from fedft.core.types import part_of
-from server.checkpoints import Checkpoints
-from server.config import parse_config
-from server.forecast import forecast
-from server.run import first_state, resume, simulate
-from strategies.hydralora import cluster_of
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import parse_config
+from fedft.server.forecast import forecast
+from fedft.server.run import first_state, resume, simulate
+from fedft.strategies.hydralora import cluster_of
 
 Table = Callable[..., dict[str, Any]]
 IDS = torch.arange(2, 14).reshape(2, 6)
@@ -44,8 +44,8 @@ def stock_logits(base: str, folder: Path) -> torch.Tensor:
 
 def own_logits(run: RunDir) -> torch.Tensor:
     """What the run's own engine makes of its last state."""
-    from clients.workbench import workbench
-    from server.run import parse_toml, prepare_run
+    from fedft.clients.workbench import workbench
+    from fedft.server.run import parse_toml, prepare_run
 
     config = parse_toml(run.config, "run")
     with RunDir.open(run.path, writing=True) as open_run:
@@ -379,7 +379,7 @@ def test_what_a_method_drops_in_training_it_keeps_in_scoring(
     lora: dict[str, Any], tiny_table: Table
 ) -> None:
     """Also where it is no module of torch that drops; the base's own dropout stays off."""
-    from clients.whole import WholeEngine
+    from fedft.clients.whole import WholeEngine
 
     config = parse_config(tiny_table(lora=lora))
     shapes = models.schema(config.model, config.lora, 3)

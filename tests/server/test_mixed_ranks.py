@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from clients.cohort import CohortEngine
 from fedft.api import Run
+from fedft.clients.cohort import CohortEngine
 from fedft.core.errors import Interrupted
 from fedft.core.models import effective
 from fedft.core.types import ServerState, TrainPlan
-from server.checkpoints import Checkpoints
-from server.config import parse_config
-from server.forecast import as_text, forecast
-from server.run import resume, simulate
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.run import resume, simulate
 from tests.server.test_run import killed_runs, run_of, without_seconds
 
 Table = Callable[..., dict[str, Any]]

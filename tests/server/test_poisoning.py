@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedft.api import Run
-from server.config import parse_config
-from server.run import simulate
+from fedft.server.config import parse_config
+from fedft.server.run import simulate
 
 Table = Callable[..., dict[str, Any]]
 ROBUST = ("coordinate-median", "multi-krum")

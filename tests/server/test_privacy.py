@@ -18,13 +18,13 @@ from fedft.api import Run
 from fedft.core import entropy
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
 from fedft.core.rundir import RunDir
-from server import privacy
-from server.checkpoints import Checkpoints
-from server.config import check_real, parse_config
-from server.forecast import as_text, forecast
-from server.grids.inline import Fault, Faults, InlineGrid
-from server.run import fork, resolved, resume, simulate
-from strategies import CentralDP
+from fedft.server import privacy
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import check_real, parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.grids.inline import Fault, Faults, InlineGrid
+from fedft.server.run import fork, resolved, resume, simulate
+from fedft.strategies import CentralDP
 
 Table = Callable[..., dict[str, Any]]
 REFERENCE = (1.0, 0.1, 100)  # noise multiplier, sampling rate, releases
@@ -94,7 +94,7 @@ def test_noise_is_normal_and_never_the_same() -> None:
 def test_each_site_is_drawn_with_its_own_probability(tiny_table: Table, tmp_path: Path) -> None:
     run = simulate(parse_config(tiny_table(rounds={"count": 1})), tmp_path / "run")
     from fedft.core import partition
-    from server.roster import SimulatedRoster
+    from fedft.server.roster import SimulatedRoster
 
     roster = SimulatedRoster(partition.load(run.partition))
     generator = entropy.Keystream()
@@ -159,7 +159,7 @@ def test_the_same_seed_draws_other_noise(private: Table, tmp_path: Path) -> None
 def test_rounds_without_any_site_are_rounds(
     private: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.roster.SimulatedRoster.poisson", lambda *_: [])
+    monkeypatch.setattr("fedft.server.roster.SimulatedRoster.poisson", lambda *_: [])
     run = Run(simulate(parse_config(private()), tmp_path / "run").path)
     assert [line["cohort"] for line in run.rounds] == [[], [], []]
     assert len(ledger(run.directory)) == 3
@@ -389,7 +389,7 @@ def test_sites_that_drop_out_are_accounted_for(private: Table, tmp_path: Path) -
     """Row 67: no retry and no quorum; the sum lacks them, the denominator and the account do not."""
     config = parse_config(private(rounds={"per-round": 8}))
     lost = Faults((Fault("drop", round=2, message_type="train"),))
-    with InlineGrid("clients.app:app", config.fleet.clients, faults=lost) as grid:
+    with InlineGrid("fedft.clients.app:app", config.fleet.clients, faults=lost) as grid:
         run = Run(simulate(config, tmp_path / "run", grid=grid).path)
     second = run.rounds[1]
     assert len(second["cohort"]) == 8, "rate 1"

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import server.verify
-from clients import cohort as engine
-from clients import preflight as trial
-from clients.cohort import CohortEngine, RowsMismatch
-from clients.fallback import Fallback
-from clients.workbench import workbench
+import fedft.server.verify
 from fedft.api import Run
+from fedft.clients import cohort as engine
+from fedft.clients import preflight as trial
+from fedft.clients.cohort import CohortEngine, RowsMismatch
+from fedft.clients.fallback import Fallback
+from fedft.clients.workbench import workbench
 from fedft.core.card import FACTS
 from fedft.core.errors import EnvironmentFailure, MismatchError
 from fedft.core.peft_io import WEIGHTS
 from fedft.core.rundir import RunDir
-from server.check import check
-from server.config import RunConfig, parse_config
-from server.run import Silent, resume, simulate
+from fedft.server.check import check
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.run import Silent, resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 
@@ -160,7 +160,7 @@ def test_too_little_memory_is_told_in_one_attempt(
 
     calls: list[int] = []
     import fedft.core.models
-    from clients.train import LoopEngine
+    from fedft.clients.train import LoopEngine
 
     if where == "load":
         monkeypatch.setattr(fedft.core.models.load, "_ready", none_left)
@@ -200,7 +200,7 @@ def test_the_trial_is_made_once_and_kept(
     def never(*_: Any) -> Any:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("server.run.preflight", never)
+    monkeypatch.setattr("fedft.server.run.preflight", never)
     assert resume(tmp_path / "run").finished
 
 
@@ -256,7 +256,7 @@ def test_an_export_that_is_not_the_run_is_noticed_by_name_and_the_run_is_kept(
     how: str, tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tiny_table, engine={"cohort": 1})
-    real, names = server.verify.verify, []
+    real, names = fedft.server.verify.verify, []
 
     def tampered(export: Path, *args: Any, **options: Any) -> Any:
         whole = load_file(export / WEIGHTS)
@@ -268,7 +268,7 @@ def test_an_export_that_is_not_the_run_is_noticed_by_name_and_the_run_is_kept(
         finally:
             save_file(whole, export / WEIGHTS, {"format": "pt"})
 
-    monkeypatch.setattr(server.verify, "verify", tampered)
+    monkeypatch.setattr(fedft.server.verify, "verify", tampered)
     with pytest.raises(MismatchError, match="stock peft") as caught:
         simulate(config, tmp_path / "run")
     told = caught.value.what
@@ -308,7 +308,7 @@ def test_verify_false_ends_a_run_without_the_check(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("verified")
 
-    monkeypatch.setattr(server.verify, "verify", never)
+    monkeypatch.setattr(fedft.server.verify, "verify", never)
     config = config_of(tiny_table, engine={"cohort": 1, "verify": False})
     assert simulate(config, tmp_path / "run").summary()["verified"] is None
 
@@ -365,8 +365,8 @@ def _log_probabilities(run: RunDir, rows: list[list[int]]) -> Any:
     import tomllib
 
     from fedft.core.types import Batch
-    from server.checkpoints import Checkpoints
-    from server.run import prepare_run
+    from fedft.server.checkpoints import Checkpoints
+    from fedft.server.run import prepare_run
 
     config = parse_config(tomllib.loads(run.config), "run")
     state: Any = Checkpoints(run.checkpoints).load()

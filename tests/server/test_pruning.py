@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Message, MessageType
 
-from clients.workbench import workbench
+from fedft.clients.workbench import workbench
 from fedft.core import codec
 from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint, Geometry, Load, footprint
@@ -21,10 +21,10 @@ from fedft.core.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
 from fedft.core.sublayers import HALVES, Layer, Sublayer, children
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan, in_blocks
-from server.config import parse_config
-from server.forecast import as_text, forecast
-from server.grids.inline import InlineGrid
-from server.pruning import (
+from fedft.server.config import parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.grids.inline import InlineGrid
+from fedft.server.pruning import (
     Pruning,
     PruningSpec,
     contiguous_groups,
@@ -32,7 +32,7 @@ from server.pruning import (
     pruning_of,
     spectral_groups,
 )
-from server.run import CLIENT_APP, fork, prepare_run, resolved, resume, simulate
+from fedft.server.run import CLIENT_APP, fork, prepare_run, resolved, resume, simulate
 
 L = 6
 

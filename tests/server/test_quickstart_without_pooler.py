@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import fedft.api
-from server.config import load_config
-from server.run import simulate
+from fedft.server.config import load_config
+from fedft.server.run import simulate
 
 ROOT = Path(__file__).parents[2]
 

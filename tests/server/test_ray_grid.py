@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fedft.core.errors import EnvironmentFailure, SecurityRefusal
-from server.grids import cluster as clusters
-from server.grids.cluster import Cluster
-from server.grids.ray import RayGrid
+from fedft.server.grids import cluster as clusters
+from fedft.server.grids.cluster import Cluster
+from fedft.server.grids.ray import RayGrid
 from tests.server.toy_workers import driving, gone, importable
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_a_session_is_private_and_leaves_the_process_as_it_was(session: Cluster)
 STUMBLE = """
     import sys
     import ray
-    from server.grids import cluster
+    from fedft.server.grids import cluster
     init, calls = ray.init, []
     def stumbling(**settings):
         calls.append(settings["_temp_dir"])
@@ -93,7 +93,7 @@ def test_a_start_that_fails_is_tried_again_from_nothing(failures: int, said: str
 
 JOIN = """
     import sys
-    from server.grids.ray import RayGrid
+    from fedft.server.grids.ray import RayGrid
     from fedft.core.errors import FedftError
     try:
         with RayGrid("toy_app:app", 3, workers=1, address=sys.argv[1]) as grid:
@@ -144,8 +144,8 @@ DRIVER = """
     from pathlib import Path
     from flwr.app import ConfigRecord, Message, RecordDict
     from fedft.core.errors import EnvironmentFailure
-    from server.grids import reaper
-    from server.grids.ray import RayGrid
+    from fedft.server.grids import reaper
+    from fedft.server.grids.ray import RayGrid
 
     if __name__ == "__main__":
         grid = RayGrid("toy_app:app", 9, workers=1)

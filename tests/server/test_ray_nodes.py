@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fedft.api import Run
-from server.config import parse_config
-from server.grids.ray import RayGrid
-from server.run import open_grid, simulate
+from fedft.server.config import parse_config
+from fedft.server.grids.ray import RayGrid
+from fedft.server.run import open_grid, simulate
 
 pytestmark = pytest.mark.ray
 Table = Callable[..., dict[str, Any]]

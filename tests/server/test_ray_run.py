@@ -14,8 +14,8 @@ import pytest
 
 from fedft.api import Run
 from fedft.core.errors import EnvironmentFailure
-from server.config import parse_config
-from server.run import resume, simulate
+from fedft.server.config import parse_config
+from fedft.server.run import resume, simulate
 
 pytestmark = pytest.mark.ray
 Table = Callable[..., dict[str, Any]]

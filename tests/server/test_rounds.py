@@ -23,19 +23,19 @@ from fedft.core.types import (
     Site,
     TrainPlan,
 )
-from server import exchange
-from server.config import PruningSpec, RoundsSpec
-from server.courier import Waiting
-from server.deadline import Pace
-from server.exchange import grouped, received
-from server.federation import Completed, Federation, Ledger
-from server.grids.inline import Fault, Faults, InlineGrid
-from server.intake import Intake
-from server.pruning import Pruning
-from server.rounds import one_round, opened, rounds
-from server.validation import CHECK_FAILED, PLAN_FAILED
-from strategies import FedAvgLoRA, FedAvgM, Strategy
-from strategies.fedsa_lora import FedSALoRA
+from fedft.server import exchange
+from fedft.server.config import PruningSpec, RoundsSpec
+from fedft.server.courier import Waiting
+from fedft.server.deadline import Pace
+from fedft.server.exchange import grouped, received
+from fedft.server.federation import Completed, Federation, Ledger
+from fedft.server.grids.inline import Fault, Faults, InlineGrid
+from fedft.server.intake import Intake
+from fedft.server.pruning import Pruning
+from fedft.server.rounds import one_round, opened, rounds
+from fedft.server.validation import CHECK_FAILED, PLAN_FAILED
+from fedft.strategies import FedAvgLoRA, FedAvgM, Strategy
+from fedft.strategies.fedsa_lora import FedSALoRA
 
 CLIENTS = 6
 

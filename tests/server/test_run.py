@@ -16,9 +16,9 @@ import torch
 from fedft.api import Run
 from fedft.core import models
 from fedft.core.errors import ConfigError, IntegrityError, Interrupted, MismatchError
-from server.checkpoints import Checkpoints
-from server.config import RunConfig, parse_config
-from server.run import fork, resume, simulate
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.run import fork, resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 
@@ -135,7 +135,7 @@ def test_bytes_on_the_wire_are_the_formula(tiny_table: Table, tmp_path: Path) ->
 
 
 def test_plan_predicts_the_bytes_that_the_run_measures(tiny_table: Table, tmp_path: Path) -> None:
-    from server.forecast import forecast
+    from fedft.server.forecast import forecast
 
     table = tiny_table(strategy={"name": "ffa-lora"})
     assert (
@@ -167,7 +167,7 @@ def test_plan_names_a_total_of_bytes_only_where_all_rounds_are_alike(
     tiny_table: Table, tmp_path: Path, rule: dict[str, Any], changes: bool
 ) -> None:
     """What it names is what the run measures; where rounds differ it says so in words."""
-    from server.forecast import as_text, forecast
+    from fedft.server.forecast import as_text, forecast
 
     clock = {"fleet": {"speeds": [1.0, 2.0]}} if rule["name"] in {"fedasync", "fedbuff"} else {}
     table = tiny_table(strategy=rule, **clock)
@@ -180,7 +180,7 @@ def test_plan_names_a_total_of_bytes_only_where_all_rounds_are_alike(
 
 
 def test_plan_counts_what_is_sent_to_spares(tiny_table: Table, tmp_path: Path) -> None:
-    from server.forecast import as_text, forecast
+    from fedft.server.forecast import as_text, forecast
 
     table = tiny_table(
         fleet={"speeds": [1.0, 2.0]}, rounds={"count": 2, "per-round": 3, "spares": 2}
@@ -193,7 +193,7 @@ def test_plan_counts_what_is_sent_to_spares(tiny_table: Table, tmp_path: Path) -
 
 def test_plan_weighs_each_rank_by_the_clients_that_have_it(tiny_table: Table) -> None:
     """Three of four clients with rank 2, one with 8: 3.5 on average, not 5."""
-    from server.forecast import as_text, forecast
+    from fedft.server.forecast import as_text, forecast
 
     def said(ranks: list[int]) -> dict[str, Any]:
         table = tiny_table(strategy={"name": "flexlora"}, fleet={"ranks": ranks})
@@ -212,7 +212,7 @@ def test_stock_peft_loads_the_exported_adapter(tiny_table: Table, tmp_path: Path
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from clients.train import PeftEngine
+    from fedft.clients.train import PeftEngine
     from fedft.core.models import load_base
 
     config = parse_config(tiny_table())

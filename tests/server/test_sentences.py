@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from fedft.core.errors import ConfigError
-from server.config import RunConfig, parse_config, parse_toml
-from server.sentences import _table_in
-from strategies import RULES
+from fedft.server.config import RunConfig, parse_config, parse_toml
+from fedft.server.sentences import _table_in
+from fedft.strategies import RULES
 
 NASTY: list[Any] = [
     *(True, -1, 1.5, float("nan"), 10**30, "", "x" * 5000, "\0", "1", datetime.date(2026, 1, 1)),

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from benchmarks.superlink import free_port
-from clients.ledger import Account, Ledger
 from fedft.api import Run
+from fedft.clients.ledger import Account, Ledger
 from fedft.core.accounting import example_epsilon
 from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
 from fedft.core.rowkeys import row_keys
 from fedft.core.rundir import RunDir
 from fedft.core.spec import DataSpec
-from server import identity
-from server.config import parse_config
-from server.serve import Hosting, serve
+from fedft.server import identity
+from fedft.server.config import parse_config
+from fedft.server.serve import Hosting, serve
 from tests.server.stage import (
     FAST,
     QUICK,
@@ -429,8 +429,8 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
 ) -> None:
     """Row 28: rank and memory are weighed with both figures; the server's own files stay its own."""
     from fedft.core.types import Site as Member
-    from server.run import prepare_run
-    from server.serve import for_sites, objection, sites_task
+    from fedft.server.run import prepare_run
+    from fedft.server.serve import for_sites, objection, sites_task
 
     config = for_sites(parse_config(tiny_table()))
     with RunDir.create(tmp_path / "run") as run:

@@ -11,14 +11,14 @@ from fedft.api import Run
 from fedft.core.data import Data
 from fedft.core.errors import ConfigError, FedftError, MismatchError, QuorumFailure
 from fedft.core.rundir import RunDir
-from server import run as running
-from server.compare import compare, rules
-from server.config import RunConfig, parse_config
-from server.forecast import as_text, forecast
-from server.identity import Address
-from server.inputs import remarks
-from server.run import Silent, resume, simulate
-from server.serve import Hosting, serve
+from fedft.server import run as running
+from fedft.server.compare import compare, rules
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.identity import Address
+from fedft.server.inputs import remarks
+from fedft.server.run import Silent, resume, simulate
+from fedft.server.serve import Hosting, serve
 
 Table = Callable[..., dict[str, Any]]
 

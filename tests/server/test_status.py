@@ -17,11 +17,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedft.core.errors import EnvironmentFailure
-from server.courier import Waiting
-from server.identity import Client
-from server.run import Silent
-from server.status import Board, Standing, Tally, View, _Metrics, showing
-from server.status_page import HEADERS, page
+from fedft.server.courier import Waiting
+from fedft.server.identity import Client
+from fedft.server.run import Silent
+from fedft.server.status import Board, Standing, Tally, View, _Metrics, showing
+from fedft.server.status_page import HEADERS, page
 
 SCRIPT = "<script>document.title='owned'</script>"
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from fedft.api import Run
 from fedft.core.data import load
 from fedft.core.metrics import Tally
-from server.config import parse_config
-from server.forecast import as_text, forecast
-from server.run import Silent, fork, resume, simulate
+from fedft.server.config import parse_config
+from fedft.server.forecast import as_text, forecast
+from fedft.server.run import Silent, fork, resume, simulate
 from tests.core.tokenizer_kinds import byte_bpe
 
 Table = Callable[..., dict[str, Any]]
@@ -30,7 +30,7 @@ class Notes(Silent):
         self.kept: list[str] = []
 
     def note(self, text: str) -> None:
-        """See :class:`server.run.Observer`."""
+        """See :class:`fedft.server.run.Observer`."""
         self.kept.append(text)
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification
 
-from clients.whole import WholeEngine
+from fedft.clients.whole import WholeEngine
 from fedft.core import methods, models
 from fedft.core.errors import ConfigError, EnvironmentFailure
 from fedft.core.peft_io import save_whole

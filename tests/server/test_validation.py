@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedft.core import codec
 from fedft.core.errors import UpdateRejected
 from fedft.core.types import Adapter, ClientUpdate, Factors, Site, TrainPlan
-from server.validation import Limits, validate
+from fedft.server.validation import Limits, validate
 
 SITE = Site("site-1", examples=60)
 NAME = "base_model.model.q.lora_A.weight"

@@ -14,14 +14,14 @@ from flwr.app import ArrayRecord
 
 from fedft.api import Run
 from fedft.core.errors import ConfigError, EnvironmentFailure
-from server.config import parse_config
-from server.grids import cluster as clusters
-from server.grids import workers
-from server.grids.flower import APP_CRASHED, APP_RAISED
-from server.grids.processes import ProcessGrid
-from server.grids.ray import RayGrid
-from server.grids.workers import WorkerGrid
-from server.run import simulate
+from fedft.server.config import parse_config
+from fedft.server.grids import cluster as clusters
+from fedft.server.grids import workers
+from fedft.server.grids.flower import APP_CRASHED, APP_RAISED
+from fedft.server.grids.processes import ProcessGrid
+from fedft.server.grids.ray import RayGrid
+from fedft.server.grids.workers import WorkerGrid
+from fedft.server.run import simulate
 from tests.server.toy_workers import about, driving, gone, importable, receive, request
 
 pytestmark = [
@@ -260,7 +260,7 @@ def test_an_app_that_cannot_be_loaded_is_a_config_error(make: Make) -> None:
 DRIVER = """
     import os, sys
     from flwr.app import ConfigRecord, Message, RecordDict
-    from server.grids.processes import ProcessGrid
+    from fedft.server.grids.processes import ProcessGrid
 
     grid = ProcessGrid("toy_app:app", 9, workers=2)
     grid.ready()

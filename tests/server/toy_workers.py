@@ -12,8 +12,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from server.grids import reaper
-from server.grids.base import SimulationGrid
+from fedft.server.grids import reaper
+from fedft.server.grids.base import SimulationGrid
 
 # Does what the message says, and reports where it ran.
 TOY = """

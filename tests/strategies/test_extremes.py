@@ -20,8 +20,17 @@ from fedft.core.types import (
     ServerState,
     part_of,
 )
-from strategies import FedAdam, FedAvgLoRA, FedAvgM, FedProx, FlexLoRA, FLoRA, NormClip, Strategy
-from strategies.sendable import check_sendable
+from fedft.strategies import (
+    FedAdam,
+    FedAvgLoRA,
+    FedAvgM,
+    FedProx,
+    FlexLoRA,
+    FLoRA,
+    NormClip,
+    Strategy,
+)
+from fedft.strategies.sendable import check_sendable
 from tests.strategies.test_laws import Row, fleet, initial, reply, rows, tensors_of
 
 WIRES: tuple[codec.WireDtype, ...] = get_args(codec.WireDtype)

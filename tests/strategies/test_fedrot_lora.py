@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState
-from strategies import FedAvgLoRA, FedRotLoRA
-from strategies.fedrot_lora import aligned, rotation
+from fedft.strategies import FedAvgLoRA, FedRotLoRA
+from fedft.strategies.fedrot_lora import aligned, rotation
 from tests.strategies import test_goldens
 from tests.strategies.test_goldens import check, matrix, play
 from tests.strategies.test_invariants import adapter, bias, cohort, combine, draw, gap, near

@@ -9,11 +9,20 @@ from flwr.clientapp import ClientApp
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-import strategies
+from fedft import strategies
 from fedft.core.errors import ConfigError
-from server.grids.inline import Fault, Faults, InlineGrid
-from strategies import FedAvgLoRA, FedAvgM, FedExLoRA, FedProx, FedSALoRA, FLoRA, HetLoRA, Strategy
-from strategies.flower import FlowerStrategy, peft_adapter
+from fedft.server.grids.inline import Fault, Faults, InlineGrid
+from fedft.strategies import (
+    FedAvgLoRA,
+    FedAvgM,
+    FedExLoRA,
+    FedProx,
+    FedSALoRA,
+    FLoRA,
+    HetLoRA,
+    Strategy,
+)
+from fedft.strategies.flower import FlowerStrategy, peft_adapter
 
 D_OUT, D_IN, RANK, SCALE = 6, 8, 2, 2.0
 BASE = "base_model.model."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part, ServerState, Site
-from strategies import (
+from fedft.strategies import (
     CentralDP,
     CoordinateMedian,
     ExactMixedRank,
@@ -47,7 +47,7 @@ from strategies import (
     RoLoRA,
     TrimmedMean,
 )
-from strategies.asynchronous import Staleness
+from fedft.strategies.asynchronous import Staleness
 
 EVERYTHING: frozenset[Part] = frozenset({"A", "B", "R", "head"})
 BIAS = "base_model.model.head.bias"

@@ -18,8 +18,8 @@ from fedft.core.types import (
     head_name,
     part_of,
 )
-from strategies import FedAvgLoRA, FedSALoRA, HydraLoRA, grouping
-from strategies.hydralora import cluster_of
+from fedft.strategies import FedAvgLoRA, FedSALoRA, HydraLoRA, grouping
+from fedft.strategies.hydralora import cluster_of
 
 A, ROUTER = factor_name("q", "A"), factor_name("q", "router")
 B0, B1 = head_name("q", 0), head_name("q", 1)

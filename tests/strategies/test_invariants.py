@@ -18,7 +18,7 @@ from fedft.core.types import (
     Site,
     part_of,
 )
-from strategies import (
+from fedft.strategies import (
     FedAdam,
     FedAvgLoRA,
     FedAvgM,
@@ -36,8 +36,8 @@ from strategies import (
     RaFLoRA,
     RoLoRA,
 )
-from strategies.fedex_lora import residual
-from strategies.hetlora import tail
+from fedft.strategies.fedex_lora import residual
+from fedft.strategies.hetlora import tail
 
 SHAPES = {"a.q": (24, 18), "b.v": (16, 30)}  # (d_out, d_in)
 HEAD = "base_model.model.score.weight"
@@ -530,7 +530,7 @@ class TestFedExLoRA:
             assert gap(applied(after, module), ideal(updates, module)) < exact
 
     def test_the_residual_has_K_minus_one_blocks(self):
-        from strategies.base import layers
+        from fedft.strategies.base import layers
 
         updates = cohort(adapter(), 3)
         plain = combine(FedAvgLoRA(), updates).adapter.factors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-import strategies
+from fedft import strategies
 from fedft.core import codec, hydra, meters, seeds
 from fedft.core.errors import ConfigError
 from fedft.core.folding import fold
@@ -24,7 +24,7 @@ from fedft.core.types import (
     factor_name,
     part_of,
 )
-from strategies import (
+from fedft.strategies import (
     CentralDP,
     CoordinateMedian,
     ExactMixedRank,
@@ -341,7 +341,7 @@ def distance(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
 
 def test_every_rule_has_a_row_and_a_page() -> None:
     assert {row.rule.name for row in TABLE.values()} == set(strategies.rule_names())  # type: ignore[attr-defined]
-    pages = Path(strategies.__file__).parents[1] / "docs" / "strategies"
+    pages = Path(strategies.__file__).parents[2] / "docs" / "strategies"
     for name, rule in zip(strategies.rule_names(), strategies.RULES, strict=True):
         page = (pages / f"{name}.md").read_text(encoding="utf-8")
         assert f'name = "{name}"' in page

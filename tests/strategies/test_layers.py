@@ -19,7 +19,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
-from strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, Strategy
+from fedft.strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, Strategy
 
 RANK, DEPTH = 3, 4
 MODULES = {f"net.layer.{b}.{n}": (6 + b, 5) for b in range(DEPTH) for n in ("q", "v")}

@@ -9,9 +9,9 @@ from torch import Tensor
 from fedft.core import meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, factor_name
-from strategies import FedAvgLoRA, LoRAFAIR
-from strategies.base import layers
-from strategies.lora_fair import ridge_residual
+from fedft.strategies import FedAvgLoRA, LoRAFAIR
+from fedft.strategies.base import layers
+from fedft.strategies.lora_fair import ridge_residual
 
 M, N, RANK = 12, 9, 3  # d_out, d_in, r
 NAMES = factor_name("m", "A"), factor_name("m", "B")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import strategies
+from fedft import strategies
 from fedft.core import algebra, codec, meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, TrainPlan
-from strategies import (
+from fedft.strategies import (
     ExactMixedRank,
     FedMomentum,
     FedProx,
@@ -33,7 +33,7 @@ from strategies import (
 )
 from tests.strategies.test_laws import TABLE, distance, function, reply
 
-PAGES = Path(strategies.__file__).parents[1] / "docs" / "strategies"
+PAGES = Path(strategies.__file__).parents[2] / "docs" / "strategies"
 RANKS = (1, 2, 4, 8)
 SHAPES = {"layer.0.q": (12, 10), "layer.1.v": (9, 14), "layer.1.narrow": (6, 12)}  # (d_out, d_in)
 HEAD = "base_model.model.classifier.weight"

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from clients.train import PeftEngine
+from fedft.clients.train import PeftEngine
 from fedft.core import algebra, meters, models, seeds
 from fedft.core.batches import batches
 from fedft.core.data import prepare
 from fedft.core.folding import fold
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec
 from fedft.core.types import Adapter, ClientUpdate, LocalTraining, ServerState, Site
-from strategies import (
+from fedft.strategies import (
     FedAvgLoRA,
     FedExLoRA,
     FedMomentum,

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clients.workbench import workbench
+from fedft.clients.workbench import workbench
 from fedft.core.checkpoint import AUTO
 from fedft.core.errors import ConfigError, FedftError, MismatchError
 from fedft.core.peft_io import WEIGHTS
 from fedft.core.rundir import RunDir
 from fedft.core.types import IGNORED, Batch
-from server.checkpoints import Checkpoints
-from server.config import RunConfig, parse_config
-from server.run import prepare_run, simulate
+from fedft.server.checkpoints import Checkpoints
+from fedft.server.config import RunConfig, parse_config
+from fedft.server.run import prepare_run, simulate
 from tests.zoo.builders import KINDS, Kind, build, write_data
 
 TARGETS = ("auto", "all-linear")

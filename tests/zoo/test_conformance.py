@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedft.core.errors import MismatchError
-from server.run import simulate
+from fedft.server.run import simulate
 from tests.zoo.builders import KINDS, Kind, build, write_data
 from tests.zoo.conformance import TARGETS, config_of, line, outcome, promised, rows_of_page
 
@@ -76,8 +76,8 @@ from fedft.core.quiet import quiet
 quiet()
 import torch
 torch.set_num_threads(1)
-from server.config import parse_config
-from server.run import simulate
+from fedft.server.config import parse_config
+from fedft.server.run import simulate
 import json
 run = simulate(parse_config(json.loads(sys.argv[1])), Path(sys.argv[2]))
 print("SHA", run.summary()["history_sha256"])

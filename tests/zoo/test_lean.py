@@ -10,8 +10,8 @@ import torch
 from fedft.core import models
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
-from server.config import parse_config
-from server.pruning import pruning_of
+from fedft.server.config import parse_config
+from fedft.server.pruning import pruning_of
 from tests.zoo.builders import KINDS, VOCABULARY, Kind, build
 
 LORA = LoraSpec(rank=1)

@@ -1,0 +1,187 @@
+"""The Flower ``ClientApp`` of fedft: unpacks a message, calls the resident engine, packs the reply.
+
+It answers three kinds of message. ``query`` says who this site is, or, where it brings a task,
+whether that can be trained here; ``train`` runs the plan in the message; ``evaluate`` scores an adapter, on a slice of the central test set or on the site's own
+held-out examples. Nothing in a message is executed: it names numbers and parts, nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedft.clients.attack import sent_by
+from fedft.clients.preflight import check
+from fedft.clients.probe import compare
+from fedft.clients.workbench import Workbench, one_by_one, workbench
+from fedft.core import codec, trial
+from fedft.core.checkpoint import first_sentence, lacks_memory
+from fedft.core.drawn import distinct
+from fedft.core.errors import FedftError, MismatchError
+from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
+
+logger = logging.getLogger(__name__)
+
+CLIENT_ERROR = 101
+"""Code of an error reply whose reason is a sentence for the server's log."""
+
+
+class SiteApp(ClientApp):
+    """A ``ClientApp`` that can also train several sites in one pass."""
+
+    def train_many(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        """Answer the ``train`` messages of a cohort that lives in this process.
+
+        A site whose plan or data cannot be used gets an error reply of its own; the others train.
+        """
+        bench = workbench(codec.task_of(messages[0].content))
+        replies: dict[int, Message] = {}
+        ready: list[tuple[int, TrainPlan, Sequence[Batch]]] = []
+        for position, (message, context) in enumerate(zip(messages, contexts, strict=True)):
+            try:
+                plan = _plan(bench, message, context)
+                own = bench.training_batches(_index(bench, context), plan.round, plan.training)
+                if not own:
+                    raise MismatchError(f"{plan.site} has no training examples")
+                ready.append((position, plan, own))
+            except FedftError as error:
+                replies[position] = Message(Error(CLIENT_ERROR, error.what), reply_to=message)
+        if ready:
+            start = time.monotonic()
+            results = bench.engine.train([p for _, p, _ in ready], [b for _, _, b in ready])
+            seconds = (time.monotonic() - start) / len(ready)
+            for (position, plan, own), result in zip(ready, results, strict=True):
+                _keep(contexts[position], result.adapter, plan.keep)
+                index = _index(bench, contexts[position])
+                content = codec.reply_content(
+                    sent_by(bench.task, index, plan, plan.reply(result.adapter)),
+                    _examples(bench, contexts[position], plan, own),
+                    {**result.metrics, "seconds": seconds},
+                    bench.task.wire,
+                )
+                replies[position] = Message(content, reply_to=messages[position])
+        return [replies[position] for position in range(len(messages))]
+
+
+app = SiteApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this site is: its position among the sites of a simulation.
+
+    With a task: load it and try it, see :mod:`fedft.clients.preflight`. An error is part of the reply.
+    """
+    if (tried := trial.asked(message.content)) is not None:
+        return Message(trial.answer(_tried(*tried)), reply_to=message)
+    identity = ConfigRecord({"index": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"config": identity}), reply_to=message)
+
+
+def _tried(task: str, batch_size: int) -> trial.Verdict | FedftError:
+    try:
+        found = check(workbench(task), batch_size)
+        if found.why:  # what will train is tried, too
+            check(workbench(one_by_one(task)), batch_size)
+        return found
+    except FedftError as error:
+        return error
+    except Exception as error:  # whatever a model's own code raises while it is loaded
+        said = f"{type(error).__name__}: {first_sentence(error)}"
+        if lacks_memory(error):
+            return MismatchError(
+                f"there is not enough memory to load and try the model ({said})",
+                fix='Choose a smaller model, [engine] precision = "bf16", or fewer workers.',
+            )
+        logger.warning("the trial failed", exc_info=True)
+        return MismatchError(
+            f"the model could not be loaded and tried: {said}",
+            fix="Check that its files belong together, or choose another model.",
+        )
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one site."""
+    return app.train_many([message], [context])[0]
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score an adapter; the reply carries sums, so that slices can be added."""
+    bench = workbench(codec.task_of(message.content))
+    fields = codec.message_fields(message.content)
+    plan = codec.eval_plan(message.content, bench.initial(fields["rank"]))
+    if plan.probe is not None:
+        return _compared(bench, plan, plan.probe, message, context)
+    if plan.split == "test":
+        adapter, own = plan.adapter, bench.test_batches(*plan.shard)
+    else:
+        adapter = _with_kept(plan.adapter, context, plan.keep)
+        own = bench.holdout_batches(_index(bench, context))
+    tally = bench.engine.evaluate(adapter, plan.delta, own, plan.layers)
+    sums = {
+        "num-examples": tally.count,
+        "loss-sum": tally.loss_sum,
+        "correct": tally.correct,
+    }
+    return Message(RecordDict({"metrics": MetricRecord(sums)}), reply_to=message)
+
+
+def _compared(
+    bench: Workbench, plan: EvalPlan, kind: Importance, message: Message, context: Context
+) -> Message:
+    """The reply to a plan that asks how alike and how important the model's blocks are."""
+    own = bench.probe_batches(_index(bench, context))
+    try:
+        found = compare(bench.engine, plan.adapter, plan.delta, own, kind, plan.granularity)
+    except FedftError as error:
+        return Message(Error(CLIENT_ERROR, error.what), reply_to=message)
+    tensors = {"similarity": found.similarity, "importance": found.importance}
+    content = codec.reply_content(tensors, found.rows, {})
+    return Message(content, reply_to=message)
+
+
+def _plan(bench: Workbench, message: Message, context: Context) -> TrainPlan:
+    fields = codec.message_fields(message.content)
+    plan = codec.train_plan(message.content, bench.initial(fields["rank"]), bench.task.seed)
+    own = bench.manifest.name_of(_index(bench, context))
+    if plan.site != own:
+        raise MismatchError(f"a plan for {plan.site!r} reached {own!r}")
+    return replace(plan, start=_with_kept(plan.start, context, plan.keep))
+
+
+def _index(bench: Workbench, context: Context) -> int:
+    index = int(context.node_config["partition-id"])
+    if not 0 <= index < len(bench.manifest):
+        raise MismatchError(f"no site has index {index}; there are {len(bench.manifest)}")
+    return index
+
+
+def _examples(bench: Workbench, context: Context, plan: TrainPlan, own: Sequence[Batch]) -> int:
+    """Distinct examples trained on: what the site holds, or fewer where its steps ran out."""
+    rows, _ = bench.rows(_index(bench, context))
+    if plan.training.dp_noise:
+        return len(rows)  # as enrolled; the sizes of Poisson samples are secret
+    return distinct(own, len(rows))
+
+
+def _with_kept(adapter: Adapter, context: Context, parts: frozenset[Part]) -> Adapter:
+    """``adapter`` with the site's own parts, where it has any yet."""
+    record = context.state.array_records.get(codec.KEPT)
+    if not parts or record is None:
+        return adapter
+    wanted = adapter.tensors(parts).keys()
+    return adapter.replaced({k: t for k, t in codec.tensors_from(record).items() if k in wanted})
+
+
+def _keep(context: Context, adapter: Adapter, parts: frozenset[Part]) -> None:
+    """Put the parts into the site's state; those of blocks it did not hold this time stay there."""
+    if parts:
+        known = context.state.array_records.get(codec.KEPT, {})
+        context.state[codec.KEPT] = ArrayRecord(
+            {**known, **codec.arrays_from(adapter.tensors(parts))}
+        )

@@ -1,0 +1,101 @@
+"""The Flower ``ServerApp`` of fedft: the same run as ``fedft simulate``, on Flower's own grid.
+
+``flwr run .`` sends a bundle with configurations only. The code that runs is the fedft that is
+installed where the SuperLink and the SuperNodes are, so nothing that travels is executed.
+
+The server scores the global model itself: Flower starts a process for each message, and slices of
+a test set that the server holds anyway are not worth one each.
+"""
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, UserConfigValue
+from flwr.serverapp import Grid, ServerApp
+
+from fedft.core.errors import MismatchError
+from fedft.core.rundir import RunDir
+from fedft.core.types import ServerState
+from fedft.server.config import RunConfig, check_real, configured, load_config
+from fedft.server.grids.inline import InlineGrid
+from fedft.server.grids.superlink import SuperLinkGrid
+from fedft.server.run import CLIENT_APP, simulate
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run.
+
+    Run config: ``config``, a TOML file of the bundle or an absolute path; ``set``, overrides as
+    ``KEY=VALUE`` with spaces between them; ``run-dir``, empty for ``runs/<time>-<strategy>`` in
+    the working directory of the SuperLink.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
+    """
+    _check_version(grid.run.fab_version)
+    config = configuration(context.run_config)
+    torch.set_num_threads(config.engine.threads)
+    run_dir = str(context.run_config["run-dir"])
+    with InlineGrid(CLIENT_APP, config.rounds.per_round) as evaluator:
+        simulate(
+            config,
+            Path(run_dir) if run_dir else None,
+            observer=Lines(),
+            grid=SuperLinkGrid(grid, config.fleet.clients),
+            evaluator=evaluator,
+        )
+
+
+def configuration(settings: Mapping[str, UserConfigValue]) -> RunConfig:
+    """The run that a run config asks for. Flower serves sites one by one: ``cohort`` is 1.
+
+    Raises:
+        ConfigError: see :func:`fedft.server.config.load_config`.
+    """
+    config = load_config(_bundled(str(settings["config"])), str(settings["set"]).split())
+    check_real(config)
+    return configured(config, {"engine.cohort": 1})
+
+
+def _bundled(name: str) -> Path:
+    """A file of the bundle, whose folder Flower puts on the import path."""
+    candidates = (Path(folder) / name for folder in sys.path)
+    return next((path for path in candidates if path.is_file()), Path(name))
+
+
+def _check_version(bundle: str) -> None:
+    installed = version("fedft")
+    if bundle != installed:
+        raise MismatchError(
+            f"the bundle is of fedft {bundle}, and fedft {installed} is installed at the server",
+            fix="Install the same version on both sides; the bundle carries no code.",
+        )
+
+
+class Lines:
+    """Prints a line for each round, which ``flwr run --stream`` and ``flwr log`` show."""
+
+    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+        """See :class:`fedft.server.run.Observer`."""
+        print(f"fedft: {config.rounds.count} rounds of {config.strategy.name} → {run.path}")
+        if parts := ", ".join(sorted(config.strategy.personal)):
+            self.note(f"sites keep {parts} in Flower's nodes; fedft resume would begin them anew")
+
+    def completed(self, record: Mapping[str, Any]) -> None:
+        """See :class:`fedft.server.run.Observer`."""
+        failed = sum(map(len, record["failures"].values()))
+        scores = {"train loss": record["train"]["loss"], **record.get("eval", {})}
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if v is not None)
+        lost = f"  ({failed} sites failed)" if failed else ""
+        print(f"fedft: round {record['round']}  {shown}{lost}", flush=True)
+
+    def note(self, text: str) -> None:
+        """See :class:`fedft.server.run.Observer`."""
+        print(f"fedft: {text}", flush=True)

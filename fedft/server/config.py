@@ -1,0 +1,601 @@
+"""The configuration of a run: one TOML file, validated whole before anything starts."""
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import tomli_w
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fedft.core.complaints import complaints
+from fedft.core.errors import ConfigError
+from fedft.core.spec import (
+    AttackSpec,
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    Precision,
+    Table,
+    TaskSpec,
+    TrainingSpec,
+)
+from fedft.core.toml import read_toml, toml_table
+from fedft.core.tuners import tuner_of
+from fedft.core.types import Part
+from fedft.server.availability import Availability, read_availability
+from fedft.server.fleet import (
+    Device,
+    Fleet,
+    Numbers,
+    WholeNumbers,
+    check_devices,
+    read_devices,
+    whole,
+)
+from fedft.server.pruning import PruningSpec, unprunable
+from fedft.server.sentences import place, sentence
+from fedft.strategies import (
+    AnyStrategy,
+    CentralDP,
+    FedAvgLoRA,
+    Strategy,
+    check_init,
+    check_method,
+    check_ranks,
+)
+from fedft.strategies.combinator import Combinator
+
+MOST_CLIENTS = 100_000_000
+"""Registered sites of a simulation: each takes eight bytes and more, wherever the run is looked at."""
+
+
+class FleetSpec(Table):
+    """`[fleet]`: who takes part, on what devices.
+
+    A key of numbers is a list, dealt out by seed, or a distribution to draw from by seed, such as
+    ``{ kind = "log-uniform", low = 2, high = 20 }``; see :class:`~fedft.server.fleet.Distribution`. Rates
+    and availability turn the simulated clock on: see docs/fleets.md.
+
+    Attributes:
+        clients: registered sites of a simulation.
+        ranks: LoRA ranks of the sites; empty gives every site `[lora] rank`.
+        memory_budgets_mib: memory that sites grant to training, in MiB.
+        model_shares: in place of that, what a share of the transformer blocks (or of their halves,
+            see `[pruning] granularity`) takes, dealt out by seed; at least one.
+        speeds: examples that sites train on in a second.
+        up_mbps, down_mbps: bandwidth of the sites, in megabits a second.
+        devices: a CSV of devices, or its rows, in place of all of the above; see
+            :mod:`fedft.server.fleet`.
+        availability: a CSV of the times at which sites can be reached; see
+            :mod:`fedft.server.availability`.
+        period_s: seconds after which that file repeats; None: never.
+        attack: sites that lie, see :class:`~fedft.core.spec.AttackSpec`; None of none.
+    """
+
+    clients: Annotated[int, Field(gt=0, le=MOST_CLIENTS)] = 100
+    ranks: WholeNumbers = ()
+    memory_budgets_mib: Numbers = ()
+    model_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    speeds: Numbers = ()
+    up_mbps: Numbers = ()
+    down_mbps: Numbers = ()
+    devices: tuple[Device, ...] = ()
+    availability: str | None = None
+    period_s: PositiveFloat | None = None
+    attack: AttackSpec | None = None
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> "FleetSpec":
+        check_devices(self.devices)
+        lists = ("ranks", "memory_budgets_mib", "speeds", "up_mbps", "down_mbps")
+        both = [name.replace("_", "-") for name in lists if self.devices and getattr(self, name)]
+        if both:
+            raise ValueError(f"devices say it all: {', '.join(both)} cannot stand beside them")
+        if self.model_shares and (self.devices or self.memory_budgets_mib):
+            raise ValueError("model-shares are budgets too: give either these or MiB")
+        if self.period_s is not None and self.availability is None:
+            raise ValueError("period-s is of the file of availability, and there is none")
+        return self
+
+    @property
+    def rank_choices(self) -> tuple[int, ...]:
+        """Every rank that a site can have; empty where all have the run's own."""
+        if self.devices:
+            return tuple(device.rank for device in self.devices if device.rank is not None)
+        return whole(self.ranks)
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a simulated clock."""
+        rates = any(d.samples_per_s or d.up_mbps or d.down_mbps for d in self.devices)
+        return bool(rates or self.speeds or self.up_mbps or self.down_mbps or self.availability)
+
+
+class RoundsSpec(Table):
+    """`[rounds]`: how many, of whom, and when a round is good enough.
+
+    Attributes:
+        count: rounds to complete.
+        per_round: sites sampled each round.
+        quorum: usable replies without which the model stays as it is; None is 70 % of ``per_round``.
+        deadline_s: seconds after which a round closes with what has arrived, on the simulated clock
+            where the fleet has one, else from when the last round is committed. None waits for all
+            in a simulation; real clients are given what the slowest of them would need, see
+            :mod:`fedft.server.deadline`.
+        gather_s: of real clients: seconds for which a round waits for more of them, once as many as
+            the quorum are connected.
+        spares: sites asked beyond ``per_round``; the round closes without the slowest. Needs the
+            simulated clock.
+        retries: further tries with a fresh cohort before the run pauses.
+        evaluate_every: rounds between evaluations; the last round is always evaluated.
+        patience: evaluations without improvement after which the run ends early; None never does.
+        keep_checkpoints: number of checkpoints to keep.
+        keep_adapters: export an adapter at every evaluation, not only at the best and the last.
+        spectrum: record the singular values of the mean update, layer by layer, at every evaluation.
+    """
+
+    count: PositiveInt = 20
+    per_round: PositiveInt = 10
+    quorum: PositiveInt | None = None
+    deadline_s: PositiveFloat | None = None
+    gather_s: Annotated[float, Field(ge=0)] = 60.0
+    spares: Annotated[int, Field(ge=0)] = 0
+    retries: Annotated[int, Field(ge=0)] = 2
+    evaluate_every: PositiveInt = 5
+    patience: PositiveInt | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_adapters: bool = False
+    spectrum: bool = False
+
+    @property
+    def needed(self) -> int:
+        """Usable replies that make a round."""
+        return self.quorum if self.quorum is not None else max(1, -(-7 * self.per_round // 10))
+
+
+class EngineSpec(Table):
+    """`[engine]`: the machinery of a simulation. Changes speed, not results, but for ``precision``,
+    ``threads``, ``cohort`` and ``wire``, which change the last bits and are recorded with the run.
+
+    Attributes:
+        backend: ``ray`` for worker processes on Ray, ``processes`` for workers that are forked on
+            this machine after their imports, ``inline`` for this process.
+        workers: worker processes; None is one a core.
+        threads: threads a worker.
+        gpus_per_worker: may be a fraction.
+        ray_address: an existing Ray cluster to join, or None to start one on this machine.
+        cohort: sites trained in one pass; ``auto`` fills a token budget; 1 is the plain PEFT loop.
+        precision: of the frozen base; ``auto`` takes what this machine does fast.
+        gradient_checkpointing: keep of every block what enters it and run it again in the backward
+            pass: less memory, up to half more time, the same numbers. Not with ``[training] dp``.
+        wire: number format of tensors between server and sites.
+        max_update_norm: largest norm of a site's change that is accepted; None accepts any.
+        verify: at the end of a run, load the exported adapter in stock peft and compare its scores
+            with the run's own on a few test rows; see :mod:`fedft.server.verify`.
+    """
+
+    backend: Literal["ray", "processes", "inline"] = "ray"
+    workers: Annotated[int, Field(gt=0, le=1024)] | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    ray_address: str | None = None
+    cohort: PositiveInt | Literal["auto"] = "auto"
+    precision: Precision | Literal["auto"] = "fp32"
+    gradient_checkpointing: bool = False
+    wire: Literal["fp32", "bf16"] = "fp32"
+    max_update_norm: PositiveFloat | None = None
+    verify: bool = True
+
+    @model_validator(mode="after")
+    def _on_ray_only(self) -> "EngineSpec":
+        if self.backend == "processes" and (self.gpus_per_worker or self.ray_address is not None):
+            raise ValueError(
+                'backend = "processes" knows no GPUs and no other machine: '
+                'gpus-per-worker and ray-address need "ray"'
+            )
+        return self
+
+
+class RunConfig(Table):
+    """A whole run. Every key has its default in code; :meth:`to_toml` writes all of them out."""
+
+    model: ModelSpec = ModelSpec()
+    lora: LoraSpec = LoraSpec()
+    data: DataSpec = DataSpec()
+    fleet: FleetSpec = FleetSpec()
+    rounds: RoundsSpec = RoundsSpec()
+    training: TrainingSpec = TrainingSpec()
+    strategy: AnyStrategy = FedAvgLoRA()
+    pruning: PruningSpec = PruningSpec()
+    engine: EngineSpec = EngineSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        rounds, fleet = self.rounds, self.fleet
+        if rounds.per_round + rounds.spares > fleet.clients:
+            spares = f" with spares = {rounds.spares}" if rounds.spares else ""
+            raise ValueError(
+                f"[rounds] per-round = {rounds.per_round}{spares} is more than "
+                f"[fleet] clients = {fleet.clients}"
+            )
+        self._check_asynchronous()
+        if rounds.spares and not fleet.timed:
+            raise ValueError(
+                "[rounds] spares need the simulated clock: give [fleet] speeds, devices or availability"
+            )
+        if rounds.needed > rounds.per_round:
+            raise ValueError(
+                f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
+            )
+        self._check_privacy()
+        ranks = {*fleet.rank_choices} or {self.lora.rank}
+        try:
+            check_ranks(self.strategy, fleet.rank_choices)
+        except ConfigError as error:
+            raise ValueError(f"[fleet] ranks: {error.what}; {error.fix}") from error
+        if len(ranks) > 1 and self.lora.rslora:
+            raise ValueError("[fleet] ranks are mixed: [lora] rslora has no common alpha then")
+        self._check_pruning()
+        if self.model.trust_remote_code and self.model.revision is None:
+            raise ValueError("[model] trust-remote-code needs a pinned revision")
+        self._check_method()
+        return self
+
+    def _check_method(self) -> None:
+        """What an adapter that is not plain LoRA from the seed can be combined with."""
+        lora, ranks = self.lora, self.fleet.rank_choices
+        try:
+            check_method(self.strategy, lora.form)
+            check_init(self.strategy, lora.init)
+        except ConfigError as error:
+            raise ValueError(f"[lora] {error.what}; {error.fix}") from error
+        if self.frozen and lora.form != "lora":
+            raise ValueError(
+                f"[lora] head = 'frozen' belongs to method = 'lora', not to {lora.form!r}"
+            )
+        if ranks and (lora.form, lora.init) != ("lora", "default"):
+            what = f"init = {lora.init!r}" if lora.form == "lora" else f"method = {lora.form!r}"
+            raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
+        if self.one_by_one and self.engine.cohort not in (1, "auto"):
+            what = "load-in" if lora.form == "lora" else f"method = {lora.form!r}"
+            raise ValueError(
+                f"[engine] cohort = {self.engine.cohort}: sites with {what} are "
+                'trained one by one; set cohort = 1 or "auto"'
+            )
+        held = f"load-in = {self.model.load_in!r}" if self.model.load_in else self.engine.precision
+        if lora.whole and tuner_of(lora.method).from_weights and held not in ("fp32", "tf32"):
+            raise ValueError(
+                f"[lora] method = {lora.method!r} works out frozen tensors from the base weights, and sites "
+                f"that hold them in {held} get others; set [engine] precision = 'fp32'"
+            )
+        if self.model.load_in is not None and lora.init != "default":
+            raise ValueError(
+                f"[lora] init = {lora.init!r} changes the base weights, and [model] load-in holds "
+                "them in few bits"
+            )
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether only the plain PEFT loop can train these sites, not the cohort engine."""
+        return self.lora.form != "lora" or self.model.load_in is not None
+
+    def _check_privacy(self) -> None:
+        """What the account of a private run relies on."""
+        rule, rounds, fleet = self.strategy, self.rounds, self.fleet
+        if self.training.dp is not None and self.engine.cohort not in (1, "auto"):
+            raise ValueError(
+                f"[engine] cohort = {self.engine.cohort}: DP-SGD trains sites one by one; set "
+                'cohort = 1 or "auto"'
+            )
+        if self.engine.gradient_checkpointing and self.training.dp is not None:
+            raise ValueError(
+                "[engine] gradient-checkpointing: [training] dp takes each example's gradient by hooks "
+                "that a layer must not run into twice; leave one of the two out"
+            )
+        if rule.buffer is not None and self.training.dp is not None:
+            raise ValueError(
+                f"[training] dp: {rule.name} is asynchronous, and its jobs are not entered in the account; "
+                "choose a rule of rounds"
+            )
+        if self.lora.form != "lora" and self.training.dp is not None:
+            raise ValueError(f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}")
+        if self.data.holdout and self.training.dp is not None:
+            raise ValueError(
+                f"[data] holdout = {self.data.holdout}: sites would report scores on examples of "
+                "theirs, which [training] dp does not cover; leave it out"
+            )
+        below: Strategy = rule
+        while isinstance(below, Combinator):
+            below = below.inner
+            if isinstance(below, CentralDP):
+                raise ValueError(
+                    f"[strategy] central-dp must be the outermost rule, not the inner one of {rule.name}: "
+                    "what is changed before its noise is not accounted for"
+                )
+        if not isinstance(rule, CentralDP):
+            return
+        if rule.expected_sites not in (None, rounds.per_round):
+            raise ValueError(
+                f"[strategy] expected-sites = {rule.expected_sites}: central-dp samples [rounds] per-round "
+                f"= {rounds.per_round} sites on average; leave the key out"
+            )
+        if rule.delta >= 1 / fleet.clients:
+            raise ValueError(
+                f"[strategy] delta = {rule.delta:g} promises nothing: it must be below 1 / clients = "
+                f"{1 / fleet.clients:g}"
+            )
+        if fleet.timed:
+            raise ValueError(
+                "[fleet] speeds, bandwidths, devices and availability: central-dp samples every site "
+                "independently of what it can do; leave them out"
+            )
+
+    def _check_pruning(self) -> None:
+        """What leaving blocks out can be combined with."""
+        selection = self.pruning.selection
+        if selection == "none":
+            return
+        if why := unprunable(self.lora):
+            raise ValueError(f"[pruning] selection = {selection!r}: {why}")
+        if isinstance(self.strategy, CentralDP):
+            raise ValueError(
+                f"[pruning] selection = {selection!r}: central-dp puts noise on every layer, and "
+                "divides by sites that hold none of it"
+            )
+        if self.training.dp is not None and selection in ("cka", "importance"):
+            raise ValueError(
+                f"[pruning] selection = {selection!r}: what sites say of the blocks is not in the "
+                "account of [training] dp; choose random, stride, first or last"
+            )
+
+    def _check_asynchronous(self) -> None:
+        """Refuse what an asynchronous rule has no use for, or cannot do without."""
+        rounds, buffer, name = self.rounds, self.strategy.buffer, self.strategy.name
+        if buffer is None:
+            return
+        if not self.fleet.timed:
+            raise ValueError(
+                f"[strategy] {name} is asynchronous and needs the simulated clock: "
+                "give [fleet] speeds or devices"
+            )
+        if buffer > self.fleet.clients:
+            raise ValueError(
+                f"[strategy] {name} waits for {buffer} replies of different sites, and "
+                f"[fleet] clients = {self.fleet.clients}"
+            )
+        if self.pruning.selection != "none":
+            raise ValueError(
+                f"[pruning] selection = {self.pruning.selection!r} compares layers round by round, and "
+                f"[strategy] {name} has no rounds"
+            )
+        if rounds.spares or rounds.quorum is not None:
+            raise ValueError(
+                f"[rounds] spares and quorum are of rounds, and [strategy] {name} has none"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The rank of the global adapter: the largest in the fleet."""
+        return max(self.fleet.rank_choices, default=self.lora.rank)
+
+    @property
+    def frozen(self) -> frozenset[Part]:
+        """The parts of the adapter that nobody trains."""
+        parts: set[Part] = {"head"} if self.lora.head == "frozen" else set()
+        return frozenset(parts)
+
+    @property
+    def devices(self) -> Fleet:
+        """What each site's device can do."""
+        fleet = self.fleet
+        return Fleet(
+            seed=self.seed,
+            ranks=fleet.ranks,
+            memory_mib=fleet.memory_budgets_mib,
+            samples_per_s=fleet.speeds,
+            up_mbps=fleet.up_mbps,
+            down_mbps=fleet.down_mbps,
+            devices=fleet.devices,
+        )
+
+    @property
+    def availability(self) -> Availability | None:
+        """When sites can be reached, read from its file; None where they always can."""
+        fleet = self.fleet
+        if fleet.availability is None:
+            return None
+        return read_availability(Path(fleet.availability), fleet.period_s, self.seed)
+
+    def task(self, **facts: Any) -> TaskSpec:
+        """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
+        own: dict[str, Any] = {
+            "model": self.model,
+            "lora": self.lora,
+            "data": self.data,
+            "seed": self.seed,
+            "clients": self.fleet.clients,
+            "wire": self.engine.wire,
+            "gradient_checkpointing": self.engine.gradient_checkpointing,
+            "attack": self.fleet.attack,
+        }
+        return TaskSpec(**{**own, **facts})
+
+    def to_toml(self) -> str:
+        """The resolved configuration; reading it gives this object again."""
+        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def check_real(config: RunConfig) -> None:
+    """Refuse what only a simulation does.
+
+    Raises:
+        ConfigError: the configuration asks sites to lie, or has a simulated clock.
+    """
+    if config.fleet.timed:
+        raise ConfigError(
+            "[fleet] speeds, bandwidths, devices and availability are for simulations; real sites "
+            "take the time they take",
+            fix="Remove the keys, or run it with: fedft simulate CONFIG",
+        )
+    if isinstance(config.strategy, CentralDP):
+        raise ConfigError(
+            "[strategy] central-dp samples a fixed roster of sites independently, and real sites come "
+            "and go: the account would not hold",
+            fix="Protect examples instead, with [training] dp, or run it with: fedft simulate CONFIG",
+        )
+    if config.fleet.attack is not None:
+        raise ConfigError(
+            "[fleet] attack makes sites lie, which is for simulations; real sites are never asked to",
+            fix="Remove the key, or run it with: fedft simulate CONFIG",
+        )
+
+
+def load_config(path: Path, settings: Iterable[str] = (), rules: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a TOML file.
+
+    Args:
+        path: the file.
+        settings: overrides such as ``training.lr=1e-3``; values are TOML, bare words are strings.
+        rules: as for :func:`configured`.
+
+    Raises:
+        ConfigError: naming the key, the rule and the nearest valid name.
+    """
+    return configured(path, dict(_setting(text) for text in settings), rules)
+
+
+def configured(
+    source: "str | Path | RunConfig", overrides: Mapping[str, Any], rules: Sequence[str] = ()
+) -> RunConfig:
+    """A configuration with other values at some dotted keys.
+
+    Args:
+        source: a TOML file, or a validated configuration.
+        overrides: such as ``{"training.lr": 1e-3, "strategy": {"name": "ffa-lora"}}``.
+        rules: the aggregation rules that are to be run in place of the configuration's. Where its
+            own is none of them the first takes its place: what nobody runs need not fit the rest.
+
+    Raises:
+        ConfigError: as for :func:`load_config`.
+    """
+    if isinstance(source, RunConfig):
+        table, where = tomllib.loads(source.to_toml()), "the configuration"
+    else:
+        table, where = _read(Path(source)), str(source)
+    for key, value in overrides.items():
+        _override(table, key, value)
+    if rules and _rule(table) not in rules:
+        table["strategy"] = {"name": rules[0]}
+    return parse_config(table, where)
+
+
+def _rule(table: Mapping[str, Any]) -> Any:
+    """The rule that an unchecked table names; the default where it names none."""
+    given: Any = table.get("strategy", {})
+    return (
+        cast(Mapping[str, Any], given).get("name", FedAvgLoRA().name)
+        if isinstance(given, Mapping)
+        else given
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    table = read_toml(path)
+    _anchor(table, path.parent)
+    return table
+
+
+def parse_toml(text: str, where: str) -> RunConfig:
+    """Read a resolved configuration, as :meth:`RunConfig.to_toml` wrote it."""
+    return parse_config(toml_table(text, where), where)
+
+
+def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
+    """Validate a configuration that is already a table; errors as in :func:`load_config`."""
+    try:
+        return RunConfig.model_validate(_with_devices(table))
+    except ValidationError as error:
+        faults = [f"  {sentence(complaint, RunConfig)}" for complaint in complaints(error)]
+        raise ConfigError(
+            "\n".join([f"{where} cannot be run:", *faults]),
+            fix=f"Correct {'it' if len(faults) == 1 else 'them'} there or with --set; "
+            "`fedft plan` checks a configuration without running it.",
+        ) from error
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each key whose value differs, as ``[table] key: old → new``."""
+
+    def flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+        if isinstance(value, dict):
+            pairs = cast(dict[str, Any], value).items()
+            return {k: v for key, sub in pairs for k, v in flat(sub, (*path, key)).items()}
+        return {path: value}
+
+    a, b = (flat(c.model_dump(mode="json", by_alias=True)) for c in (old, new))
+    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
+    return [f"{place(key)}: {a.get(key)} → {b.get(key)}" for key in sorted(changed)]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of the command line; the value is TOML, a bare word is a string."""
+    key, separator, value = text.partition("=")
+    if text.encode(errors="replace").decode() != text:
+        raise ConfigError(f"--set {text!r} is not UTF-8", fix="Check the encoding of the terminal.")
+    if not separator or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE", fix="Example: --set training.lr=1e-3")
+    try:
+        read = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        read = {}
+    # More than one line of TOML is no value of one key.
+    return key.strip(), read["value"] if read.keys() == {"value"} else value.strip()
+
+
+def _override(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    try:
+        inner = reduce(lambda t, name: t.setdefault(name, {}), parents, table)
+        if key == "strategy.name" and inner.get("name") != value:
+            inner.clear()  # another rule has other hyperparameters
+        inner[last] = value
+    except (AttributeError, TypeError):
+        raise ConfigError(
+            f"{'.'.join(parents)} is a value, not a table", fix=f"Check {key!r}."
+        ) from None
+
+
+_PATHS = (
+    *(("model", "source"), ("data", "source"), ("data", "test-source")),
+    *(("fleet", "devices"), ("fleet", "availability")),
+)
+
+
+def _with_devices(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rows of a file of devices in place of its name: they belong to the configuration."""
+    fleet = table.get("fleet")
+    if not isinstance(fleet, Mapping) or not isinstance(fleet.get("devices"), str):
+        return table
+    return {**table, "fleet": {**fleet, "devices": read_devices(Path(fleet["devices"]))}}
+
+
+def _anchor(table: dict[str, Any], folder: Path) -> None:
+    """Make relative paths of a configuration relative to its file, so that it runs from anywhere."""
+    for section, key in _PATHS:
+        inner = table.get(section)
+        value = inner.get(key) if isinstance(inner, dict) else None
+        if not isinstance(value, str) or ":" in value:
+            continue
+        with suppress(OSError, ValueError):  # no path of any file; whoever opens it will say so
+            if (folder / value).exists():
+                cast(dict[str, Any], inner)[key] = str((folder / value).resolve())

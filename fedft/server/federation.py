@@ -1,0 +1,218 @@
+"""What a run consists of apart from its state, and what is written down while a round goes on."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedft.core import codec
+from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
+from fedft.server.clock import SimulatedClock
+from fedft.server.config import RoundsSpec
+from fedft.server.courier import Courier, Waiting, Watch
+from fedft.server.deadline import Pace
+from fedft.server.pruning import Pruning
+from fedft.server.roster import Roster
+from fedft.server.validation import Limits
+from fedft.strategies import Strategy
+
+_TOLD_S = 0.1
+"""Least time between two words on a wait."""
+
+
+class Account(Protocol):
+    """What the rounds ask of a privacy account; see :class:`~fedft.server.privacy.PrivacyAccount`."""
+
+    @property
+    def poisson(self) -> bool:
+        """Whether it draws the cohorts, of any size, and rounds are never retried."""
+        ...
+
+    def cohort(self) -> list[Site]:
+        """A Poisson sample of the sites, in the order of their names."""
+        ...
+
+    def spend(self, round_: int, cohort: Sequence[Site]) -> None:
+        """Enter an attempt at a round; when this returns, it is on disk."""
+        ...
+
+    def guarantee(self) -> dict[str, Any]:
+        """What has been spent so far."""
+        ...
+
+    def of_sites(self, names: Sequence[str]) -> dict[str, float]:
+        """What some sites have spent of their own, where sites do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What a run consists of, apart from its state.
+
+    Attributes:
+        strategy: the aggregation rule.
+        roster: the registered sites.
+        grid: how they are reached.
+        clock: the simulated clock of a fleet that has one; without it time is the machine's.
+        evaluator: what scores the global model on the server's test set, where the sites do not
+            hold it; None is the grid itself.
+        task: JSON of the :class:`~fedft.core.spec.TaskSpec`, sent with every message.
+        training: local optimisation.
+        settings: the `[rounds]` table.
+        seed: of the run.
+        kind: the model's task, which decides what is a score.
+        cohort: how many sites are trained in one pass.
+        wire: number format of tensors on the wire.
+        limits: bounds on replies.
+        pruning: which blocks sites hold that cannot hold them all; None where all can.
+        frozen: parts that no rule may train: they stay as the seed made them.
+        holdout: whether sites judge their own models on their own held-out examples.
+        stop: says whether the run was asked to stop.
+        privacy: the account of a run that promises privacy.
+        real: whether the sites are real clients. Whatever goes wrong with one of them costs it its
+            place; in a simulation an exception is a mistake of ours, and ends the run.
+        pace: of the slowest client that is waited for where no deadline is set; None waits for all.
+        watch: is told whom the run waits for; None tells nobody.
+    """
+
+    strategy: Strategy
+    roster: Roster
+    grid: Courier
+    task: str
+    training: LocalTraining
+    settings: RoundsSpec
+    seed: int
+    kind: str
+    cohort: int = 1
+    wire: codec.WireDtype = "fp32"
+    limits: Limits = field(default_factory=Limits)
+    holdout: bool = False
+    evaluator: Courier | None = None
+    clock: SimulatedClock | None = None
+    pruning: Pruning | None = None
+    frozen: frozenset[Part] = frozenset()
+    stop: Callable[[], bool] = field(default=lambda: False)
+    privacy: Account | None = None
+    real: bool = False
+    pace: Pace | None = None
+    watch: Watch | None = None
+
+    def patience_s(self, work: Iterable[tuple[int, int]]) -> float | None:
+        """Seconds of this machine's time for which replies are waited; None is as long as it takes.
+
+        Under a simulated clock the deadline is one of simulated time.
+
+        Args:
+            work: of each site: the examples that it is to go through, and bytes in both directions.
+        """
+        if self.clock is not None:
+            return None
+        if self.settings.deadline_s is not None or self.pace is None:
+            return self.settings.deadline_s
+        return max((self.pace.seconds(*one) for one in work), default=self.pace.least_s)
+
+    def waits(
+        self, what: str, names: Mapping[str, str]
+    ) -> Callable[[Collection[str], float], None]:
+        """Tells ``watch`` whom a wait for replies is for; see :func:`fedft.server.courier.replies`.
+
+        Args:
+            what: is waited for.
+            names: id of a message → name of the site that is to answer it.
+        """
+        watch = self.watch
+        if watch is None:  # a simulation may have thousands of names
+            return lambda ids, closes: None
+        since = time.monotonic()
+        told = float("-inf")
+
+        def missing(ids: Collection[str], closes: float) -> None:
+            nonlocal told
+            if not ids:
+                watch(None)
+                return
+            if (now := time.monotonic()) - told < _TOLD_S:
+                return
+            told = now
+            waited = tuple(sorted(names[id_] for id_ in ids))
+            answered = len(names) - len(waited)
+            watch(Waiting(what, "answered", len(names), waited, answered, since, ends=closes))
+
+        return missing
+
+
+Asked = tuple[Site, TrainPlan]
+"""A site and what it is asked to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """One round: the state after it, its line for ``rounds.jsonl``, and its lines for ``clients.jsonl``."""
+
+    state: ServerState
+    record: dict[str, Any]
+    replies: list[dict[str, Any]]
+
+
+class Stopwatch:
+    """Seconds by phase, on this machine's monotonic clock."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+@dataclass
+class Ledger:
+    """What happened in the round in hand.
+
+    Attributes:
+        replies: lines for ``clients.jsonl``.
+        failures: reason → sites.
+        up, down: bytes.
+        now: simulated seconds since the beginning of the run.
+        busy: seconds that the devices of the cohort in hand spent on the simulated clock.
+        spent: the same of all cohorts, summed.
+        unplanned: sites for which no plan could be made.
+    """
+
+    replies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    failures: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    up: int = 0
+    down: int = 0
+    now: float = 0.0
+    busy: Mapping[str, float] = field(default_factory=dict[str, float])
+    spent: float = 0.0
+    unplanned: set[str] = field(default_factory=set[str])
+
+    def failed(
+        self,
+        round_: int,
+        site: str,
+        reason: str,
+        why: str,
+        *,
+        code: int | None = None,
+        kind: str = "train",
+    ) -> None:
+        """Count a site that gave no usable reply; ``code`` is that of its error reply."""
+        self.failures.setdefault(reason, []).append(site)
+        line = {"kind": kind, "round": round_, "site": site, "status": reason, "reason": why}
+        coded = {} if code is None else {"code": code}
+        self.replies.append({**line, **coded, **self.timing(site)})
+
+    def timing(self, site: str) -> dict[str, float]:
+        """What a line on a site says of its device's time; nothing where there is no clock."""
+        return {"device_seconds": self.busy[site]} if site in self.busy else {}
+
+    def took(self, busy: Mapping[str, float]) -> None:
+        """Devices of the next cohort spent that many seconds."""
+        self.busy = busy
+        self.spent += sum(busy.values())

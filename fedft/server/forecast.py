@@ -1,0 +1,255 @@
+"""What a run will cost, worked out from its configuration before anything runs.
+
+Shapes come from the model's configuration; no weight is loaded and no worker is started.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from fedft.core import codec, model_folder, models
+from fedft.core.memory import MIB, Footprint, framework_bytes
+from fedft.core.sublayers import Layer
+from fedft.core.types import Part, ServerState, Site
+from fedft.server.config import RunConfig
+from fedft.server.deadline import Pace, pace_of
+from fedft.server.inputs import check_rank, data_of, remarks
+from fedft.server.privacy import forecast_privacy, promises
+from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
+from fedft.server.run import resolved
+from fedft.server.traffic import counted, shares, varies
+
+
+def forecast(config: RunConfig) -> dict[str, Any]:
+    """Trainable parameters, bytes a round and memory a client.
+
+    Returns:
+        JSON data: ``parameters`` {base, trainable, share}, ``bytes_per_round`` {up, down} of the
+        first round, on average over the ranks of the fleet where they are mixed, ``bytes`` the same
+        of all rounds, None where later rounds send other numbers than the first (the base change of
+        some rules grows), ``clients`` a list with one entry
+        a rank, and a number of blocks (or sublayers) that sites hold: its share of bytes, of as
+        many from the first on, its peak memory by part, and the total with gradient
+        checkpointing and without, in MiB above ``framework_mib``, which this process takes without
+        a model (None where it cannot be measured); no memory where the model's architecture is not
+        known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
+        would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
+        ``deadline``, when a round of real clients closes, see :mod:`fedft.server.deadline`;
+        ``positions`` that the model has, None where it names no limit; ``privacy`` where the run
+        promises any, see
+        :func:`fedft.server.privacy.forecast_privacy`.
+
+    Raises:
+        FedftError: the run could not be started either, for example for want of memory.
+    """
+    config = resolved(config)
+    folder = models.resolve(config.model)
+    data = data_of(config, models.input_encoder(config.model, folder))
+    shapes = models.schema(config.model, config.lora, len(data.classes))
+    check_rank(config, shapes)
+    initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
+    state = config.strategy.init(initial)
+    if config.lora.init != "default":  # of the shapes of what was taken out of the base
+        state = replace(state, delta=initial.factors)
+    ranks = shares(config)
+    geometry = models.geometry(config.model, folder)
+    pruning, _ = pruning_of(config, shapes, geometry)
+    parts = [] if pruning is None else [pruning.named(range(k)) for k in pruning.sizes]
+
+    def needs(rank: int) -> tuple[Footprint, Footprint] | None:
+        if geometry is None:
+            return None
+        plain, small = (
+            site_footprint(config, shapes, geometry, rank, checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        )
+        return plain, small
+
+    clients = [
+        _client(config, needs(rank), state, rank, layers)
+        for rank in ranks
+        for layers in (*parts, None)
+    ]
+    mean = {
+        way: count * sum(ranks[c["rank"]] * c["bytes"][way] for c in clients) / (len(parts) + 1)
+        for way, count in counted(config).items()
+    }
+    alike = not varies(config, initial, state.delta)
+    trainable = max(c["trainable"] for c in clients)
+    pace = pace_of(config, shapes, geometry)
+    framework = framework_bytes()
+    return {
+        "parameters": {
+            "base": shapes.parameters,
+            "trainable": trainable,
+            "share": trainable / (shapes.parameters + trainable),
+        },
+        "bytes_per_round": {way: round(value) for way, value in mean.items()},
+        "rounds": config.rounds.count,
+        "bytes": {way: round(value * config.rounds.count) for way, value in mean.items()}
+        if alike
+        else None,
+        "clients": clients,
+        "framework_mib": None if framework is None else framework / MIB,
+        "deadline": {
+            "given_s": config.rounds.deadline_s,
+            "least_s": pace.least_s,
+            "example_s": pace.example_s,
+            "bytes_per_s": pace.bytes_per_s,
+        },
+        "positions": models.positions(model_folder.check(folder)),
+        "cohort": config.engine.cohort,
+        "precision": config.engine.precision,
+        "data": {
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": list(data.classes),
+            "skipped": dict(data.skipped),
+            "cut": dict(data.cut),
+            "notes": remarks(config, data),
+        },
+        **_privacy(config, len(data.train)),
+    }
+
+
+def _privacy(config: RunConfig, examples: int) -> dict[str, Any]:
+    """What the run will spend on this many examples in all, where it promises privacy."""
+    return {"privacy": forecast_privacy(config, examples)} if promises(config) else {}
+
+
+def _client(
+    config: RunConfig,
+    both: tuple[Footprint, Footprint] | None,
+    state: ServerState,
+    rank: int,
+    layers: tuple[Layer, ...] | None,
+) -> dict[str, Any]:
+    mixed = len({*config.fleet.rank_choices}) > 1
+    site = Site("example", 1, rank if mixed else None)
+    plan = config.strategy.plan(state, site).without(config.frozen)
+    plan = narrowed(plan, layers)
+    trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
+    wire = config.engine.wire
+    received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
+    trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
+    return {
+        "rank": rank,
+        "trainable": trainable,
+        "bytes": {
+            "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
+            "down": codec.payload_bytes(received)
+            + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
+        },
+        **({} if both is None else _memory(config, both, layers)),
+    }
+
+
+def _memory(
+    config: RunConfig, both: tuple[Footprint, Footprint], layers: tuple[Layer, ...] | None
+) -> dict[str, Any]:
+    needs = both[config.engine.gradient_checkpointing]
+    held = needs.layers if layers is None else len(layers)
+    return {
+        f"{granularity(config)}s": [held, needs.layers],
+        "memory_mib": {name: value / MIB for name, value in needs.of(held).items()},
+        "checkpointing_mib": {"off": both[0].mib(held), "on": both[1].mib(held)},
+    }
+
+
+def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
+    """The forecast and the resolved configuration, for reading."""
+    size = cost["parameters"]
+    lines = [
+        f"trainable parameters  {size['trainable']:,} of {size['base'] + size['trainable']:,} ({size['share']:.3%})",
+        *_traffic_lines(config, cost),
+        f"examples              {cost['data']['train']:,} to train on, {cost['data']['test']:,} to test on"
+        + (f", in {len(classes)} classes" if (classes := cost["data"]["classes"]) else ""),
+        *(f"note                  {note}" for note in cost["data"]["notes"]),
+    ]
+    for client in cost["clients"]:
+        if "memory_mib" not in client:
+            lines.append(
+                f"memory a client       not known at rank {client['rank']}: the memory model knows no "
+                "models of this architecture"
+            )
+            continue
+        parts = client["memory_mib"]
+        detail = ", ".join(
+            f"{name} {value:.1f}" for name, value in parts.items() if name != "total"
+        )
+        layers = f"{granularity(config)}s"
+        held, count = client[layers]
+        part = f" with {held} of {count} {layers}" if held < count else ""
+        other = "off" if config.engine.gradient_checkpointing else "on"
+        lines += [
+            f"memory a client       {parts['total']:.0f} MiB at rank {client['rank']}{part} ({detail})",
+            f"                      {client['checkpointing_mib'][other]:.0f} MiB with gradient "
+            f"checkpointing {other}",
+        ]
+    if cost["framework_mib"] is not None:
+        lines.append(
+            f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
+            "transformers and peft, and no model"
+        )
+    if (engine := cost.get("engine")) is not None:
+        names = {"cohort": "several clients in one pass", "loop": "one client after the other"}
+        why = f": {engine['why']}" if engine["why"] else ""
+        lines.append(f"trains                {names[engine['engine']]}{why}")
+    limit = cost["positions"]
+    if (
+        limit is not None
+        and config.data.max_length > limit
+        and config.model.task != "image-classification"
+    ):
+        lines.append(
+            f"positions             the model has {limit}, and data.max-length is {config.data.max_length}: "
+            "a row that is really longer is refused before the first round"
+        )
+    if config.strategy.forgets and len({*config.fleet.rank_choices}) > 1:
+        lines.append(
+            f"forgets               {config.strategy.name} loses a part of what clients of low rank are "
+            "not sent, in every round: see its page, and beyond-rank"
+        )
+    deadline = cost["deadline"]
+    if deadline["given_s"] is None:
+        example_s, bytes_per_s = deadline["example_s"], deadline["bytes_per_s"]
+        shown = Pace(example_s, 1.0, bytes_per_s, deadline["least_s"]).sentence()
+    else:
+        shown = f"{deadline['given_s']:g} s"
+    lines.append(f"with real clients     a round closes after {shown}")
+    lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
+    return "\n".join([*lines, "", resolved(config).to_toml()])
+
+
+def _traffic_lines(config: RunConfig, cost: dict[str, Any]) -> list[str]:
+    """What is sent: of every round where all are alike, else of the first, and where the rest is."""
+    first, total = cost["bytes_per_round"], cost["bytes"]
+    mixed = len({client["rank"] for client in cost["clients"]}) > 1
+    count, spares = counted(config)["up"], config.rounds.spares
+    whom = f"{count} client{'s' * (count != 1)}"
+    whom += (f" and {spares} to spare" if spares else "") + (
+        ", of the ranks on average" if mixed else ""
+    )
+    sent = f"{first['up']:,} up, {first['down']:,} down ({whom})"
+    if total is None:
+        return [
+            f"bytes in round 1      {sent}",
+            f"bytes later           other numbers under {config.strategy.name}: the formula is on its "
+            "page",
+        ]
+    about = "about " if mixed else ""
+    return [
+        f"bytes a round         {sent}",
+        f"bytes in all          {about}{sum(total.values()):,} in {cost['rounds']} rounds",
+    ]
+
+
+def _privacy_line(unit: str, spent: dict[str, Any]) -> str:
+    whom = {
+        "site": "one site more or less",
+        "example": "one example more or less, at a site of mean size that is in every round",
+    }
+    return (
+        f"privacy by {unit:<10} ε = {spent['epsilon']:.3f} at δ = {spent['delta']:g} "
+        f"(noise multiplier {spent['noise_multiplier']:.4g}, Poisson sampling at rate "
+        f"{spent['sampling_rate']:.4g}; {whom[unit]})"
+    )

@@ -1,0 +1,69 @@
+"""What a run is given to work on, read and checked before anything starts: also what a plan looks at."""
+
+from typing import Any
+
+from fedft.core import models
+from fedft.core.data import Data, check_test, prepare
+from fedft.core.errors import ConfigError
+from fedft.core.special_tokens import SpecialTokens
+from fedft.server.config import RunConfig
+
+
+def data_of(config: RunConfig, encoder: Any) -> Data:
+    """The data of a run, encoded.
+
+    Args:
+        config: of the run.
+        encoder: of its model, see :func:`fedft.core.models.input_encoder`.
+
+    Raises:
+        ConfigError, MismatchError: see :func:`fedft.core.data.prepare`; or nothing is left to test on.
+    """
+    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    check_test(config.data, len(data.test), len(data.train) + len(data.test))
+    return data
+
+
+def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None) -> list[str]:
+    """What whoever watches a run should know of its data, a sentence each."""
+    skipped = ", ".join(f"{reason} {n:,}" for reason, n in sorted(data.skipped.items()))
+    left_out = f"{sum(data.skipped.values()):,} bad rows of the data are left out ({skipped})"
+    endless = config.model.task == "causal-lm" and special is not None and special.end is None
+    return [
+        *data.notes,
+        *([left_out] if skipped else []),
+        *_cut(config, data),
+        *([_ENDLESS] if endless else []),
+    ]
+
+
+_ENDLESS = "the tokenizer has no end-of-text token: the model does not learn where to stop"
+
+
+def _cut(config: RunConfig, data: Data) -> list[str]:
+    """How many rows are longer than the configuration allows."""
+    rows = {"train": ("training", len(data.train)), "test": ("test", len(data.test))}
+    told = [
+        f"{data.cut[split]:,} of {count:,} {word} rows"
+        for split, (word, count) in rows.items()
+        if data.cut.get(split)
+    ]
+    limit = f"longer than data.max-length = {config.data.max_length}, and cut there"
+    return [f"{' and '.join(told)} are {limit}"] if told else []
+
+
+def check_rank(config: RunConfig, shapes: models.Schema) -> None:
+    """Refuse a rank that a layer does not have; a method of peft bounds its own, if it is one.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if config.lora.whole:
+        return
+    for module, (d_out, d_in) in shapes.modules.items():
+        if config.rank > min(d_out, d_in):
+            raise ConfigError(
+                f"[lora] rank = {config.rank} is more than layer {module} allows: "
+                f"it is {d_out} x {d_in}",
+                fix=f"Choose a rank of at most {min(d_out, d_in)}.",
+            )

@@ -1,0 +1,68 @@
+"""What is wrong with a configuration, a sentence a fault: where, what, and the nearest valid name."""
+
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from fedft.core.complaints import Complaint
+from fedft.core.names import hint
+from fedft.strategies import RULES, rule_names
+
+
+def sentence(fault: Complaint, root: type[BaseModel]) -> str:
+    """One fault in words.
+
+    Args:
+        fault: of the configuration.
+        root: the outermost table.
+    """
+    path = fault.path
+    if not path:
+        return fault.rule
+    if fault.kind == "extra_forbidden":
+        return f"{place(path)}: unknown key; {hint(path[-1][:100], _keys_beside(path, root))}"
+    if fault.kind == "missing":
+        return f"{place(path)} is missing"
+    if path == ("strategy",) and isinstance(fault.value, str):
+        return f"strategy = {fault.shown}: write [strategy] name = {fault.shown}"
+    if fault.kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = fault.value.get("name") if isinstance(fault.value, dict) else fault.value
+        if not isinstance(given, str):
+            return f"{place(path)} = {fault.shown}: a table with the name of a rule is expected"
+        return f"{place((*path, 'name'))}: no rule is called {given!r}; {hint(given, rule_names())}"
+    if fault.about_table:
+        return f"[{'.'.join(path)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+    return f"{place(path)} = {fault.shown}: {fault.rule}"
+
+
+def place(path: tuple[str, ...]) -> str:
+    """``[table] key``, with the position behind the key where it is one value of a list."""
+    names = rule_names()
+    parts: list[str] = []
+    for part in (part if len(part) <= 60 else f"{part[:60]}…" for part in path):
+        if part.isdecimal() and parts:
+            parts[-1] += f"[{part}]"
+        elif part not in names or part == path[-1]:
+            parts.append(part)
+    return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _keys_beside(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:
+    """The valid keys of the table in which an unknown key was found."""
+    model: Any = root
+    for part in path[:-1]:
+        named = [r for r in RULES if r.model_fields["name"].default == part]
+        if named:
+            model = named[0]
+            continue
+        fields = {f.alias or n: f for n, f in model.model_fields.items()}
+        if part in fields:
+            model = _table_in(fields[part].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _table_in(annotation: Any) -> type[BaseModel] | None:
+    """The table that a key holds, also where it may be none or a list of such."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _table_in(arg))), None)

@@ -1,0 +1,178 @@
+"""The aggregation rules, one file each, and the union that the `[strategy]` table is read as."""
+
+from collections.abc import Iterable
+from typing import Annotated, get_args
+
+import torch
+from pydantic import Field
+
+from fedft.core.errors import ConfigError
+from fedft.core.types import Adapter, Factors, Site
+from fedft.strategies.base import Strategy
+from fedft.strategies.central_dp import CentralDP
+from fedft.strategies.combinator import Combinator
+from fedft.strategies.coordinate_median import CoordinateMedian
+from fedft.strategies.exact_mixed_rank import ExactMixedRank
+from fedft.strategies.fed_sb import FedSB
+from fedft.strategies.fedasync import FedAsync
+from fedft.strategies.fedavg_lora import FedAvgLoRA
+from fedft.strategies.fedbuff import FedBuff
+from fedft.strategies.fedex_lora import FedExLoRA
+from fedft.strategies.fedmomentum import FedMomentum
+from fedft.strategies.fedprox import FedProx
+from fedft.strategies.fedrot_lora import FedRotLoRA
+from fedft.strategies.fedsa_lora import FedSALoRA
+from fedft.strategies.fedsvd import FedSVD
+from fedft.strategies.ffa_lora import FFALoRA
+from fedft.strategies.flexlora import FlexLoRA
+from fedft.strategies.flora import FLoRA
+from fedft.strategies.hetlora import HetLoRA
+from fedft.strategies.hydralora import HydraLoRA
+from fedft.strategies.krum import Krum
+from fedft.strategies.lora_fair import LoRAFAIR
+from fedft.strategies.multi_krum import MultiKrum
+from fedft.strategies.norm_clip import NormClip
+from fedft.strategies.raflora import RaFLoRA
+from fedft.strategies.rolora import RoLoRA
+from fedft.strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
+from fedft.strategies.trimmed_mean import TrimmedMean
+
+Rule = (
+    FedAvgLoRA
+    | FFALoRA
+    | LoRAFAIR
+    | FLoRA
+    | FlexLoRA
+    | HetLoRA
+    | RaFLoRA
+    | ExactMixedRank
+    | FedExLoRA
+    | RoLoRA
+    | FedSALoRA
+    | FedRotLoRA
+    | FedSVD
+    | FedMomentum
+    | FedSB
+    | FedProx
+    | FedAvgM
+    | FedAdam
+    | FedYogi
+    | FedAsync
+    | FedBuff
+    | NormClip
+    | CoordinateMedian
+    | TrimmedMean
+    | HydraLoRA
+    | Krum
+    | MultiKrum
+    | CentralDP
+)
+
+AnyStrategy = Annotated[Rule, Field(discriminator="name")]
+"""Any rule, chosen by its ``name``."""
+
+RULES: tuple[type[Strategy], ...] = get_args(Rule)
+"""Every rule's class, in the order in which they are listed to users."""
+
+for combinator in RULES:
+    if issubclass(combinator, Combinator):  # its `inner` is any rule, itself too
+        combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
+
+
+def rule_names(*, mixed_ranks: bool = False) -> list[str]:
+    """The name of every rule, as `[strategy] name` takes it; or of those that take mixed ranks."""
+    chosen = [rule for rule in RULES if rule().mixed_ranks or not mixed_ranks]
+    return [str(rule.model_fields["name"].default) for rule in chosen]
+
+
+def check_method(strategy: Rule, method: str) -> None:
+    """Refuse an `[lora] method` whose adapters the rule cannot aggregate.
+
+    Raises:
+        ConfigError: naming the rules that can.
+    """
+    if strategy.takes(method):
+        return
+    able = [str(rule.model_fields["name"].default) for rule in RULES if rule().takes(method)]
+    raise ConfigError(
+        f"{strategy.name} cannot aggregate adapters of method = {method!r}: "
+        "its equation is about other tensors",
+        fix=f"choose a rule that can: {', '.join(able)}",
+    )
+
+
+def check_init(strategy: Rule, init: str) -> None:
+    """Refuse a start of A and B that depends on the base weights, where sites make part of it.
+
+    Raises:
+        ConfigError: the rule does not send all of the adapter to its sites.
+    """
+    zero = torch.zeros(1, 1)
+    probe = strategy.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
+    sent = strategy.plan(probe, Site("probe", 1)).receive
+    if init != "default" and not sent >= {"A", "B"}:
+        raise ConfigError(
+            f"init = {init!r} needs A and B sent to the sites, and {strategy.name} does not send both",
+            fix="set [lora] init = 'default', or choose a rule such as fedavg-lora or lora-fair",
+        )
+
+
+def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
+    """Refuse ranks that the rule cannot take.
+
+    Args:
+        strategy: the rule.
+        ranks: of the sites; None is the run's own rank.
+
+    Raises:
+        ConfigError: the ranks differ and the rule averages factors entry by entry.
+    """
+    distinct = set(ranks)
+    if len(distinct) < 2 or strategy.mixed_ranks:
+        return
+    able = rule_names(mixed_ranks=True)
+    shown = ", ".join("the run's" if r is None else str(r) for r in sorted(distinct, key=str))
+    raise ConfigError(
+        f"{strategy.name} cannot take sites of different ranks ({shown})",
+        fix=f"give all sites one rank, or choose a rule that can: {', '.join(able)}",
+    )
+
+
+__all__ = [
+    "RULES",
+    "AnyStrategy",
+    "CentralDP",
+    "CoordinateMedian",
+    "ExactMixedRank",
+    "FFALoRA",
+    "FLoRA",
+    "FedAdam",
+    "FedAsync",
+    "FedAvgLoRA",
+    "FedAvgM",
+    "FedBuff",
+    "FedExLoRA",
+    "FedMomentum",
+    "FedProx",
+    "FedRotLoRA",
+    "FedSALoRA",
+    "FedSB",
+    "FedSVD",
+    "FedYogi",
+    "FlexLoRA",
+    "HetLoRA",
+    "HydraLoRA",
+    "Krum",
+    "LoRAFAIR",
+    "MultiKrum",
+    "NormClip",
+    "RaFLoRA",
+    "RoLoRA",
+    "Rule",
+    "Strategy",
+    "TrimmedMean",
+    "check_init",
+    "check_method",
+    "check_ranks",
+    "rule_names",
+]

@@ -1,0 +1,66 @@
+"""What FedProx and the server optimisers share: they change one half of another rule.
+
+A combinator holds the ``inner`` rule as a field and passes on whatever it does not change. They
+nest: ``{name = "fedprox", mu = 0.1, inner = {name = "fedadam", inner = {name = "lora-fair"}}}``.
+"""
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedft.core.types import Adapter, ClientUpdate, Part, ServerState, Site, TrainPlan
+from fedft.strategies.base import Strategy
+from fedft.strategies.fedavg_lora import FedAvgLoRA
+
+if TYPE_CHECKING:
+    from fedft.strategies import AnyStrategy
+
+
+class Combinator(Strategy, ABC):
+    """A rule over another rule.
+
+    Attributes:
+        inner: the rule underneath.
+    """
+
+    inner: "AnyStrategy" = FedAvgLoRA()
+
+    @property
+    def mixed_ranks(self) -> bool:
+        return self.inner.mixed_ranks
+
+    @property
+    def forgets(self) -> bool:
+        return self.inner.forgets
+
+    @property
+    def personal(self) -> frozenset[Part]:
+        return self.inner.personal
+
+    @property
+    def steady(self) -> frozenset[Part]:
+        return self.inner.steady
+
+    @property
+    def mean_only(self) -> bool:
+        return self.inner.mean_only
+
+    @property
+    def buffer(self) -> int | None:
+        return self.inner.buffer
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} over {self.inner.label}"
+
+    def takes(self, method: str) -> bool:
+        return self.inner.takes(method)
+
+    def init(self, adapter: Adapter) -> ServerState:
+        return self.inner.init(adapter)
+
+    def plan(self, state: ServerState, site: Site) -> TrainPlan:
+        return self.inner.plan(state, site)
+
+    def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        return self.inner.combine(state, updates)
