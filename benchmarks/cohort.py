@@ -9,7 +9,7 @@ or 128 tokens; 8 rows a step or 1. MiniLM classifies; SmolLM2 learns the second 
 CPU time, so that other work on the machine disturbs little; all contenders take turns within each
 repeat, and medians are compared.
 
-* ``peft``: the plain loop of :mod:`fedft.clients.train`, one site after another. In bf16 with eager
+* ``peft``: the plain loop of :mod:`fedft.clients.engines.loop`, one site after another. In bf16 with eager
   attention, which is how PEFT is fast there.
 * ``cohort K``: K sites in one pass.
 * ``one adapter K``: PEFT trains a single adapter on batches of K·b rows: what a large batch costs
@@ -32,8 +32,8 @@ import torch
 from benchmarks import contenders
 from benchmarks.contenders import Size
 from benchmarks.record import add_options, measure_sections
-from fedft.clients.engine import Engine
-from fedft.core.data import prepare
+from fedft.clients.engines.base import Engine
+from fedft.core.data.source import prepare
 from fedft.core.examples import Examples, TokenExamples
 from fedft.core.models import Base, load_base, load_tokenizer, resolve
 from fedft.core.quiet import quiet

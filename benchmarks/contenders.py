@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.turns import spread, take_turns
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.engine import Engine
-from fedft.clients.stacked import frozen_linear
-from fedft.clients.train import PeftEngine
-from fedft.core.batches import batches
+from fedft.clients.engines.base import Engine
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.clients.engines.stacked import frozen_linear
 from fedft.core.checkpoint import HEADS
+from fedft.core.data.batches import batches
 from fedft.core.examples import Examples, TokenExamples
 from fedft.core.metrics import IGNORED
 from fedft.core.models import Base, initial_adapter, linears, weight_shape

@@ -7,7 +7,7 @@ worker processes of one thread each, but where it says otherwise. Every contende
 that runs a first round, which does not count, and steady rounds at batch 8 and at batch 1;
 contenders take turns.
 
-* ``loops``: the plain PEFT loop of :mod:`fedft.clients.train`, twice at once, half of the sites each.
+* ``loops``: the plain PEFT loop of :mod:`fedft.clients.engines.loop`, twice at once, half of the sites each.
 * ``flower``: Flower's simulation engine with a client as FlowerTune has it: it loads everything
   for every message and trains with the ``Trainer`` of transformers. ``lean`` trains with the plain
   loop; ``kept`` does so too, and keeps what it loads; ``bf16`` has a bfloat16 base and eager
@@ -262,7 +262,7 @@ def _loop(
     import torch
 
     from benchmarks.flower_peer import keep_bench
-    from fedft.core.batches import batches
+    from fedft.core.data.batches import batches
     from fedft.core.models import initial_adapter
     from fedft.core.seeds import torch_generator
     from fedft.core.types import LocalTraining, TrainPlan

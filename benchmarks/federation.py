@@ -3,7 +3,7 @@
     python -m benchmarks.federation [--full] [--resume] [--rounds 5]
 
 ``fedft simulate`` at K = 1 in float32, one worker of one thread, 10 sites a round, with a worker
-forked on this machine and with Ray's. After each round the plain loop of :mod:`fedft.clients.train`
+forked on this machine and with Ray's. After each round the plain loop of :mod:`fedft.clients.engines.loop`
 trains the same sites on the same batches, one after another in one process, so that both see the
 same machine. Counted are the CPU seconds of the worker and of the driver (rounds, aggregation, bias
 meters, checkpoints) within the round; Ray's own servers are told apart. A section is a backend and
@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
-from fedft.clients.workbench import Workbench, workbench
+from fedft.clients.resident import Workbench, workbench
 from fedft.core.models import initial_adapter
 from fedft.core.quiet import quiet
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState, TrainPlan
 from fedft.server.config import RunConfig, parse_config
 from fedft.server.grids.worker import RayServer

@@ -4,7 +4,7 @@ As in FlowerTune's examples, the dataset and its partition are made once in a pr
 rest for every message: the tokenizer, the site's tokenised rows, the base model, the PEFT model
 around it, the ``Trainer`` of transformers (:func:`flowertune`).
 
-A tuned peer stands beside it, which trains with :class:`fedft.clients.train.PeftEngine`, the plain loop
+A tuned peer stands beside it, which trains with :class:`fedft.clients.engines.loop.PeftEngine`, the plain loop
 that everything is compared with (:func:`lean`). It may keep what it loads (``cached``), and have
 the base in bfloat16 with eager attention, which is how PEFT is fast on a CPU.
 """
@@ -28,16 +28,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedft.clients.train import PeftEngine
-from fedft.core import tokens
-from fedft.core.batches import batches
-from fedft.core.data import RawData, load
+from fedft.clients.engines.loop import PeftEngine
+from fedft.core.data.batches import batches
+from fedft.core.data.partition import Manifest, build
+from fedft.core.data.source import RawData, load
 from fedft.core.examples import Examples
 from fedft.core.models import initial_adapter, load_base, load_tokenizer, resolve, schema
-from fedft.core.partition import Manifest, build
 from fedft.core.quiet import quiet
 from fedft.core.seeds import torch_generator
 from fedft.core.spec import TaskSpec, TrainingSpec
+from fedft.core.text import tokens
 from fedft.core.types import TrainPlan
 
 State = dict[str, torch.Tensor]

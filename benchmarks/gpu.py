@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks import contenders
 from benchmarks.contenders import Clock, Contender, Size
 from benchmarks.record import add_options, measure_sections
-from fedft.clients.engine import Engine
+from fedft.clients.engines.base import Engine
 from fedft.core import memory
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.memory import Geometry

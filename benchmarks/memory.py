@@ -125,7 +125,7 @@ def predicted(needs: memory.Footprint, layers: Sequence[Layer]) -> float:
 
 def train(case: Case, batches: Sequence[Batch], layers: tuple[Layer, ...]) -> None:
     """Load a part of the model, train it on some batches, and let go of it."""
-    from fedft.clients.cohort import CohortEngine
+    from fedft.clients.engines.cohort import CohortEngine
 
     lora = LoraSpec(rank=RANK, target_modules=case.targets)
     spec = ModelSpec(source=case.source, task=case.task)

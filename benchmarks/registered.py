@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
 from fedft.core.quiet import quiet
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.server.config import RunConfig, parse_config
 from fedft.server.run import Silent, simulate

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedft.core.errors import ConfigError
 from fedft.core.files import disk
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 
 if TYPE_CHECKING:
     from fedft.core.types import Adapter
@@ -49,7 +49,7 @@ class ExportedAdapter:
 
     def factors(self) -> "Adapter":
         """Its tensors."""
-        from fedft.core.peft_io import load_adapter
+        from fedft.core.adapters.files import load_adapter
 
         return load_adapter(self.path)
 

@@ -21,7 +21,7 @@ from fedft.core.errors import FedftError
 
 if TYPE_CHECKING:
     from fedft.api import Run
-    from fedft.core.rundir import RunDir
+    from fedft.core.record.rundir import RunDir
     from fedft.core.types import ServerState
     from fedft.report.tables import Table as ReportTable
     from fedft.server.compare import Cell

@@ -233,7 +233,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         """What this user's clients have given away about each data set, over all runs."""
         from fedft.clients.ledger import ADJACENCY, default_folder, ledgers
         from fedft.console import print_json, safe
-        from fedft.core.rundir import plain
+        from fedft.core.record.rundir import plain
 
         folder = ledger or default_folder()
         found = [(one, one.account()) for one in ledgers(folder)]
@@ -269,7 +269,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from rich.table import Table
 
         from fedft.console import print_json, safe
-        from fedft.core.rundir import RunDir
+        from fedft.core.record.rundir import RunDir
         from fedft.server import identity
 
         run = RunDir.open(run_dir)

@@ -25,11 +25,12 @@ def load_mixture(
     Raises:
         MismatchError: the folder holds no mixture, or the base model is not there.
     """
-    from fedft.clients.hydra import mixture
-    from fedft.core import hydra, models, peft_io
+    from fedft.clients.engines.hydra import mixture
+    from fedft.core import models
+    from fedft.core.adapters import files, hydra
     from fedft.core.spec import LoraSpec, ModelSpec
 
-    adapter, about = peft_io.load_mixture(Path(folder))
+    adapter, about = files.load_mixture(Path(folder))
     spec = ModelSpec(source=base or about["base"], task=about["task"])
     lora = LoraSpec(
         method="hydralora",

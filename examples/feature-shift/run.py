@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from fedft.api import Run
-from fedft.clients.cohort import CohortEngine
-from fedft.core.batches import eval_batches
-from fedft.core.data import Data, prepare
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.core.data.batches import eval_batches
+from fedft.core.data.source import Data, prepare
 from fedft.core.errors import FedftError, IntegrityError, MismatchError
 from fedft.core.models import input_encoder, load_base, resolve
 from fedft.core.quiet import quiet
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.report.formats import spread
 from fedft.report.statistics import Interval, interval, paired
 from fedft.server.config import RunConfig, load_config

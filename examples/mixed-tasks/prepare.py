@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedft.core.data import load
+from fedft.core.data.source import load
 from fedft.core.errors import EnvironmentFailure, FedftError, IntegrityError
 from fedft.core.models import file_sha256
 from fedft.core.quiet import quiet

@@ -14,14 +14,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedft.clients.attack import sent_by
+from fedft.clients.block_similarity import compare
 from fedft.clients.preflight import check
-from fedft.clients.probe import compare
-from fedft.clients.workbench import Workbench, one_by_one, workbench
-from fedft.core import codec, trial
+from fedft.clients.resident import Workbench, one_by_one, workbench
+from fedft.core import trial
 from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.drawn import distinct
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
+from fedft.core.wire import codec
 
 logger = logging.getLogger(__name__)
 

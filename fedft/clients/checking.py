@@ -3,10 +3,10 @@
 import numpy as np
 
 from fedft.clients.policy import Policy
-from fedft.core.data import Data
+from fedft.core.data.partition import split_holdout, undivided
+from fedft.core.data.source import Data
 from fedft.core.errors import Interrupted
 from fedft.core.link.codes import coded
-from fedft.core.partition import split_holdout, undivided
 from fedft.core.spec import TaskSpec
 
 

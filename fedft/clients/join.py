@@ -30,9 +30,10 @@ from fedft.clients.ledger import default_folder as default_ledgers
 from fedft.clients.own import Own
 from fedft.clients.policy import EvalFields, Policy, TrainFields, plan_of
 from fedft.clients.request import folder_of_key
+from fedft.clients.resident import Workbench, prepared, workbench
 from fedft.clients.session import Connection, Failure, Offer, Session, Timing
-from fedft.clients.workbench import Workbench, prepared, workbench
 from fedft.core import models, system
+from fedft.core.data.rowkeys import row_keys
 from fedft.core.drawn import within
 from fedft.core.errors import (
     ConfigError,
@@ -53,8 +54,7 @@ from fedft.core.link.secrets import (
     load_certificate,
 )
 from fedft.core.link.shapes import ALL, of_adapter, of_work
-from fedft.core.rowkeys import row_keys
-from fedft.core.rundir import child
+from fedft.core.record.rundir import child
 from fedft.core.spec import Precision, TaskSpec
 
 logger = logging.getLogger(__name__)

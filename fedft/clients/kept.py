@@ -5,10 +5,10 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from fedft.core import codec
 from fedft.core.files import Files, disk, place
 from fedft.core.link.framing import Ticket
-from fedft.core.rundir import child
+from fedft.core.record.rundir import child
+from fedft.core.wire import codec
 
 _VERSIONS = 3
 """Rounds of which the kept parts stay on disk: the server may go back to an older checkpoint."""

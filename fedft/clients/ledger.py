@@ -5,7 +5,7 @@ same rows. ε is computed from these lines, so that a client that is killed, joi
 another run never counts too little. It may count too much, by results that were lost on the way.
 
     <folder>/<data>.example.jsonl   append-only, one line a result
-    <folder>/<data>.rows            keys of the rows that it is about, see fedft.core.rowkeys
+    <folder>/<data>.rows            keys of the rows that it is about, see fedft.core.data.rowkeys
 
 Data sets that share a row share its account: a row's ε is at most that of all results of all data sets
 with it.
@@ -30,11 +30,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedft.core.accounting import example_epsilon
-from fedft.core.batches import poisson_schedule
+from fedft.core.data.batches import poisson_schedule
+from fedft.core.data.rowkeys import Keys, fingerprint
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.files import Files, disk, write_file
-from fedft.core.rowkeys import Keys, fingerprint
+from fedft.core.privacy.accounting import example_epsilon
 from fedft.core.types import LocalTraining
 
 DELTA = 1e-5
@@ -173,7 +173,7 @@ class Ledger:
 
     Args:
         folder: of all ledgers of this user; made when something is entered.
-        keys: of the rows, see :func:`fedft.core.rowkeys.row_keys`.
+        keys: of the rows, see :func:`fedft.core.data.rowkeys.row_keys`.
     """
 
     def __init__(self, folder: Path, keys: Keys) -> None:

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 from fedft.clients.ledger import DELTA, Ledger, Release
-from fedft.core.batches import batch_count
 from fedft.core.complaints import complaints
+from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
 from fedft.core.spec import ModelSpec, Table, TaskSpec

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedft.clients.engine import Engine, Trained
+from fedft.clients.engines.base import Engine, Trained
 from fedft.core import models, seeds
 from fedft.core.checkpoint import first_sentence, lacks_memory, stamp
-from fedft.core.data import Data
+from fedft.core.data.source import Data
 from fedft.core.errors import FedftError, MismatchError
 from fedft.core.examples import Examples
 from fedft.core.models import Base
@@ -42,7 +42,7 @@ _TOKENS = 64
 
 
 class Bench(Protocol):
-    """What is asked of a workbench; see :class:`fedft.clients.workbench.Workbench`."""
+    """What is asked of a workbench; see :class:`fedft.clients.resident.Workbench`."""
 
     @property
     def task(self) -> TaskSpec:
@@ -309,8 +309,8 @@ def _fresh(bench: Bench, dtype: torch.dtype) -> Base:
 
 
 def _compared(base: Base, task: TaskSpec, batches: Sequence[Sequence[Batch]]) -> str | None:
-    from fedft.clients.cohort import CohortEngine
-    from fedft.clients.train import PeftEngine
+    from fedft.clients.engines.cohort import CohortEngine
+    from fedft.clients.engines.loop import PeftEngine
 
     lora = task.lora.model_copy(update={"dropout": 0.0, "layers": None})
     dtype = next(base.model.parameters()).dtype

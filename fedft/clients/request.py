@@ -22,7 +22,7 @@ from fedft.core.link.secrets import (
     request_pem,
     write_private,
 )
-from fedft.core.rundir import child
+from fedft.core.record.rundir import child
 
 
 @dataclass(frozen=True)

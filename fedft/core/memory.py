@@ -53,7 +53,7 @@ class Geometry:
             cannot be told apart.
         vocabulary: outputs per token of a language model; 0 where there is no such head.
         patches: tokens of an image; 0 where the input is text.
-        sliced: whether a vocabulary is scored slice by slice, see :mod:`fedft.clients.vocabulary`.
+        sliced: whether a vocabulary is scored slice by slice, see :mod:`fedft.clients.engines.chunked_loss`.
         in_file: parameters of lookup tables that a site with limited memory leaves in their file,
             by the precision that the file has; see :mod:`fedft.core.tables`.
     """
@@ -86,7 +86,7 @@ class Load:
         trainable_of_halves: that learn in attention, and in the feed-forward part, of each block.
         inputs_of_halves: widths of the inputs that adapted layers keep there; None takes layers of
             attention alone to be adapted, which have the block's input in common.
-        checkpointing: whether blocks run again in the backward pass, see :mod:`fedft.clients.recompute`.
+        checkpointing: whether blocks run again in the backward pass, see :mod:`fedft.clients.engines.checkpointing`.
     """
 
     batch: int

@@ -186,9 +186,9 @@ class LoraSpec(Table):
         for key in ("target-modules", "exclude-modules"):
             _check_pattern(key, getattr(self, key.replace("-", "_")))
         if self.whole:
-            from fedft.core import methods
+            from fedft.core.adapters import peft
 
-            methods.config_of(self, targets=None, seed=0)
+            peft.config_of(self, targets=None, seed=0)
         return self
 
 
@@ -236,7 +236,7 @@ class DataSpec(Table):
         subset, split: of a ``datasets`` id.
         test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
         text, label: column names for classification. How labels become classes is told in
-            :mod:`fedft.core.labels`.
+            :mod:`fedft.core.data.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         image: column name for image-classification.
         test_fraction: share of the rows the server keeps as its central test set, stratified.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedft.core.adapters.files import WEIGHTS
 from fedft.core.checkpoint import AUTO, Head, refusing
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
-from fedft.core.peft_io import WEIGHTS
 from fedft.core.spec import ModelSpec, Precision
-from fedft.core.special_tokens import SpecialTokens
+from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import PREFIX, Batch
 
 

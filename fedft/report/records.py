@@ -2,7 +2,7 @@
 
 The numbers come from clients that nobody vouches for: a value of the wrong type counts as absent,
 and text is shown only through :func:`clean`. What a kill leaves behind is
-:class:`~fedft.core.rundir.RunDir`'s concern.
+:class:`~fedft.core.record.rundir.RunDir`'s concern.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedft.core.errors import ConfigError, IntegrityError
 from fedft.core.files import MIB, read_plain
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 
 Json = Mapping[str, object]
 

@@ -18,7 +18,7 @@ from flwr.app import Context, UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
 from fedft.core.errors import MismatchError
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.server.config import RunConfig, check_real, configured, load_config
 from fedft.server.grids.inline import InlineGrid

@@ -26,13 +26,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from fedft.core import codec
 from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import ClientUpdate, ServerState, Site
+from fedft.core.wire import codec
 from fedft.server.clock import SimulatedClock, check_reachable, elapsed
 from fedft.server.exchange import plan_for, train
 from fedft.server.federation import Asked, Completed, Federation, Ledger, Stopwatch
-from fedft.server.intake import Intake
+from fedft.server.replies import Intake
 from fedft.server.rounds import concluded
 
 LOSSES = ("late", "left")

@@ -19,8 +19,8 @@ from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
 
+from fedft.core.data.partition import Manifest
 from fedft.core.errors import ConfigError
-from fedft.core.partition import Manifest
 from fedft.core.seeds import derive
 from fedft.server.fleet import csv_rows, match_sites
 

@@ -30,7 +30,7 @@ from fedft.core.link.secrets import (
     load_certificate,
     read_public,
 )
-from fedft.core.rundir import child
+from fedft.core.record.rundir import child
 from fedft.server.authority import (
     SERVER_DAYS,
     SERVER_NAME,

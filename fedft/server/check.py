@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.trial import Verdict
 from fedft.server.config import RunConfig
 from fedft.server.grids.inline import InlineGrid

@@ -15,12 +15,13 @@ from math import inf
 
 import torch
 
-from fedft.core import codec, seeds
-from fedft.core.batches import batch_count
+from fedft.core import seeds
+from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError
 from fedft.core.types import LocalTraining, ServerState, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.availability import Availability
-from fedft.server.roster import SimulatedRoster
+from fedft.server.sampling import SimulatedRoster
 
 _ELAPSED = "clock/elapsed"
 _BITS = 8e-6

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedft.core import codec
 from fedft.core.errors import QuorumFailure
 from fedft.core.types import EvalPlan, ServerState
-from fedft.server.courier import ask_to_evaluate, replies
+from fedft.core.wire import codec
 from fedft.server.exchange import site_errors
 from fedft.server.federation import Federation, Ledger, Stopwatch
+from fedft.server.messages import ask_to_evaluate, replies
 from fedft.server.pruning import Pruning
 from fedft.server.validation import CHECK_FAILED, comparison
 

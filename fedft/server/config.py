@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedft.core.adapters.tuners import tuner_of
 from fedft.core.complaints import complaints
 from fedft.core.errors import ConfigError
 from fedft.core.spec import (
@@ -29,7 +30,6 @@ from fedft.core.spec import (
     TrainingSpec,
 )
 from fedft.core.toml import read_toml, toml_table
-from fedft.core.tuners import tuner_of
 from fedft.core.types import Part
 from fedft.server.availability import Availability, read_availability
 from fedft.server.fleet import (

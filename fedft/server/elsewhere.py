@@ -33,7 +33,7 @@ from fedft.core.link.secrets import (
     read_public,
     write_private,
 )
-from fedft.core.rundir import child
+from fedft.core.record.rundir import child
 from fedft.server.authority import (
     SERVER_NAME,
     Address,

@@ -13,8 +13,8 @@ from typing import Protocol
 from fedft.core import seeds
 from fedft.core.errors import Interrupted, QuorumFailure
 from fedft.core.types import Site
-from fedft.server.courier import Waiting, Watch
 from fedft.server.identity import Client, Registry
+from fedft.server.messages import Waiting, Watch
 
 _LOOK_UP_S = 0.25
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedft.core import codec
 from fedft.core.errors import MismatchError, QuorumFailure
 from fedft.core.metrics import Tally
 from fedft.core.sublayers import Layer
 from fedft.core.types import EvalPlan, ServerState, Site
-from fedft.server.courier import Courier, ask_to_evaluate, replies
+from fedft.core.wire import codec
 from fedft.server.exchange import site_errors
 from fedft.server.federation import Federation, Ledger
+from fedft.server.messages import Courier, ask_to_evaluate, replies
 from fedft.server.pruning import submodel
 
 SHARDS = 8

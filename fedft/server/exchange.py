@@ -15,13 +15,13 @@ from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 
-from fedft.core import codec
 from fedft.core.errors import UpdateRejected
 from fedft.core.types import ClientUpdate, ServerState, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.clock import examples
-from fedft.server.courier import messages, replies
 from fedft.server.federation import Asked, Federation, Ledger
 from fedft.server.grids.serve import describe
+from fedft.server.messages import messages, replies
 from fedft.server.pruning import narrowed
 from fedft.server.validation import CHECK_FAILED, PLAN_FAILED, REPLY_REFUSED, validate
 

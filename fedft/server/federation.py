@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedft.core import codec
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RoundsSpec
-from fedft.server.courier import Courier, Waiting, Watch
 from fedft.server.deadline import Pace
+from fedft.server.messages import Courier, Waiting, Watch
 from fedft.server.pruning import Pruning
-from fedft.server.roster import Roster
+from fedft.server.sampling import Roster
 from fedft.server.validation import Limits
 from fedft.strategies import Strategy
 
@@ -115,7 +115,7 @@ class Federation:
     def waits(
         self, what: str, names: Mapping[str, str]
     ) -> Callable[[Collection[str], float], None]:
-        """Tells ``watch`` whom a wait for replies is for; see :func:`fedft.server.courier.replies`.
+        """Tells ``watch`` whom a wait for replies is for; see :func:`fedft.server.messages.replies`.
 
         Args:
             what: is waited for.

@@ -41,9 +41,9 @@ from pydantic import (
 
 from fedft.core import names, seeds
 from fedft.core.complaints import complaints
+from fedft.core.data.partition import Manifest
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.files import read_text
-from fedft.core.partition import Manifest
 from fedft.core.spec import Table
 
 T = TypeVar("T")

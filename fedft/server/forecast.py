@@ -6,10 +6,11 @@ Shapes come from the model's configuration; no weight is loaded and no worker is
 from dataclasses import replace
 from typing import Any
 
-from fedft.core import codec, model_folder, models
+from fedft.core import model_folder, models
 from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
 from fedft.core.types import Part, ServerState, Site
+from fedft.core.wire import codec
 from fedft.server.config import RunConfig
 from fedft.server.deadline import Pace, pace_of
 from fedft.server.inputs import check_rank, data_of, remarks

@@ -31,7 +31,7 @@ from fedft.core.link.secrets import (
     read_public,
     write_private,
 )
-from fedft.core.rundir import RunDir, child
+from fedft.core.record.rundir import RunDir, child
 from fedft.server.audit import Audit
 from fedft.server.authority import (
     KIT_DAYS,

@@ -3,9 +3,9 @@
 from typing import Any
 
 from fedft.core import models
-from fedft.core.data import Data, check_test, prepare
+from fedft.core.data.source import Data, check_test, prepare
 from fedft.core.errors import ConfigError
-from fedft.core.special_tokens import SpecialTokens
+from fedft.core.text.special_tokens import SpecialTokens
 from fedft.server.config import RunConfig
 
 
@@ -17,7 +17,7 @@ def data_of(config: RunConfig, encoder: Any) -> Data:
         encoder: of its model, see :func:`fedft.core.models.input_encoder`.
 
     Raises:
-        ConfigError, MismatchError: see :func:`fedft.core.data.prepare`; or nothing is left to test on.
+        ConfigError, MismatchError: see :func:`fedft.core.data.source.prepare`; or nothing is left to test on.
     """
     data = prepare(config.data, config.model.task, encoder, seed=config.seed)
     check_test(config.data, len(data.test), len(data.train) + len(data.test))

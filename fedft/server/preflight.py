@@ -11,7 +11,7 @@ from flwr.app import Message, MessageType
 from fedft.core import trial
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.trial import Verdict
-from fedft.server.courier import Courier, replies
+from fedft.server.messages import Courier, replies
 
 
 def preflight(

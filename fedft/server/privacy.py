@@ -27,14 +27,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fedft.core import entropy
-from fedft.core.accounting import example_epsilon, site_epsilon, solved_noise
-from fedft.core.batches import poisson_schedule
+from fedft.core.data.batches import poisson_schedule
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
-from fedft.core.rundir import RunDir
+from fedft.core.privacy import entropy
+from fedft.core.privacy.accounting import example_epsilon, site_epsilon, solved_noise
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import Site
 from fedft.server.config import RunConfig
-from fedft.server.roster import Roster, SimulatedRoster
+from fedft.server.sampling import Roster, SimulatedRoster
 from fedft.strategies import CentralDP
 
 

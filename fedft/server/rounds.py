@@ -26,7 +26,7 @@ from fedft.server.config import RoundsSpec
 from fedft.server.evaluation import Evaluation
 from fedft.server.exchange import Sent, plan_for, planned, received, send, site_errors, unplanned
 from fedft.server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
-from fedft.server.intake import Intake
+from fedft.server.replies import Intake
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from flwr.app import RecordDict
 
-from fedft.core import codec, models, partition
+from fedft.core import models
+from fedft.core.adapters.files import save_adapter, save_mixture, save_whole
 from fedft.core.card import Origin, save_card
-from fedft.core.data import Data
+from fedft.core.data.partition import Manifest
+from fedft.core.data.source import Data, partition
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -34,26 +36,25 @@ from fedft.core.errors import (
 )
 from fedft.core.files import disk
 from fedft.core.metrics import better
-from fedft.core.partition import Manifest
-from fedft.core.peft_io import save_adapter, save_mixture, save_whole
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.spec import LoraSpec, Precision, TaskSpec
-from fedft.core.special_tokens import SpecialTokens, TextEncoder
+from fedft.core.text.special_tokens import SpecialTokens, TextEncoder
 from fedft.core.types import ServerState
+from fedft.core.wire import codec
 from fedft.server.asynchrony import updates
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RunConfig, differences, parse_toml
-from fedft.server.courier import Courier
 from fedft.server.federation import Completed, Federation
 from fedft.server.grids.base import SimulationGrid
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.inputs import check_rank, data_of, remarks
+from fedft.server.messages import Courier
 from fedft.server.preflight import preflight
 from fedft.server.privacy import PrivacyAccount, check_fork, open_account, resolved_privacy
 from fedft.server.pruning import pruning_of
-from fedft.server.roster import SimulatedRoster
 from fedft.server.rounds import rounds
+from fedft.server.sampling import SimulatedRoster
 from fedft.server.validation import Limits
 
 CLIENT_APP = "fedft.clients.app:app"
@@ -620,15 +621,15 @@ def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
     """The state before the first round.
 
     Some adapters start from the base weights themselves, which are loaded for it and let go of:
-    see :func:`fedft.core.methods.drawn`.
+    see :func:`fedft.core.adapters.peft.drawn`.
     """
     lora = config.lora
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
     if not lora.whole and lora.init == "default":
         return config.strategy.init(initial)
-    from fedft.core import methods  # peft takes a second to import
+    from fedft.core.adapters import peft  # peft takes a second to import
 
-    adapter, delta = methods.drawn(config.model, lora, initial, config.seed)
+    adapter, delta = peft.drawn(config.model, lora, initial, config.seed)
     return replace(config.strategy.init(adapter), delta=delta)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from fedft.core import codec, models
+from fedft.core import models
 from fedft.core.errors import (
     ConfigError,
     EnvironmentFailure,
@@ -24,9 +24,10 @@ from fedft.core.errors import (
 )
 from fedft.core.link.framing import Expected, data_schema
 from fedft.core.link.shapes import of_adapter, of_comparison
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
+from fedft.core.wire import codec
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig, check_real, configured, differences, parse_toml
 from fedft.server.deadline import Pace, pace_of

@@ -30,11 +30,11 @@ from prometheus_client.registry import Collector
 
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.link.secrets import is_loopback
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.server.config import RunConfig
-from fedft.server.courier import Waiting
 from fedft.server.identity import Client
+from fedft.server.messages import Waiting
 from fedft.server.run import Observer
 from fedft.server.status_page import HEADERS, page
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedft.core import codec, seeds
+from fedft.core import seeds
 from fedft.core.types import Adapter, ClientUpdate, Delta, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.config import RunConfig
 
 TRIED = 3

@@ -13,9 +13,9 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedft.core import codec
 from fedft.core.errors import UpdateRejected
 from fedft.core.types import ClientUpdate, Site, TrainPlan
+from fedft.core.wire import codec
 
 _FLOATS = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
 _HEADER = 4096

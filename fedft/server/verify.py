@@ -13,17 +13,18 @@ import numpy as np
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from fedft.core import codec, stock
-from fedft.core.batches import eval_batches
+from fedft.core import stock
 from fedft.core.checkpoint import Head, first_sentence
+from fedft.core.data.batches import eval_batches
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
 from fedft.core.spec import ModelSpec, Precision
-from fedft.core.special_tokens import SpecialTokens
+from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import Batch, EvalPlan, ServerState
-from fedft.server.courier import Courier, ask_to_evaluate, replies
+from fedft.core.wire import codec
 from fedft.server.evaluation import tally_of
+from fedft.server.messages import Courier, ask_to_evaluate, replies
 
 ROWS = 4
 """Rows of a slice: few, so that an error cannot hide in a mean."""

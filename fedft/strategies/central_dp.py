@@ -24,8 +24,8 @@ With ``quantile`` = g the bound follows that quantile of the norms, from b_k = [
 and the changes get noise of z_D = (z^-2 - (2 s)^-2)^(-1/2), so that both releases together cost what
 one of multiplier z does.
 
-Clipping, sum and noise are done in whole numbers, see :mod:`fedft.core.mechanism`; the noise is never
-the seed's, see :mod:`fedft.core.entropy`. The server keeps the account, see :mod:`fedft.server.privacy`.
+Clipping, sum and noise are done in whole numbers, see :mod:`fedft.core.privacy.mechanism`; the noise is never
+the seed's, see :mod:`fedft.core.privacy.entropy`. The server keeps the account, see :mod:`fedft.server.privacy`.
 
 Departures from the papers: the change is of LoRA factors and head. Under noise the product of two
 noisy factors has a term in the product of the noises; FFA-LoRA has one factor to disturb, and is the
@@ -42,8 +42,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from fedft.core import entropy
-from fedft.core.mechanism import GaussianSum, Noise
+from fedft.core.privacy import entropy
+from fedft.core.privacy.mechanism import GaussianSum, Noise
 from fedft.core.types import ClientUpdate, ServerState, Site
 from fedft.strategies.changes import change_of, norm_of
 from fedft.strategies.ffa_lora import FFALoRA

@@ -37,7 +37,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerBase
 from torch import Tensor
 
-from fedft.core import codec, seeds
+from fedft.core import seeds
 from fedft.core.errors import ConfigError, UpdateRejected
 from fedft.core.types import (
     Adapter,
@@ -51,6 +51,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
+from fedft.core.wire import codec
 from fedft.strategies import AnyStrategy, CentralDP, check_method
 from fedft.strategies.base import Strategy
 
@@ -62,7 +63,7 @@ def peft_adapter(tensors: Mapping[str, Tensor], scale: float) -> Adapter:
 
     Args:
         tensors: PEFT name → tensor. What is not a LoRA factor is part of the head. HydraLoRA's
-            names are those of :mod:`fedft.core.hydra`.
+            names are those of :mod:`fedft.core.adapters.hydra`.
         scale: LoRA's s, alpha / r.
     """
     if any(head_of(name) is not None for name in tensors):

@@ -46,7 +46,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from fedft.core import hydra
+from fedft.core.adapters import hydra
 from fedft.core.types import (
     Adapter,
     ClientUpdate,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks import federation
-from fedft.clients.train import PeftEngine
+from fedft.clients.engines.loop import PeftEngine
 
 Table = Callable[..., dict[str, Any]]
 

@@ -12,8 +12,8 @@ import grpc
 from flwr.app import RecordDict
 
 from fedft.clients.join import Site, join
+from fedft.clients.resident import prepared, workbench
 from fedft.clients.session import Timing
-from fedft.clients.workbench import prepared, workbench
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc

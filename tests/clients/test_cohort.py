@@ -23,11 +23,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedft.clients import attention, cohort
-from fedft.clients.attention import PackedAttention, group_rows
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.engine import Trained
-from fedft.clients.train import PeftEngine
+from fedft.clients.engines import attention, cohort
+from fedft.clients.engines.attention import PackedAttention, group_rows
+from fedft.clients.engines.base import Trained
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models import Base
 from fedft.core.spec import LoraSpec

@@ -14,12 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.engine import Engine
-from fedft.clients.hydra import HydraEngine
-from fedft.clients.probe import compare
-from fedft.clients.train import PeftEngine
-from fedft.clients.whole import WholeEngine
+from fedft.clients.block_similarity import compare
+from fedft.clients.engines.base import Engine
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.hydra import HydraEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.clients.engines.peft_engine import WholeEngine
 from fedft.core import models, precise
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan

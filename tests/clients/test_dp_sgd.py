@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.clients import dp_sgd
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.train import PeftEngine
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.clients.methods import dp_sgd
 from fedft.core import models
-from fedft.core.batches import poisson_batches
+from fedft.core.data.batches import poisson_batches
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan, part_of
@@ -141,7 +141,7 @@ def test_the_noise_of_a_step_is_the_mechanisms(
         drawn.append(count)
         return torch.ones(count, dtype=torch.float64)
 
-    monkeypatch.setattr("fedft.core.entropy.gaussian", ones)
+    monkeypatch.setattr("fedft.core.privacy.entropy.gaussian", ones)
     training = replace(SGD, lr=1.0, dp_noise=2.0, dp_clip=0.25)
     change = moved(engine, TrainPlan(start=start, training=training), [EMPTY, EMPTY])
     assert sum(drawn) == 2 * sum(d.numel() for d in change.values())

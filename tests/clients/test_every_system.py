@@ -153,7 +153,7 @@ def test_it_joins_a_real_server(
     finally:
         server.kill()
         server.communicate()
-    from fedft.core.rundir import RunDir
+    from fedft.core.record.rundir import RunDir
 
     lines = [line for line in RunDir.open(run).clients() if line["kind"] == "train"]
     assert [line["precision_bits"] for line in lines] == [16.0, 16.0]

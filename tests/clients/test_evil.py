@@ -16,14 +16,15 @@ from fedft.clients.agreed import Agreement
 from fedft.clients.join import Site
 from fedft.clients.own import Own
 from fedft.clients.policy import Policy, Training
-from fedft.core import codec, models
-from fedft.core.accounting import example_epsilon
+from fedft.core import models
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.codes import SENTENCES
 from fedft.core.link.framing import data_schema
+from fedft.core.privacy.accounting import example_epsilon
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import EvalPlan, LocalTraining, TrainPlan
+from fedft.core.wire import codec
 from tests.clients.evil import Asked, Evil, meet
 
 pytestmark = pytest.mark.grpc

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedft.clients.hydra import HydraEngine, HydraLinear
-from fedft.clients.train import PeftEngine
-from fedft.core import hydra, models
+from fedft.clients.engines.hydra import HydraEngine, HydraLinear
+from fedft.clients.engines.loop import PeftEngine
+from fedft.core import models
+from fedft.core.adapters import hydra
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import (
     Adapter,

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.train import PeftEngine
-from fedft.core import codec, models
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.core import models
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, Factors, LocalTraining, TrainPlan, block_of
+from fedft.core.wire import codec
 
 CLASSES, VOCABULARY, DEPTH = 3, 30, 4
 

@@ -19,13 +19,14 @@ from fedft.cli import cli
 from fedft.clients.join import KeptParts, Resident, Site
 from fedft.clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
 from fedft.clients.session import Failure
-from fedft.core import codec, models
-from fedft.core.accounting import example_epsilon
+from fedft.core import models
+from fedft.core.data.rowkeys import Keys
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.link.framing import Ticket, data_schema
-from fedft.core.rowkeys import Keys
+from fedft.core.privacy.accounting import example_epsilon
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import Adapter, EvalPlan, LocalTraining, TrainPlan
+from fedft.core.wire import codec
 
 DATA: Keys = np.arange(10, 30, dtype=np.uint64)
 ONE = Release("dp-sgd", 1.1, 0.25, 3, run="first", round=1)

@@ -17,14 +17,15 @@ import transformers as tr
 from peft import PeftModel
 from torch import Tensor
 
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.train import PeftEngine
-from fedft.core import models, tokens
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.core import models
+from fedft.core.adapters.files import save_adapter
 from fedft.core.examples import TokenExamples
 from fedft.core.metrics import Tally
-from fedft.core.peft_io import save_adapter
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.special_tokens import TextEncoder
+from fedft.core.text import tokens
+from fedft.core.text.special_tokens import TextEncoder
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
 from tests.core.tokenizer_kinds import KINDS, byte_bpe
 
@@ -207,7 +208,7 @@ def test_xlnet_is_padded_before_its_rows(tmp_path: Path) -> None:
         rows = np.split(examples.ids.astype(np.int64), examples.offsets[1:-1])
         single = torch.cat([model(input_ids=torch.from_numpy(r)[None]).logits for r in rows])
     assert torch.allclose(together, single, atol=1e-4)
-    from fedft.clients.packing import join
+    from fedft.clients.engines.unpadded import join
 
     halves = [examples.collate(part) for part in np.array_split(np.arange(len(TEXTS)), 3)]
     step = join(halves, examples.pad_id, packs=False, side="left")

@@ -13,8 +13,8 @@ from fedft.clients.agreed import Agreement
 from fedft.clients.join import KeptParts, Resident, Site
 from fedft.clients.own import Own, mapping
 from fedft.clients.policy import Policy, TrainFields, plan_of
-from fedft.core import codec, models
-from fedft.core.data import load
+from fedft.core import models
+from fedft.core.data.source import load
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.link import codes
 from fedft.core.link import link_pb2 as pb
@@ -23,6 +23,7 @@ from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, Tra
 from fedft.core.sublayers import Sublayer
 from fedft.core.types import Adapter, EvalPlan, LocalTraining
 from fedft.core.types import Site as Member
+from fedft.core.wire import codec
 from fedft.strategies import RULES, Strategy
 from tests.clients.evil import Evil, meet
 

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from fedft.clients.join import KeptParts, Resident, Site, _occupied
 from fedft.clients.session import Connection, Failure, Offer, Session, Timing
-from fedft.core import codec, models
+from fedft.core import models
 from fedft.core.errors import (
     EnvironmentFailure,
     Interrupted,
@@ -30,6 +30,7 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc
 from fedft.core.link.framing import Ticket, chunks, data_schema, describe
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
+from fedft.core.wire import codec
 
 SHAPES = {"arrays": {"a": (32, 16)}}
 HASHES = pb.Hashes(base_model="m", tokenizer="t", data_schema="d")

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedft.clients.cohort import CohortEngine
-from fedft.clients.engine import Engine
-from fedft.clients.probe import compare
-from fedft.clients.train import PeftEngine
-from fedft.core import codec, models, similarity, sublayers
+from fedft.clients.block_similarity import compare
+from fedft.clients.engines.base import Engine
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.loop import PeftEngine
+from fedft.core import models, similarity, sublayers
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer, sublayer_of
 from fedft.core.types import Adapter, LocalTraining, TrainPlan, in_blocks
+from fedft.core.wire import codec
 from tests.clients.test_layers import DEPTH, MODELS, adapter_of, batches_of, network, same
 
 # PEFT remarks that it adapts GPT-2's transposed layers, and does.

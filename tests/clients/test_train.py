@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedft.clients.train import PeftEngine
+from fedft.clients.engines.loop import PeftEngine
 from fedft.core import models
 from fedft.core.metrics import mean_loss
 from fedft.core.spec import LoraSpec, ModelSpec

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedft.core.batches import WINDOW, batch_count, batch_rows, batches, eval_batches
+from fedft.core.data.batches import WINDOW, batch_count, batch_rows, batches, eval_batches
 from fedft.core.examples import IGNORED, ImageExamples, TokenExamples
 
 PAD = 999

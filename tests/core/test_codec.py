@@ -10,9 +10,9 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedft.core import codec
 from fedft.core.algebra import orthonormal_basis
 from fedft.core.types import Adapter, EvalPlan, Factors, LocalTraining, TrainPlan
+from fedft.core.wire import codec
 
 HEAD = "base_model.model.classifier.weight"
 

@@ -17,14 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedft.clients.own import Own
-from fedft.core import readers
-from fedft.core.data import RawData, codes, load, prepare, test_rows
+from fedft.core.data.raw import BadRows
+from fedft.core.data.readers import WORDNET
+from fedft.core.data.source import RawData, codes, load, prepare, readers, test_rows
+from fedft.core.data.text_files import MAX_LINE_BYTES, read_csv, read_json, read_tsv
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.examples import IGNORED, TokenExamples
-from fedft.core.raw import BadRows
-from fedft.core.readers import WORDNET
 from fedft.core.spec import DataSpec, PartitionSpec
-from fedft.core.text_files import MAX_LINE_BYTES, read_csv, read_json, read_tsv
 
 test_rows.__test__ = False  # type: ignore[attr-defined]  # a function of ours, not a test
 
@@ -667,7 +666,7 @@ def test_loading_is_lazy_about_heavy_libraries() -> None:
     import subprocess
 
     code = (
-        "import sys; from fedft.core.data import load; from fedft.core.spec import DataSpec;"
+        "import sys; from fedft.core.data.source import load; from fedft.core.spec import DataSpec;"
         "load(DataSpec(), 'classification'); from fedft.core import batches, partition;"
         "print([m for m in ('datasets', 'pyarrow', 'transformers', 'PIL') if m in sys.modules])"
     )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedft.clients.workbench import Workbench, workbench
+from fedft.clients.resident import Workbench, workbench
 from fedft.core import seeds
-from fedft.core.batches import batches
+from fedft.core.data.batches import batches
 from fedft.core.drawn import Drawn, Overtime, distinct, traced, within
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import Batch, LocalTraining

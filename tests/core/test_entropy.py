@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from fedft.core import entropy
-from fedft.core.entropy import Keystream
+from fedft.core.privacy import entropy
+from fedft.core.privacy.entropy import Keystream
 
 MANY = 1_000_000
 FAR = 6.0

@@ -13,9 +13,9 @@ from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
-from fedft.core import methods
+from fedft.core.adapters import peft
+from fedft.core.adapters.tuners import REFUSED, TUNERS, canonical
 from fedft.core.spec import LoraSpec
-from fedft.core.tuners import REFUSED, TUNERS, canonical
 
 WIDTH, RANK = 16, 4
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -95,7 +95,7 @@ def adapted(
     )
     model = network(weights)
     paths = list(targets(model, lora))
-    return methods.injected(model, lora, paths, seed).eval().double(), paths
+    return peft.injected(model, lora, paths, seed).eval().double(), paths
 
 
 def changes(wrapped: nn.Module, paths: list[str], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def gap(name: str, options: dict[str, Any] | None = None, common: str = "no tens
         common: in the name of the tensors that all sites share.
     """
     wrapped, paths = adapted(name, options or {})
-    tensors = methods.trained(wrapped)
+    tensors = peft.trained(wrapped)
     start = {n: p.detach().clone() for n, p in tensors.items()}
     base: Any = wrapped.get_submodule("base_model.model")
     numbers = torch.Generator().manual_seed(1)
@@ -183,7 +183,7 @@ def frozen_state(wrapped: nn.Module) -> list[Tensor]:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    learned = {id(p) for p in methods.trained(wrapped).values()}
+    learned = {id(p) for p in peft.trained(wrapped).values()}
     found: dict[int, Tensor] = {}
 
     def gather(thing: Any) -> None:
@@ -232,8 +232,8 @@ def test_another_seed_freezes_other_tensors(name: str) -> None:
 
 
 def test_the_documentation_says_the_same() -> None:
-    """docs/peft-methods.md: one row a method, and the reason of every refusal's method."""
-    page = (Path(__file__).parents[2] / "docs" / "peft-methods.md").read_text(encoding="utf-8")
+    """docs/peft-peft.md: one row a method, and the reason of every refusal's method."""
+    page = (Path(__file__).parents[2] / "docs" / "peft-peft.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`[^|]+`) \|(?!.*exact\?).*\| ([^|]+) \|$", page, flags=re.MULTILINE)
     said = {n: verdict for names, verdict in rows for n in re.findall(r"`([^`]+)`", names)}
     assert said.keys() - {"rslora", "pissa", "olora", "hydralora"} == TUNERS.keys()

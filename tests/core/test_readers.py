@@ -17,12 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedft.core import labels
-from fedft.core.data import RawData, check_test, load
+from fedft.core.data.raw import LISTED, BadRows
+from fedft.core.data.source import RawData, check_test, labels, load
+from fedft.core.data.text_files import read_csv
 from fedft.core.errors import ConfigError, FedftError, MismatchError
-from fedft.core.raw import LISTED, BadRows
 from fedft.core.spec import DataSpec, PartitionSpec
-from fedft.core.text_files import read_csv
 
 ROWS = [
     {"text": "plain words", "label": "pos"},

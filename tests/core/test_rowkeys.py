@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from fedft.core.rowkeys import Keys, fingerprint, row_keys
+from fedft.core.data.rowkeys import Keys, fingerprint, row_keys
 from fedft.core.spec import DataSpec
 
 ROWS = [

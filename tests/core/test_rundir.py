@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedft.core import rundir
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
 from fedft.core.files import write_file
-from fedft.core.rundir import RunDir, child, plain
+from fedft.core.record import rundir
+from fedft.core.record.rundir import RunDir, child, plain
 from fedft.core.types import Adapter, Factors, ServerState
 
 
@@ -124,7 +124,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_even_if_its_children_live(run:
     code = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from fedft.core.rundir import RunDir\n"
+        "from fedft.core.record.rundir import RunDir\n"
         "run = RunDir.open(Path(sys.argv[1]), writing=True)\n"
         "child = os.fork()\n"
         "if not child:\n"
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_no_half_line(run: RunDir):
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from fedft.core.errors import EnvironmentFailure\n"
-        "from fedft.core.rundir import RunDir\n"
+        "from fedft.core.record.rundir import RunDir\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "run = RunDir.open(Path(sys.argv[1]), writing=True)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n"
@@ -299,7 +299,7 @@ def test_the_environment_says_what_the_run_started_on(run: RunDir):
 
 def test_versions_are_read_without_importing_the_libraries():
     code = (
-        "import sys; from fedft.core.rundir import surroundings; r = surroundings();"
+        "import sys; from fedft.core.record.rundir import surroundings; r = surroundings();"
         "assert r['versions']['torch'];"
         "assert not {'torch', 'ray', 'flwr', 'transformers', 'numpy'} & sys.modules.keys()"
     )

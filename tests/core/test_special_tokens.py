@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fedft.core import tokens
 from fedft.core.errors import MismatchError
-from fedft.core.special_tokens import TextEncoder, special_tokens, text_encoder
+from fedft.core.text import tokens
+from fedft.core.text.special_tokens import TextEncoder, special_tokens, text_encoder
 from tests.core.tokenizer_kinds import CHATML, KINDS, byte_bpe, metaspace_bpe, whole_word_bpe
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedft.core import codec
+from fedft.core.wire import codec
 from fedft.server import serve as serving
 from fedft.server.config import RunConfig
 from fedft.server.identity import Address

@@ -15,7 +15,7 @@ import pytest
 from fedft.clients.join import Site
 from fedft.clients.own import Own
 from fedft.clients.policy import Policy
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.server.config import parse_config
 from tests.faults import evil_servers
 from tests.faults.test_participation import QUICK, read

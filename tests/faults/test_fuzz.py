@@ -28,7 +28,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedft.clients import session as client_side
-from fedft.core import codec
 from fedft.core.digest import state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -43,8 +42,9 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Assembly, Ticket, describe
 from fedft.core.link.secrets import Kit, new_key, write_private
 from fedft.core.link.stream import Broken
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server import checkpoints, identity
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.grids.flower import adopt_identity

@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedft.api import Run
-from fedft.core import rundir
-from fedft.core.data import load
+from fedft.core.data.source import load
 from fedft.core.errors import Interrupted
 from fedft.core.link.secrets import key_pem, new_key
+from fedft.core.record import rundir
 from fedft.report import write_report
 from fedft.server import identity
 from fedft.server.config import parse_config

@@ -17,7 +17,7 @@ from typing import Any
 from fedft.api import Run
 from fedft.clients.join import Site, join
 from fedft.clients.session import Timing as ClientTiming
-from fedft.core import partition
+from fedft.core.data.source import partition
 from fedft.server import identity
 from fedft.server.config import RunConfig
 from fedft.server.grids.stream import Timing
@@ -33,7 +33,7 @@ def processes() -> Any:
     """Processes that start in a moment: forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["fedft.clients.join", "fedft.clients.train", "fedft.server.serve"]
+        ["fedft.clients.join", "fedft.clients.engines.loop", "fedft.server.serve"]
     )
     return context
 
@@ -171,7 +171,7 @@ def simulated(config: RunConfig, folder: Path) -> Run:
 
 def site_files(config: RunConfig, simulated_run: Run, folder: Path) -> dict[str, Path]:
     """The rows of each site of a simulation, as a file of its own."""
-    from fedft.core.data import load
+    from fedft.core.data.source import load
 
     raw = load(config.data, config.model.task, seed=config.seed).train
     assert raw.labels is not None

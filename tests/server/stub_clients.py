@@ -19,13 +19,14 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from fedft.clients.policy import plan_of
 from fedft.clients.session import Connection, Failure, Offer, Session
 from fedft.clients.session import Timing as ClientTiming
-from fedft.core import codec, models, seeds, trial
+from fedft.core import models, seeds, trial
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
 from fedft.core.link.shapes import of_work
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.spec import TaskSpec
+from fedft.core.wire import codec
 from fedft.server import identity
 from fedft.server.config import RunConfig
 from fedft.server.grids.stream import Timing

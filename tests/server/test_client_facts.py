@@ -19,7 +19,7 @@ import fedft.server.serve
 from fedft.clients.session import Failure
 from fedft.core.errors import ConfigError
 from fedft.core.link.framing import Ticket
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.server import pruning
 from fedft.server.config import RunConfig, check_real, parse_config
 from fedft.server.validation import PLAN_FAILED

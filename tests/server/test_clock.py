@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.core import codec, partition
+from fedft.core.data.source import partition
 from fedft.core.errors import ConfigError, Interrupted, MismatchError
 from fedft.core.spec import PartitionSpec
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.availability import read_availability
 from fedft.server.clock import SimulatedClock, examples
 from fedft.server.config import parse_config, parse_toml
 from fedft.server.fleet import Device, Distribution, Fleet, read_devices
-from fedft.server.roster import SimulatedRoster
 from fedft.server.run import resume, simulate
+from fedft.server.sampling import SimulatedRoster
 
 Table = Callable[..., dict[str, Any]]
 

@@ -20,7 +20,7 @@ import torch
 from fedft.core.digest import state_digest
 from fedft.core.errors import EnvironmentFailure, IntegrityError
 from fedft.core.files import Files
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import Adapter, Factors, ServerState
 from fedft.server.checkpoints import Checkpoints
 
@@ -359,7 +359,7 @@ import os, random, signal, sys, time, traceback
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import helpers
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 
 folder, rng = Path(sys.argv[2]), random.Random(0)
 for kill in range(20):

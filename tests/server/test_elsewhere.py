@@ -32,7 +32,7 @@ from fedft.core.link.secrets import (
     request_pem,
     write_private,
 )
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.server import ca, identity
 from fedft.server.authority import Address, Authority, _builder, _name
 from fedft.server.config import parse_config

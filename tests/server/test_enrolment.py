@@ -7,9 +7,9 @@ import pytest
 
 from fedft.core.errors import QuorumFailure
 from fedft.server import enrolment
-from fedft.server.courier import Waiting
 from fedft.server.enrolment import EnrolledRoster
 from fedft.server.identity import Client
+from fedft.server.messages import Waiting
 
 
 @dataclass

@@ -16,9 +16,9 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fedft.core.adapters.tuners import TUNERS, canonical
 from fedft.core.errors import ConfigError
-from fedft.core.rundir import RunDir
-from fedft.core.tuners import TUNERS, canonical
+from fedft.core.record.rundir import RunDir
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig, parse_config
 from fedft.server.run import parse_toml, prepare_run, simulate
@@ -118,7 +118,7 @@ def table_of(
 
 def logits_of_run(run: RunDir, config: RunConfig) -> torch.Tensor:
     """What the run's own engine makes of its last state."""
-    from fedft.clients.workbench import workbench
+    from fedft.clients.resident import workbench
 
     with RunDir.open(run.path, writing=True) as open_run:
         task = prepare_run(parse_toml(run.config, "run"), open_run).task
@@ -146,10 +146,12 @@ def test_it_ends_as_stock_peft_loads_it_or_is_refused(
     try:
         config = parse_config(table)
     except ConfigError as error:
-        assert name not in TUNERS, f"{name} is promised in fedft.core.tuners"
+        assert name not in TUNERS, f"{name} is promised in fedft.core.adapters.tuners"
         assert "cannot be averaged" in error.what and error.fix
         return
-    assert name in TUNERS or name == "lora with options", f"give {name} a row in fedft.core.tuners"
+    assert name in TUNERS or name == "lora with options", (
+        f"give {name} a row in fedft.core.adapters.tuners"
+    )
     run = simulate(config, tmp_path / "run")
     auto: Any = TASKS[task][2]
     labels = {} if task == "causal-lm" else {"num_labels": 3}

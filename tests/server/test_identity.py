@@ -635,7 +635,7 @@ class TestOverTls:
 
 
 def test_the_commands_of_an_operator_load_no_torch(tmp_path: Path) -> None:
-    from fedft.core.rundir import RunDir
+    from fedft.core.record.rundir import RunDir
 
     with RunDir.create(tmp_path / "run") as run:
         run.write_config("")
@@ -654,7 +654,7 @@ print(sorted({"torch", "transformers", "grpc", "flwr", "ray", "datasets"} & set(
 
 
 def test_invite_writes_no_kit_over_another_file(tmp_path: Path) -> None:
-    from fedft.core.rundir import RunDir
+    from fedft.core.record.rundir import RunDir
 
     with RunDir.create(tmp_path / "run") as run:
         run.write_config("")

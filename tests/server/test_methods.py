@@ -11,11 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import fedft
-from fedft.core import methods, models
+from fedft.core import models
+from fedft.core.adapters import peft
 from fedft.core.errors import ConfigError, EnvironmentFailure, Interrupted
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.shapes import ALL, of_adapter, of_work
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import part_of
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import parse_config
@@ -44,7 +45,7 @@ def stock_logits(base: str, folder: Path) -> torch.Tensor:
 
 def own_logits(run: RunDir) -> torch.Tensor:
     """What the run's own engine makes of its last state."""
-    from fedft.clients.workbench import workbench
+    from fedft.clients.resident import workbench
     from fedft.server.run import parse_toml, prepare_run
 
     config = parse_toml(run.config, "run")
@@ -348,14 +349,14 @@ def test_shapes_need_no_weight_of_the_model_outside_the_adapted_layers(
     """What looks at weights as it starts gets the adapted layers; the word table stays nothing."""
     config = parse_config(tiny_table(lora={"method": method, "options": OPTIONS.get(method, {})}))
     made: list[torch.nn.Module] = []
-    kept = methods.injected
+    kept = peft.injected
 
     def seen(model: torch.nn.Module, *rest: Any, **more: Any) -> torch.nn.Module:
         made.append(kept(model, *rest, **more))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "injected", seen)
+        patch.setattr(peft, "injected", seen)
         shapes = models.schema(config.model, config.lora, 3)
     real = {n.rsplit(".", 1)[0] for n, p in made[-1].named_parameters() if not p.is_meta}
     assert not any("embeddings" in name for name in real)
@@ -379,7 +380,7 @@ def test_what_a_method_drops_in_training_it_keeps_in_scoring(
     lora: dict[str, Any], tiny_table: Table
 ) -> None:
     """Also where it is no module of torch that drops; the base's own dropout stays off."""
-    from fedft.clients.whole import WholeEngine
+    from fedft.clients.engines.peft_engine import WholeEngine
 
     config = parse_config(tiny_table(lora=lora))
     shapes = models.schema(config.model, config.lora, 3)

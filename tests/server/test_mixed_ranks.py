@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.clients.cohort import CohortEngine
+from fedft.clients.engines.cohort import CohortEngine
 from fedft.core.errors import Interrupted
 from fedft.core.models import effective
 from fedft.core.types import ServerState, TrainPlan

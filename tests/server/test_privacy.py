@@ -15,9 +15,9 @@ from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from fedft.api import Run
-from fedft.core import entropy
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
-from fedft.core.rundir import RunDir
+from fedft.core.privacy import entropy
+from fedft.core.record.rundir import RunDir
 from fedft.server import privacy
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import check_real, parse_config
@@ -93,8 +93,8 @@ def test_noise_is_normal_and_never_the_same() -> None:
 
 def test_each_site_is_drawn_with_its_own_probability(tiny_table: Table, tmp_path: Path) -> None:
     run = simulate(parse_config(tiny_table(rounds={"count": 1})), tmp_path / "run")
-    from fedft.core import partition
-    from fedft.server.roster import SimulatedRoster
+    from fedft.core.data.source import partition
+    from fedft.server.sampling import SimulatedRoster
 
     roster = SimulatedRoster(partition.load(run.partition))
     generator = entropy.Keystream()
@@ -159,7 +159,7 @@ def test_the_same_seed_draws_other_noise(private: Table, tmp_path: Path) -> None
 def test_rounds_without_any_site_are_rounds(
     private: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedft.server.roster.SimulatedRoster.poisson", lambda *_: [])
+    monkeypatch.setattr("fedft.server.sampling.SimulatedRoster.poisson", lambda *_: [])
     run = Run(simulate(parse_config(private()), tmp_path / "run").path)
     assert [line["cohort"] for line in run.rounds] == [[], [], []]
     assert len(ledger(run.directory)) == 3

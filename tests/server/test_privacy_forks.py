@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedft.core.accounting import example_epsilon, site_epsilon
 from fedft.core.errors import ConfigError, IntegrityError
-from fedft.core.rundir import RunDir
+from fedft.core.privacy.accounting import example_epsilon, site_epsilon
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import Site
 from fedft.server.config import RunConfig, parse_config
 from fedft.server.privacy import PrivacyAccount, units

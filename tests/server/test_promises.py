@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import fedft.server.verify
 from fedft.api import Run
-from fedft.clients import cohort as engine
 from fedft.clients import preflight as trial
-from fedft.clients.cohort import CohortEngine, RowsMismatch
-from fedft.clients.fallback import Fallback
-from fedft.clients.workbench import workbench
+from fedft.clients.engines import cohort as engine
+from fedft.clients.engines.cohort import CohortEngine, RowsMismatch
+from fedft.clients.engines.fallback import Fallback
+from fedft.clients.resident import workbench
+from fedft.core.adapters.files import WEIGHTS
 from fedft.core.card import FACTS
 from fedft.core.errors import EnvironmentFailure, MismatchError
-from fedft.core.peft_io import WEIGHTS
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.server.check import check
 from fedft.server.config import RunConfig, parse_config
 from fedft.server.run import Silent, resume, simulate
@@ -160,7 +160,7 @@ def test_too_little_memory_is_told_in_one_attempt(
 
     calls: list[int] = []
     import fedft.core.models
-    from fedft.clients.train import LoopEngine
+    from fedft.clients.engines.loop import LoopEngine
 
     if where == "load":
         monkeypatch.setattr(fedft.core.models.load, "_ready", none_left)

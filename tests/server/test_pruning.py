@@ -12,15 +12,15 @@ import pytest
 import torch
 from flwr.app import Message, MessageType
 
-from fedft.clients.workbench import workbench
-from fedft.core import codec
+from fedft.clients.resident import workbench
 from fedft.core.errors import ConfigError
 from fedft.core.memory import MIB, Footprint, Geometry, Load, footprint
 from fedft.core.models import geometry, initial_adapter, load_of, resolve, schema
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.similarity import linear_cka, upper
 from fedft.core.sublayers import HALVES, Layer, Sublayer, children
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan, in_blocks
+from fedft.core.wire import codec
 from fedft.server.config import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.grids.inline import InlineGrid

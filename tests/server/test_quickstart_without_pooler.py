@@ -77,7 +77,7 @@ def _write_test_rows(config: object, path: Path) -> None:
     import numpy as np
 
     from fedft.core import models
-    from fedft.core.data import prepare
+    from fedft.core.data.source import prepare
 
     told = config
     folder = models.resolve(told.model)  # pyright: ignore

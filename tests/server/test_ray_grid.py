@@ -144,13 +144,13 @@ DRIVER = """
     from pathlib import Path
     from flwr.app import ConfigRecord, Message, RecordDict
     from fedft.core.errors import EnvironmentFailure
-    from fedft.server.grids import reaper
+    from fedft.server.grids import ray_cleanup
     from fedft.server.grids.ray import RayGrid
 
     if __name__ == "__main__":
         grid = RayGrid("toy_app:app", 9, workers=1)
         grid.ready()
-        pids = reaper.children(os.getpid())
+        pids = ray_cleanup.children(os.getpid())
         print(grid._cluster._session.folder, *pids, flush=True)
         do = ConfigRecord({"sleep": 600.0})
         ids = grid.push_messages([Message(RecordDict({"do": do}), 1, "train")])

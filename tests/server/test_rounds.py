@@ -11,7 +11,6 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedft.core import codec
 from fedft.core.digest import state_digest
 from fedft.core.errors import ConfigError, QuorumFailure
 from fedft.core.types import (
@@ -23,15 +22,16 @@ from fedft.core.types import (
     Site,
     TrainPlan,
 )
+from fedft.core.wire import codec
 from fedft.server import exchange
 from fedft.server.config import PruningSpec, RoundsSpec
-from fedft.server.courier import Waiting
 from fedft.server.deadline import Pace
 from fedft.server.exchange import grouped, received
 from fedft.server.federation import Completed, Federation, Ledger
 from fedft.server.grids.inline import Fault, Faults, InlineGrid
-from fedft.server.intake import Intake
+from fedft.server.messages import Waiting
 from fedft.server.pruning import Pruning
+from fedft.server.replies import Intake
 from fedft.server.rounds import one_round, opened, rounds
 from fedft.server.validation import CHECK_FAILED, PLAN_FAILED
 from fedft.strategies import FedAvgLoRA, FedAvgM, Strategy

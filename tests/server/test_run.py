@@ -212,7 +212,7 @@ def test_stock_peft_loads_the_exported_adapter(tiny_table: Table, tmp_path: Path
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fedft.clients.train import PeftEngine
+    from fedft.clients.engines.loop import PeftEngine
     from fedft.core.models import load_base
 
     config = parse_config(tiny_table())

@@ -17,10 +17,10 @@ import pytest
 from benchmarks.superlink import free_port
 from fedft.api import Run
 from fedft.clients.ledger import Account, Ledger
-from fedft.core.accounting import example_epsilon
+from fedft.core.data.rowkeys import row_keys
 from fedft.core.errors import ConfigError, EnvironmentFailure, QuorumFailure
-from fedft.core.rowkeys import row_keys
-from fedft.core.rundir import RunDir
+from fedft.core.privacy.accounting import example_epsilon
+from fedft.core.record.rundir import RunDir
 from fedft.core.spec import DataSpec
 from fedft.server import identity
 from fedft.server.config import parse_config

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedft.api import Run
-from fedft.core.data import Data
+from fedft.core.data.source import Data
 from fedft.core.errors import ConfigError, FedftError, MismatchError, QuorumFailure
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.server import run as running
 from fedft.server.compare import compare, rules
 from fedft.server.config import RunConfig, parse_config

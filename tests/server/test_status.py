@@ -17,8 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedft.core.errors import EnvironmentFailure
-from fedft.server.courier import Waiting
 from fedft.server.identity import Client
+from fedft.server.messages import Waiting
 from fedft.server.run import Silent
 from fedft.server.status import Board, Standing, Tally, View, _Metrics, showing
 from fedft.server.status_page import HEADERS, page

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from fedft.api import Run
-from fedft.core.data import load
+from fedft.core.data.source import load
 from fedft.core.metrics import Tally
 from fedft.server.config import parse_config
 from fedft.server.forecast import as_text, forecast

@@ -16,12 +16,13 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification
 
-from fedft.clients.whole import WholeEngine
-from fedft.core import methods, models
+from fedft.clients.engines.peft_engine import WholeEngine
+from fedft.core import models
+from fedft.core.adapters import peft
+from fedft.core.adapters.files import save_whole
+from fedft.core.adapters.tuners import TUNERS, canonical
 from fedft.core.errors import ConfigError, EnvironmentFailure
-from fedft.core.peft_io import save_whole
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.tuners import TUNERS, canonical
 from fedft.core.types import Adapter
 
 Outcome = Literal["followed", "refused"]
@@ -101,7 +102,7 @@ def outcome(
     except (ConfigError, EnvironmentFailure) as error:
         assert "[lora]" in error.what and "Traceback" not in error.what
         return "refused"
-    config = methods.config_of(lora, list(shapes.modules), 0)
+    config = peft.config_of(lora, list(shapes.modules), 0)
     for name, value in options.items():
         given = getattr(config, name)
         if name == "feedforward_modules":  # whose names become paths
@@ -109,7 +110,7 @@ def outcome(
         assert (sorted(given) if isinstance(given, set) else given) == value, name
     initial = models.initial_adapter(shapes, lora, lora.rank, 0)
     try:
-        start, _ = methods.drawn(model, lora, initial, 0)
+        start, _ = peft.drawn(model, lora, initial, 0)
     except ConfigError as error:
         assert "not finite" in error.what
         return "refused"

@@ -11,9 +11,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedft.core import codec
 from fedft.core.errors import UpdateRejected
 from fedft.core.types import Adapter, ClientUpdate, Factors, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.server.validation import Limits, validate
 
 SITE = Site("site-1", examples=60)

@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedft.server.grids import reaper
+from fedft.server.grids import ray_cleanup
 from fedft.server.grids.base import SimulationGrid
 
 # Does what the message says, and reports where it ran.
@@ -99,7 +99,7 @@ def gone(pids: list[int], seconds: float) -> bool:
     """Whether all of these processes end within the time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if all(reaper.birth(pid) is None for pid in pids):
+        if all(ray_cleanup.birth(pid) is None for pid in pids):
             return True
         time.sleep(0.1)
     return False

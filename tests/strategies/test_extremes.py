@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedft.core import codec
 from fedft.core.errors import ConfigError
 from fedft.core.types import (
     LARGEST_SENT,
@@ -20,6 +19,7 @@ from fedft.core.types import (
     ServerState,
     part_of,
 )
+from fedft.core.wire import codec
 from fedft.strategies import (
     FedAdam,
     FedAvgLoRA,

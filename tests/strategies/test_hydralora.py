@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedft.core import hydra
+from fedft.core.adapters import hydra
 from fedft.core.types import (
     Adapter,
     ClientUpdate,

@@ -12,7 +12,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from fedft import strategies
-from fedft.core import codec, hydra, meters, seeds
+from fedft.core import meters, seeds
+from fedft.core.adapters import hydra
 from fedft.core.errors import ConfigError
 from fedft.core.folding import fold
 from fedft.core.types import (
@@ -24,6 +25,7 @@ from fedft.core.types import (
     factor_name,
     part_of,
 )
+from fedft.core.wire import codec
 from fedft.strategies import (
     CentralDP,
     CoordinateMedian,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fedft import strategies
-from fedft.core import algebra, codec, meters
+from fedft.core import algebra, meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, TrainPlan
+from fedft.core.wire import codec
 from fedft.strategies import (
     ExactMixedRank,
     FedMomentum,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedft.clients.train import PeftEngine
+from fedft.clients.engines.loop import PeftEngine
 from fedft.core import algebra, meters, models, seeds
-from fedft.core.batches import batches
-from fedft.core.data import prepare
+from fedft.core.data.batches import batches
+from fedft.core.data.source import prepare
 from fedft.core.folding import fold
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec
 from fedft.core.types import Adapter, ClientUpdate, LocalTraining, ServerState, Site

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedft.clients.workbench import workbench
+from fedft.clients.resident import workbench
+from fedft.core.adapters.files import WEIGHTS
 from fedft.core.checkpoint import AUTO
 from fedft.core.errors import ConfigError, FedftError, MismatchError
-from fedft.core.peft_io import WEIGHTS
-from fedft.core.rundir import RunDir
+from fedft.core.record.rundir import RunDir
 from fedft.core.types import IGNORED, Batch
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig, parse_config

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedft.core import hydra, seeds
+from fedft.core import seeds
+from fedft.core.adapters import hydra
+from fedft.core.adapters.tuners import chosen, norms, tuner_of
 from fedft.core.algebra import stack, uniform_rows
 from fedft.core.checkpoint import (
     Head,
@@ -21,7 +23,6 @@ from fedft.core.checkpoint import (
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models.source import resolve
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.tuners import chosen, norms, tuner_of
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of
 
 PEFT_TASK: dict[str, str | None] = {
@@ -82,9 +83,9 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
     if lora.heads is not None:
         tensors = hydra.shapes(modules, lora.rank, lora.heads)
     elif lora.whole:
-        from fedft.core import methods  # peft takes a second to import
+        from fedft.core.adapters import peft  # peft takes a second to import
 
-        tensors = methods.shapes(model, lora, modules)
+        tensors = peft.shapes(model, lora, modules)
     blocks = max(indices, default=-1) + 1
     names = target_names(model, lora, _adaptable(model, lora, head))
     transposed = transposes(adapted.values())
@@ -237,7 +238,7 @@ def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Ada
     rank are the first rows of A at a larger one.
 
     The tensors of another peft method are zeros of the right shape here: they are drawn by peft
-    at the server (:func:`fedft.core.methods.drawn`), and all of them travel.
+    at the server (:func:`fedft.core.adapters.peft.drawn`), and all of them travel.
     """
     if shapes.tensors:
         whole = (

@@ -29,9 +29,9 @@ from fedft.core.models.layers import block_list
 from fedft.core.models.sizes import check_known, geometry
 from fedft.core.models.source import cache_folder, resolve
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
-from fedft.core.special_tokens import SpecialTokens, special_tokens
 from fedft.core.sublayers import Half, Layer, Sublayer
 from fedft.core.tables import leave_in_file, output_of
+from fedft.core.text.special_tokens import SpecialTokens, special_tokens
 from fedft.core.types import in_blocks
 
 

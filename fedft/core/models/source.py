@@ -22,7 +22,7 @@ from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import disk
 from fedft.core.packages import package_folder
 from fedft.core.spec import ModelSpec
-from fedft.core.special_tokens import text_encoder
+from fedft.core.text.special_tokens import text_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,12 +161,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def load_tokenizer(folder: Path, task: str = "classification") -> "PreTrainedTokenizerBase":
-    """The tokenizer, with the padding token that :mod:`fedft.core.special_tokens` decides on."""
+    """The tokenizer, with the padding token that :mod:`fedft.core.text.special_tokens` decides on."""
     return text_encoder(folder, task).tokenizer
 
 
 def input_encoder(spec: ModelSpec, folder: Path) -> Any:
-    """What turns an example into the model's input: a :class:`~fedft.core.special_tokens.TextEncoder`,
+    """What turns an example into the model's input: a :class:`~fedft.core.text.special_tokens.TextEncoder`,
     or a function of an RGB image.
 
     The function gives pixel values [c, h, w], resized and normalised as the model's own processor

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core.errors import EnvironmentFailure, SecurityRefusal
-from fedft.server.grids import reaper
+from fedft.server.grids import ray_cleanup
 
 _OBJECT_STORE_BYTES = 2**30
 _LEAST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less
@@ -199,9 +199,9 @@ class _Session:
             parent = "/tmp"
         self.folder = Path(tempfile.mkdtemp(prefix="fedft-ray-", dir=parent))
         self.auth = self._auth()
-        self._births: dict[int, reaper.Birth] = {}
+        self._births: dict[int, ray_cleanup.Birth] = {}
         self._reaper = subprocess.Popen(
-            [sys.executable, "-I", "-S", reaper.__file__, str(self.folder)],
+            [sys.executable, "-I", "-S", ray_cleanup.__file__, str(self.folder)],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -220,10 +220,10 @@ class _Session:
         """Takes in the processes that Ray started: those with our folder on their command line,
         and their children. This process may have other children, which are none of our business.
         """
-        for pid in reaper.children(os.getpid()):
+        for pid in ray_cleanup.children(os.getpid()):
             with contextlib.suppress(OSError):
                 if os.fsencode(self.folder) in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    self.adopt(pid, *reaper.children(pid))
+                    self.adopt(pid, *ray_cleanup.children(pid))
 
     def adopt(self, *pids: int) -> None:
         """Takes processes into the session; they end with it at the latest."""
@@ -231,14 +231,14 @@ class _Session:
         for pid in pids:
             if pid == self._reaper.pid or pid in self._births:
                 continue  # the reaper has the folder on its command line too
-            self._births[pid] = reaper.birth(pid)
+            self._births[pid] = ray_cleanup.birth(pid)
             self._reaper.stdin.write(f"{pid}\n")
         with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.flush()
 
     def reap(self) -> None:
         """Kills what is left of the session."""
-        reaper.reap(self._births)
+        ray_cleanup.reap(self._births)
 
     def close(self) -> None:
         """Lets the reaper kill what is left and remove the folder, and waits for it."""

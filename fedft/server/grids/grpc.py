@@ -26,7 +26,7 @@ from fedft.server.validation import PLAN_FAILED
 class GrpcGrid(SimulationGrid):
     """Real clients behind Flower's Grid. Node id = number in the register.
 
-    Messages must be such as :mod:`fedft.core.codec` makes: a plan and arrays travel, nothing else.
+    Messages must be such as :mod:`fedft.core.wire.codec` makes: a plan and arrays travel, nothing else.
 
     Args:
         terms: what clients are told and held to.

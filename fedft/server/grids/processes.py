@@ -20,7 +20,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from fedft.core.errors import EnvironmentFailure
-from fedft.server.grids import reaper
+from fedft.server.grids import ray_cleanup
 from fedft.server.grids.base import Job
 from fedft.server.grids.cluster import own_paths
 from fedft.server.grids.serve import RunConfig
@@ -41,7 +41,7 @@ class _Process(Worker):
     """
 
     socket: Connection
-    births: dict[int, reaper.Birth] = field(default_factory=dict[int, reaper.Birth])
+    births: dict[int, ray_cleanup.Birth] = field(default_factory=dict[int, ray_cleanup.Birth])
     has: frozenset[Any] = field(default_factory=frozenset[Any])
 
 
@@ -160,7 +160,7 @@ class ProcessGrid(WorkerGrid[_Process]):
             )
 
     def _kill(self, worker: _Process) -> None:
-        reaper.reap(worker.births)
+        ray_cleanup.reap(worker.births)
         worker.socket.close()
 
 
@@ -171,7 +171,7 @@ def _heard(worker: _Process) -> Iterator[Outcome[_Process]]:
         yield Outcome(worker, died=_DIED)
         return
     if isinstance(told, int):
-        worker.births[told] = reaper.birth(told)
+        worker.births[told] = ray_cleanup.birth(told)
         return
     answers, raised = told
     yield Outcome(worker, answers, raised)

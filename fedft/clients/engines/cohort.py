@@ -1,0 +1,474 @@
+"""The cohort engine: several sites in one forward and backward pass.
+
+A simulated client is a small job on a frozen base, too small to use a machine well. Here the rows
+of K sites go through the base together, and only the adapted layers and the head know which rows
+are whose: they multiply each site's rows with that site's own factors. Losses are means over a
+site's own rows and are summed, so gradients do not mix; clipping, optimiser state, step count,
+learning rate and scale belong to one site each. Mathematically every site trains alone:
+:mod:`fedft.clients.engines.loop` is the readable twin and the oracle of the tests.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedft.clients.engines.base import Trained
+from fedft.clients.engines.checkpointing import (
+    Surroundings,
+    recomputable,
+    recomputed,
+    without_cache,
+)
+from fedft.clients.engines.chunked_loss import Vocabulary
+from fedft.clients.engines.frozen_blocks import Kept, Prefix
+from fedft.clients.engines.stacked import (
+    AdaptedLinear,
+    Branch,
+    FrozenLinear,
+    Segments,
+    Stack,
+    StackOptimizer,
+    same_layout,
+)
+from fedft.clients.engines.unpadded import Packing, Step, form_now, here, join
+from fedft.core import seeds
+from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.metrics import Tally
+from fedft.core.models import Base, linears
+from fedft.core.overrides import overridden
+from fedft.core.precise import widened, widest
+from fedft.core.spec import LoraSpec
+from fedft.core.sublayers import Layer
+from fedft.core.text.special_tokens import reads_last
+from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
+
+
+class RowsMismatch(MismatchError):
+    """A layer's input is not the rows of the batch, client by client: the engine does not hold."""
+
+
+@dataclass
+class _Now:
+    """What the layers need to know of the pass in hand.
+
+    Attributes:
+        step: the rows.
+        leaves: the sites' tensors by PEFT name, [K, …].
+        scales: LoRA's s of each site.
+        generators: dropout's random numbers of each site; empty without dropout.
+        wide: the last input of an adapted layer, and its rows in the factors' dtype: queries and
+            values have the same input.
+        row_scales: ``scales`` by row, per segments, [n, 1].
+    """
+
+    step: Step
+    leaves: Mapping[str, Tensor]
+    scales: tuple[float, ...]
+    generators: Sequence[torch.Generator] = ()
+    wide: tuple[Tensor, Tensor] | None = None
+    row_scales: dict[Segments, Tensor] = field(default_factory=dict[Segments, Tensor])
+
+
+class CohortEngine:
+    """Trains several sites at once on one resident base; see :class:`fedft.clients.engines.base.Engine`.
+
+    Args:
+        base: the frozen model. PEFT must not have put its layers into it.
+        lora: whose ``dropout`` is applied while training. A site's masks come from its own
+            generator, so they do not depend on the cohort it is in.
+        packed: run the blocks on real tokens only, without padding. None does so on a CPU, where
+            time follows the number of tokens; a GPU prefers few large kernels.
+        checkpointing: blocks run again in the backward pass, see :mod:`fedft.clients.engines.checkpointing`.
+
+    Raises:
+        MismatchError: another library has replaced layers of the base; or ``checkpointing``, and
+            its blocks cannot be told from other layers.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        lora: LoraSpec,
+        *,
+        packed: bool | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        for path, linear in base.adapted.items():
+            if base.model.get_submodule(path) is not linear:
+                raise MismatchError(
+                    f"layer {path!r} of the base model has been replaced by another library",
+                    fix="Give the cohort engine a base of its own.",
+                )
+        self.base = base
+        self._keep = 1.0 - lora.dropout
+        self._vocabulary = Vocabulary.of(base)
+        self._recomputed = recomputable(base) if checkpointing else ()
+        self._packing = Packing(base.model)
+        wanted = base.device.type == "cpu" if packed is None else packed
+        self._packs = wanted and self._packing.possible
+        config: Any = base.model.config
+        self._pad_token = int(getattr(config, "pad_token_id", None) or 0)
+        self._side: Literal["left", "right"] = "left" if reads_last(config) else "right"
+        self._prefix = Prefix(base, self._packing, self._joined)
+        wide = any(p.dtype == torch.float64 for p in base.model.parameters())
+        self._dtype = torch.float64 if wide else torch.float32
+        self._now: _Now | None = None
+
+    # ---------------------------------------------------------------------------- training
+
+    def train(
+        self, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
+    ) -> list[Trained]:
+        """Train all plans that can share a pass together, one group after another.
+
+        Plans share a pass where they train the same parts of the same layers on the same base
+        weights with the same kind of optimiser. Ranks, scales, learning rates, decay, clipping,
+        proximal terms, and the number and size of batches may differ.
+
+        Raises:
+            ConfigError: a plan trains nothing, or asks for DP-SGD.
+        """
+        if any(plan.training.dp_noise for plan in plans):
+            raise ConfigError(
+                "DP-SGD takes gradients example by example, and a cohort's are taken site by site",
+                fix="Set [engine] cohort = 1.",
+            )
+        results: dict[int, Trained] = {}
+        for members in _groups(plans):
+            shared = plans[members[0]]
+            # Sites with most steps first: those that have finished leave from the end.
+            members = sorted(members, key=lambda k: -len(batches[k]))
+            with self.base.holding(shared.layers, shared.delta):
+                trained = self._train([plans[k] for k in members], [batches[k] for k in members])
+            results.update(zip(members, trained, strict=True))
+        return [results[k] for k in range(len(plans))]
+
+    def _train(
+        self, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
+    ) -> list[Trained]:
+        stack = self._stack([plan.start for plan in plans], plans[0])
+        optimizer = StackOptimizer(stack, [plan.training for plan in plans])
+        scales = tuple(_scale(plan.start) for plan in plans)
+        generators = self._generators(plans)
+        device = self.base.device
+        losses = torch.zeros(len(plans), dtype=widest(device), device=device)
+        norms: dict[str, list[float]] = {}
+        leaves: Mapping[str, Tensor] = {}
+        count, seen = 0, [0] * len(plans)
+        with self._wired(stack), recomputed(self._recomputed, self._surroundings):
+            kept = None if plans[0].layers is not None else self._prefix.for_training(batches)
+            for i in range(len(batches[0])):
+                own = [mine[i] for mine in batches if len(mine) > i]
+                for k, batch in enumerate(own):
+                    seen[k] += len(batch)
+                if count != len(own):
+                    count = len(own)
+                    leaves = stack.leaves(count)
+                step = self._step(own, kept)
+                now = _Now(step, leaves, scales[:count], generators[:count])
+                losses[:count] += self._backward(now, stack, optimizer)
+                optimizer.add_proximal(count)
+                norms = norms or {
+                    "grad_A_norm": stack.gradient_norms("A").tolist(),
+                    "grad_B_norm": stack.gradient_norms("B").tolist(),
+                }
+                optimizer.step(count)
+        return [
+            Trained(stack.read(k), _metrics(float(losses[k]), seen[k], len(mine), norms, k))
+            for k, mine in enumerate(batches)
+        ]
+
+    def _backward(self, now: _Now, stack: Stack, optimizer: StackOptimizer) -> Tensor:
+        """Forward and backward of one step; each site's loss times its rows, [K]."""
+        each, step = self._losses(now), now.step  # [m]
+        share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
+        weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
+        stack.backward(each @ weight + optimizer.penalty(now.leaves), now.leaves)
+        per_site = widened(each.detach() * weight).split(step.items)
+        return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
+
+    def _losses(self, now: _Now) -> Tensor:
+        """Of each of the step's targets, [m]."""
+        answers, targets = self._answers(now), now.step.targets
+        if self._vocabulary is not None:
+            return self._vocabulary.losses(answers, targets)
+        return F.cross_entropy(_wide(answers), targets, reduction="none")
+
+    def _surroundings(self) -> Surroundings:
+        """What the layers have to find again where a block runs for the second time."""
+        now = self._current()
+        return nullcontext(), self._again(now, here(), [g.get_state() for g in now.generators])
+
+    @contextmanager
+    def _again(
+        self, now: _Now, place: AbstractContextManager[None], drawn: Sequence[Tensor]
+    ) -> Iterator[None]:
+        left, self._now = self._now, now
+        after = [generator.get_state() for generator in now.generators]
+        _rewind(now.generators, drawn)
+        try:
+            with place:
+                yield
+        finally:
+            _rewind(now.generators, after)
+            self._now = left
+
+    def _generators(self, plans: Sequence[TrainPlan]) -> list[torch.Generator]:
+        if self._keep == 1.0:
+            return []
+        return [seeds.torch_generator(p.seed, "dropout", p.round, p.site) for p in plans]
+
+    # -------------------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self,
+        adapter: Adapter,
+        delta: Delta,
+        batches: Iterable[Batch],
+        layers: tuple[Layer, ...] | None = None,
+    ) -> Tally:
+        """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
+        stack = self._stack([adapter], None)
+        leaves, scales = stack.leaves(1), (_scale(adapter),)
+        with self.base.holding(layers, delta), torch.inference_mode(), self._wired(stack):
+            return Tally.total(
+                self._tally(_Now(self._step([b], kept), leaves, scales))
+                for b in batches
+                for kept in [None if layers else self._prefix.for_evaluation(b)]
+            )
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        yield self.base.model
+
+    def _tally(self, now: _Now) -> Tally:
+        answers, targets = self._answers(now), now.step.targets
+        if self._vocabulary is not None:
+            return self._vocabulary.tally(answers, targets)
+        return Tally.of(answers, targets)
+
+    # ------------------------------------------------------------------------ forward pass
+
+    def _stack(self, adapters: Sequence[Adapter], plan: TrainPlan | None) -> Stack:
+        train = frozenset[Any]() if plan is None else plan.train
+        return Stack(adapters, train, self._dtype, self.base.device)
+
+    def _step(self, batches: Sequence[Batch], kept: Mapping[str, Kept] | None) -> Step:
+        """The sites' batches as one; with what is kept of their rows, where it is."""
+        if kept is None:
+            return self._joined(batches)
+        step = self._joined([self._prefix.unopened(batch) for batch in batches])
+        return replace(step, entering=self._prefix.entering(batches, step, kept))
+
+    def _joined(self, batches: Sequence[Batch]) -> Step:
+        step = join(batches, self._pad_token, packs=self._packs, side=self._side)
+        return step.to(self.base.device)
+
+    def _answers(self, now: _Now) -> Tensor:
+        """Logits for the step's targets, [m, classes]; with a vocabulary its states, [m, d]."""
+        self._now = now
+        step = now.step
+        with self._packing.using(step.layout), self._prefix.skipped(step.entering):
+            answers = self.base.model(**step.inputs).logits
+        self._now = None
+        if now.step.answers is None:
+            return answers
+        flat = answers.flatten(0, 1)
+        chosen = flat.shape[0] == len(now.step.targets)  # the output layer saw answers only
+        return flat if chosen else flat[now.step.answers]
+
+    @contextmanager
+    def _wired(self, stack: Stack) -> Iterator[None]:
+        """Put our arithmetic into the base's layers, and take it out again."""
+        with ExitStack() as undo:
+            for layer, forward in self._forwards(stack.adapters[0]):
+                undo.enter_context(overridden(layer, forward))
+            if (output := self._output_layer()) is not None:
+                undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
+            if self._vocabulary is not None:
+                undo.enter_context(self._vocabulary.entered())
+            undo.enter_context(without_cache(self.base.model))
+            undo.enter_context(self._packing.installed())
+            yield
+
+    def _forwards(self, adapter: Adapter) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        adapted = set(map(id, self.base.adapted.values()))
+        for path, linear in linears(self.base.model):
+            if id(linear) in adapted:
+                yield linear, partial(self._adapted, path, linear, _weight(linear))
+            elif not self.base.head.holds(path):
+                yield linear, partial(_frozen, linear, _weight(linear))
+        for path in self.base.head.modules:
+            head = self.base.model.get_submodule(path)
+            own = [n for n in adapter.head if n.startswith(f"{PREFIX}{path}.")]
+            if own:
+                yield head, partial(self._head, copy.copy(head), path, own)
+
+    def _adapted(self, path: str, linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+        now = self._current()
+        segments = self._segments(x)
+        mask = self._dropped(x) if now.generators else None
+        A, B = now.leaves[factor_name(path, "A")], now.leaves[factor_name(path, "B")]
+        R = now.leaves.get(factor_name(path, "R"))
+        flat = x.reshape(-1, x.shape[-1])
+        if now.wide is None or now.wide[0] is not x:
+            now.wide = (x, flat.detach().to(A.dtype))
+        branch = Branch(segments, _scale_of_rows(now, segments), now.wide[1], mask)
+        y: Any = AdaptedLinear.apply(flat, weight, linear.bias, A, B, R, branch)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _segments(self, x: Tensor) -> Segments:
+        """How many of the vectors in ``x`` belong to each site."""
+        step, form = self._current().step, form_now()
+        rows, count = sum(step.rows), x.numel() // x.shape[-1]
+        if form == "packed":
+            fits = count == sum(step.tokens)
+        else:  # windows and experts of a row may lie beside each other, but no two rows' mixed
+            fits = count % rows == 0 and (form == "first" or x.shape[0] % rows == 0)
+        if not fits:
+            raise RowsMismatch(
+                f"a linear layer gets {list(x.shape)}, which {rows} rows of {len(step.rows)} clients do "
+                "not come to",
+                fix="Set [engine] cohort = 1.",
+            )
+        return step.tokens if form == "packed" else tuple(count // rows * n for n in step.rows)
+
+    def _head(self, head: nn.Module, path: str, names: Sequence[str], x: Tensor) -> Tensor:
+        """A head module on each site's rows with that site's own tensors. x: [n, …]"""
+        now = self._current()
+        stacked = {n.removeprefix(f"{PREFIX}{path}."): now.leaves[n] for n in names}
+        x = x.to(self._dtype)
+        rows = now.step.rows
+        if isinstance(head, nn.Linear) and len(set(rows)) == 1:
+            y = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]), stacked["weight"].mT)
+            y = y + stacked["bias"][:, None] if "bias" in stacked else y
+            return y.view(*x.shape[:-1], -1)
+        each = [
+            dict(zip(stacked, own, strict=True))
+            for own in zip(*(tensor.unbind() for tensor in stacked.values()), strict=True)
+        ]
+        parts = zip(each, x.split(rows), strict=True)
+        return torch.cat([functional_call(head, own, (x_k,)) for own, x_k in parts])
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Dropout's mask over ``x`` by site, as ``nn.Dropout`` draws it, times 1 / (1 - p).
+
+        A site's mask is drawn for its own padded batch, as it would be if it trained alone.
+        """
+        now = self._current()
+        step, layout = now.step, now.step.layout
+        sequence = form_now() != "padded" or (x.ndim == 3 and max(step.lengths) > 1)
+        width = max(step.lengths) if sequence else 0
+        masks: list[Tensor] = []
+        for generator, rows, length in zip(now.generators, step.rows, step.lengths, strict=True):
+            shape = (rows, length, x.shape[-1]) if sequence else (rows, *x.shape[1:])
+            own = torch.empty(shape, dtype=self._dtype).bernoulli_(self._keep, generator=generator)
+            own = F.pad(own, (0, 0, 0, width - length)) if sequence else own
+            masks.append(own.div_(self._keep))
+        mask = torch.cat(masks).to(x.device).reshape(-1, x.shape[-1])
+        return mask if layout is None else layout.select(mask)
+
+    def _answers_only(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The vocabulary is the widest layer: it sees only tokens whose answer is scored."""
+        answers = self._current().step.answers
+        return None if answers is None else (args[0].flatten(0, 1)[answers][None],)
+
+    def _output_layer(self) -> nn.Module | None:
+        if self.base.task != "causal-lm":
+            return None
+        model: Any = self.base.model
+        return model.get_output_embeddings()
+
+    def _current(self) -> _Now:
+        assert self._now is not None, "the base runs under our layers outside of a pass"
+        return self._now
+
+
+def _rewind(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+
+
+def _frozen(linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    y: Any = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, linear.bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight as [d_out, d_in]; a view, so that a shift of the base is seen."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def _groups(plans: Sequence[TrainPlan]) -> list[list[int]]:
+    """Indices of the plans that can share a pass, in order of first appearance."""
+    groups: list[list[int]] = []
+    for k, plan in enumerate(plans):
+        if not plan.start.tensors(plan.train):
+            raise ConfigError(f"the plan for site {plan.site!r} trains nothing")
+        for group in groups:
+            if _together(plans[group[0]], plan):
+                group.append(k)
+                break
+        else:
+            groups.append([k])
+    return groups
+
+
+def _together(a: TrainPlan, b: TrainPlan) -> bool:
+    return (
+        a.train == b.train
+        and a.training.optimizer == b.training.optimizer
+        and a.layers == b.layers
+        and same_layout(a.start, b.start)
+        and _same_delta(a.delta, b.delta)
+    )
+
+
+def _same_delta(a: Delta, b: Delta) -> bool:
+    return a is b or (
+        a.keys() == b.keys()
+        and all(
+            a[m].scale == b[m].scale
+            and torch.equal(a[m].folded_A(), b[m].folded_A())
+            and torch.equal(a[m].B, b[m].B)
+            for m in a
+        )
+    )
+
+
+def _scale(adapter: Adapter) -> float:
+    return next((f.scale for f in adapter.factors.values()), 1.0)
+
+
+def _scale_of_rows(now: _Now, segments: Segments) -> float | Tensor:
+    if len(set(now.scales)) == 1:
+        return now.scales[0]
+    if segments not in now.row_scales:
+        dtype, device = next(iter(now.leaves.values())).dtype, now.step.targets.device
+        scales = torch.tensor(now.scales, dtype=dtype)
+        now.row_scales[segments] = scales.repeat_interleave(torch.tensor(segments)).to(device)[
+            :, None
+        ]
+    return now.row_scales[segments]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _metrics(
+    loss_sum: float, examples: int, steps: int, norms: Mapping[str, list[float]], k: int
+) -> dict[str, float]:
+    first = {name: values[k] for name, values in norms.items()} if steps else {}
+    return {"loss": loss_sum / max(examples, 1), "steps": float(steps), **first}

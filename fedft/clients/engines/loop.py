@@ -1,0 +1,318 @@
+"""Local training with stock PEFT, one site after another.
+
+This is the readable definition of what a site does; the cohort engine must agree with it. Both take
+the loss over a vocabulary from :mod:`fedft.clients.engines.chunked_loss`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedft.clients.engines.base import Trained
+from fedft.clients.engines.checkpointing import recomputable, recomputed, without_cache
+from fedft.clients.engines.chunked_loss import Vocabulary
+from fedft.clients.methods.dp_sgd import private_steps
+from fedft.core import seeds
+from fedft.core.errors import MismatchError
+from fedft.core.metrics import Tally, loss_targets, mean_loss
+from fedft.core.models import Base, transposes
+from fedft.core.spec import LoraSpec
+from fedft.core.sublayers import Layer
+from fedft.core.types import (
+    IGNORED,
+    PREFIX,
+    Adapter,
+    Batch,
+    Delta,
+    LocalTraining,
+    Part,
+    TrainPlan,
+    factor_name,
+    module_of,
+    part_of,
+)
+from fedft.core.types import clone as copy_of
+
+_SLOT = "default"  # PEFT's name of the only adapter
+
+
+class LoopEngine(ABC):
+    """The loop of local training over one resident model, whatever is adapted in it.
+
+    An engine puts its trainable tensors into the model once, under their PEFT names; a site's
+    adapter is swapped in, which costs a millisecond where rebuilding costs a hundred.
+
+    Args:
+        base: the frozen model, with or without the adapter's layers in it.
+        model: what is called with a batch's inputs.
+        checkpointing: blocks run again in the backward pass, see :mod:`fedft.clients.engines.checkpointing`.
+
+    Raises:
+        MismatchError: ``checkpointing``, and the blocks cannot be told from other layers.
+    """
+
+    def __init__(self, base: Base, model: nn.Module, *, checkpointing: bool = False) -> None:
+        self.base = base
+        self._model = model
+        self._vocabulary = Vocabulary.of(base)
+        self._recomputed = recomputable(base) if checkpointing else ()
+        self._head = {
+            PREFIX + name: base.model.get_parameter(name) for name in base.head.parameters
+        }
+
+    @abstractmethod
+    def _load(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        """Put an adapter into the model; only what the plan trains requires a gradient."""
+
+    @abstractmethod
+    def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tensors of the adapted layers, by PEFT name, in the order of the model."""
+
+    @abstractmethod
+    def _dropouts(self) -> Iterable[nn.Module]:
+        """The modules that drop inputs of the adapter while training."""
+
+    def train(
+        self, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
+    ) -> list[Trained]:
+        """One site after another; see :class:`fedft.clients.engines.base.Engine`."""
+        return [self._train(plan, own) for plan, own in zip(plans, batches, strict=True)]
+
+    def _train(self, plan: TrainPlan, batches: Sequence[Batch]) -> Trained:
+        self._load(plan.start, plan)
+        self._dropout(True)
+        with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
+            with recomputed(self._recomputed), without_cache(self.base.model):
+                metrics = self._loop(plan, batches)
+        self._dropout(False)
+        return Trained(self._read(plan.start), metrics)
+
+    def _loop(self, plan: TrainPlan, batches: Sequence[Batch]) -> dict[str, float]:
+        trained = [p for _, p in self._named() if p.requires_grad]
+        anchor = [p.detach().clone() for p in trained] if plan.training.proximal_mu else []
+        optimizer = make_optimizer(trained, plan.training)
+
+        def penalties() -> Iterator[Tensor]:
+            return self._penalties(plan.training, trained, anchor)
+
+        if plan.training.dp_noise:
+            return private_steps(
+                self._model, optimizer, plan.training, batches, self._own_losses, penalties
+            )
+        loss_sum, examples = 0.0, 0
+        first: dict[str, float] = {}
+        for batch in batches:
+            loss = self._mean_loss(batch)
+            total = sum(penalties(), loss)
+            optimizer.zero_grad()
+            total.backward()
+            first = first or self._gradient_norms()
+            if plan.training.clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained, plan.training.clip_norm)
+            optimizer.step()
+            loss_sum += float(loss.detach()) * len(batch)
+            examples += len(batch)
+        return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}
+
+    def _penalties(
+        self, training: LocalTraining, trained: Sequence[Tensor], anchor: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """The terms of the loss that depend on the weights alone."""
+        for parameter, start in zip(trained, anchor, strict=False):
+            yield training.proximal_mu / 2 * (parameter - start).square().sum()
+        if training.tail_penalty:
+            yield training.tail_penalty * self._tail(training.tail_keep)
+
+    def _mean_loss(self, batch: Batch) -> Tensor:
+        """As :func:`~fedft.core.metrics.mean_loss` of the logits. Scalar"""
+        if self._vocabulary is None:
+            return mean_loss(self._logits(batch), batch.labels.to(self.base.device))
+        return self._vocabulary.losses(*self._scored(batch, self._vocabulary)).mean()
+
+    def _tally(self, batch: Batch) -> Tally:
+        if self._vocabulary is None:
+            return Tally.of(self._logits(batch), batch.labels.to(self.base.device))
+        return self._vocabulary.tally(*self._scored(batch, self._vocabulary))
+
+    def _scored(self, batch: Batch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        """States [m, d] of the tokens that predict something, and what, [m]."""
+        with vocabulary.entered():
+            states = self._logits(batch)
+        states, targets = loss_targets(states, batch.labels.to(self.base.device))
+        scored = targets != IGNORED
+        return states[scored], targets[scored]
+
+    def _own_losses(self, batch: Batch) -> Tensor:
+        """The sum of each example's own mean loss, which no other example of the batch changes."""
+        logits, labels = self._logits(batch), batch.labels.to(self.base.device)
+        rows = zip(logits.split(1), labels.split(1), strict=True)
+        return torch.stack([mean_loss(row, label) for row, label in rows]).sum()
+
+    def evaluate(
+        self,
+        adapter: Adapter,
+        delta: Delta,
+        batches: Iterable[Batch],
+        layers: tuple[Layer, ...] | None = None,
+    ) -> Tally:
+        """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
+        self._load(adapter, None)
+        with self.base.holding(layers, delta), torch.inference_mode():
+            return Tally.total(self._tally(batch) for batch in batches)
+
+    def bare(self) -> AbstractContextManager[nn.Module]:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        raise MismatchError(
+            "blocks are compared under plain LoRA only", fix='Set [pruning] selection = "random".'
+        )
+
+    def _logits(self, batch: Batch) -> Tensor:
+        inputs = {name: tensor.to(self.base.device) for name, tensor in batch.inputs.items()}
+        return self._model(**inputs).logits
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._layers_named()
+        yield from self._head.items()
+
+    def _load_head(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        for name, parameter in self._head.items():
+            parameter.data = adapter.head[name].to(parameter.device, copy=True)
+            parameter.requires_grad_(plan is not None and plan.trains(name))
+
+    def _parameter(self, tensor: Tensor, trains: bool) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.base.device, copy=True), requires_grad=trains)
+
+    def _read(self, start: Adapter) -> Adapter:
+        present = start.tensors()
+        return start.replaced({n: copy_of(p) for n, p in self._named() if n in present})
+
+    def _tail(self, keep: float) -> Tensor:
+        """HetLoRA's regulariser: sum of ||B[:, k:]||_F ||A[k:, :]||_F, k = floor(keep * r)."""
+        named = dict(self._layers_named())
+        products: list[Tensor] = []
+        for module in dict.fromkeys(map(module_of, named)):
+            A, B = named[factor_name(module, "A")], named[factor_name(module, "B")]
+            k = int(keep * A.shape[0])
+            products.append(_norm(B[:, k:]) * _norm(A[k:]))
+        return torch.stack(products).sum()
+
+    def _gradient_norms(self) -> dict[str, float]:
+        def norm(part: Part) -> float:
+            return math.sqrt(
+                sum(
+                    float(p.grad.square().sum())
+                    for name, p in self._layers_named()
+                    if p.grad is not None and part_of(name) == part
+                )
+            )
+
+        return {"grad_A_norm": norm("A"), "grad_B_norm": norm("B")}
+
+    def _dropout(self, active: bool) -> None:
+        for module in self._dropouts():
+            module.train(active)
+
+
+class PeftEngine(LoopEngine):
+    """Trains sites' LoRA factors through ``peft.get_peft_model``."""
+
+    def __init__(self, base: Base, lora: LoraSpec, *, checkpointing: bool = False) -> None:
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=cast(int, lora.alpha),
+            lora_dropout=lora.dropout,
+            use_rslora=lora.rslora,
+            target_modules=list(base.adapted),
+            fan_in_fan_out=transposes(base.adapted.values()),
+        )
+        model = get_peft_model(cast(PreTrainedModel, base.model), config).eval()
+        super().__init__(base, model, checkpointing=checkpointing)
+        wrapped = dict(base.model.named_modules())  # PEFT injects its layers in place
+        if bare := [path for path in base.adapted if not isinstance(wrapped[path], LoraLayer)]:
+            names = sorted({path.rpartition(".")[2] for path in bare})
+            raise MismatchError(
+                f"peft does not adapt {bare[0]} of this model, nor {len(bare) - 1} other layers: it takes "
+                f"{', '.join(names)} for the names of experts' weights",
+                fix=f"Set [lora] exclude-modules = {names}.".replace("'", '"'),
+            )
+        self._wrapped = {path: cast(LoraLayer, wrapped[path]) for path in base.adapted}
+        self._layers = self._wrapped  # those that the adapter in hand has
+
+    def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in self._layers.items():
+            down = layer.lora_A[_SLOT]
+            yield factor_name(path, "A"), cast(nn.Parameter, down.weight)  # [r, d_in]
+            if isinstance(down, _Cored):
+                yield factor_name(path, "R"), down.core
+            yield factor_name(path, "B"), cast(nn.Parameter, layer.lora_B[_SLOT].weight)
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        with cast(PeftModel, self._model).disable_adapter():
+            yield self.base.model
+
+    def leave(self) -> None:
+        """Take PEFT's layers out of the base, which is then as it came; the engine is done."""
+        cast(PeftModel, self._model).unload()
+
+    def _dropouts(self) -> Iterable[nn.Module]:
+        return [layer.lora_dropout[_SLOT] for layer in self._layers.values()]
+
+    def _load(self, adapter: Adapter, plan: TrainPlan | None) -> None:
+        train: frozenset[Part] = frozenset() if plan is None else plan.train
+        self._layers = {path: self._wrapped[path] for path in adapter.factors}
+        for path, layer in self._layers.items():
+            f = adapter.factors[path]
+            layer.scaling[_SLOT] = f.scale
+            down = layer.lora_A[_SLOT]
+            if f.R is not None and not isinstance(down, _Cored):
+                down = layer.lora_A[_SLOT] = _Cored(down)
+            down.weight = self._parameter(f.A, "A" in train)
+            layer.lora_B[_SLOT].weight = self._parameter(f.B, "B" in train)
+            if isinstance(down, _Cored):
+                core = torch.eye(f.rank, dtype=f.A.dtype) if f.R is None else f.R
+                down.core = self._parameter(core, "R" in train and f.R is not None)
+        self._load_head(adapter, plan)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm, with a gradient of zero where x is zero."""
+    return torch.sqrt(x.square().sum() + torch.finfo(x.dtype).tiny)
+
+
+class _Cored(nn.Module):
+    """``R A x`` in place of ``A x``: the down-projection of LoRA-XS and Fed-SB."""
+
+    def __init__(self, down: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, down.weight)  # [r, d_in]; PEFT reads its dtype
+        self.core = nn.Parameter(torch.eye(self.weight.shape[0]))  # [r, r]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.weight), self.core)
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], training: LocalTraining
+) -> torch.optim.Optimizer:
+    """A fresh optimiser, as :class:`~fedft.core.types.LocalTraining` describes it."""
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )

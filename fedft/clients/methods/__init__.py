@@ -1,0 +1,1 @@
+"""What clients do beside plain steps: one method a file."""

@@ -1,0 +1,219 @@
+"""What stays resident at a site or in a worker between messages: base model, data, engine.
+
+Loading it takes seconds, using it milliseconds. One process keeps one workbench: that of the task
+it was last asked about.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedft.clients.engines.base import Engine
+from fedft.core import memory, models, seeds
+from fedft.core.data.batches import (
+    batch_count,
+    batch_rows,
+    batches,
+    eval_batches,
+    poisson_batches,
+    poisson_schedule,
+)
+from fedft.core.data.partition import Manifest
+from fedft.core.data.source import Data, partition, prepare
+from fedft.core.drawn import Drawn, check_time
+from fedft.core.errors import MismatchError
+from fedft.core.examples import Rows
+from fedft.core.privacy import entropy
+from fedft.core.spec import TaskSpec
+from fedft.core.types import Adapter, Batch, LocalTraining
+
+PROBE_ROWS = 64
+"""Rows on which a site compares the model's blocks, at most."""
+
+PROBE_BATCH = 8
+"""Of them at a time: a site that holds a part of the model has little memory for activations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """The resident state of one task.
+
+    Attributes:
+        task: as the server sent it.
+        data: tokenised once.
+        manifest: which rows belong to which site.
+        engine: with the frozen base.
+    """
+
+    task: TaskSpec
+    data: Data
+    manifest: Manifest
+    engine: Engine
+
+    def initial(self, rank: int) -> Adapter:
+        """The adapter of the common seed, as the server made it."""
+        return models.initial_adapter(self.engine.base.shapes, self.task.lora, rank, self.task.seed)
+
+    def rows(self, index: int) -> tuple[Rows, Rows]:
+        """The rows a site trains on, and those it holds out for judging its own model."""
+        return partition.split_holdout(
+            self.manifest.rows_of(index),
+            self.task.data.holdout,
+            self.task.seed,
+            self.manifest.name_of(index),
+        )
+
+    def training_batches(self, index: int, round_: int, training: LocalTraining) -> Sequence[Batch]:
+        """The batches of one site in one round, in training order; a function of the seed.
+
+        With DP-SGD they are not: see :mod:`fedft.clients.methods.dp_sgd`. Each is made when it is asked for.
+        """
+        rows, _ = self.rows(index)
+        name = self.manifest.name_of(index)
+        if training.dp_noise:
+            return self._poisson_batches(rows, training)
+        size, epochs, steps = training.batch_size, training.epochs, training.steps
+
+        def draw() -> Iterator[Batch]:
+            return batches(
+                self.data.train,
+                rows,
+                size,
+                epochs=epochs,
+                steps=steps,
+                generator=seeds.torch_generator(self.task.seed, "batches", round_, name),
+                pool=f"training rows of {name}",
+            )
+
+        count = batch_count(len(rows), size, epochs=epochs, steps=steps) if len(rows) else 0
+        seen = len(rows)
+        if steps is not None and count < batch_count(len(rows), size):  # less than one pass
+            generator = seeds.torch_generator(self.task.seed, "batches", round_, name)
+            lengths = self.data.train.lengths[rows]
+            seen = sum(map(len, batch_rows(lengths, size, steps=steps, generator=generator)))
+        return Drawn(draw, count, seen)
+
+    def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
+        """As many as usual, each a Poisson sample by the operating system's randomness."""
+        rate, steps = poisson_schedule(len(rows), training)
+
+        def draw() -> Iterator[Batch]:
+            return poisson_batches(self.data.train, rows, rate, steps, entropy.Keystream())
+
+        # As enrolled: the sizes of the samples are secret.
+        return Drawn(draw, steps if len(rows) else 0, len(rows))
+
+    def test_batches(self, shard: int, count: int) -> Iterable[Batch]:
+        """One of ``count`` slices of the central test set."""
+        rows = np.arange(len(self.data.test))[shard::count]
+        return eval_batches(self.data.test, rows, pool=f"test rows {shard} of {count}")
+
+    def probe_batches(self, index: int) -> Sequence[Batch]:
+        """The first rows that a site trains on, for comparing the model's blocks."""
+        rows, _ = self.rows(index)
+        return list(eval_batches(self.data.train, rows[:PROBE_ROWS], PROBE_BATCH))
+
+    def holdout_batches(self, index: int) -> Iterator[Batch]:
+        """The examples that a site holds out."""
+        _, held = self.rows(index)
+        name = self.manifest.name_of(index)
+        for batch in eval_batches(self.data.train, held, pool=f"held-out rows of {name}"):
+            check_time()
+            yield batch
+
+
+@lru_cache(maxsize=1)
+def prepared(task_json: str) -> Data:
+    """The data of a task, tokenised; no weight is loaded.
+
+    Raises:
+        ConfigError, MismatchError: as :func:`fedft.core.data.source.prepare`.
+    """
+    task = TaskSpec.model_validate_json(task_json)
+    return prepare(
+        task.data,
+        task.model.task,
+        models.input_encoder(task.model, models.resolve(task.model)),
+        seed=task.seed,
+        classes=task.classes or None,
+        relabel=task.relabel,
+        most_rows=task.most_rows,
+    )
+
+
+@lru_cache(maxsize=1)
+def workbench(task_json: str) -> Workbench:
+    """Load, or return what is loaded.
+
+    Args:
+        task_json: of a :class:`~fedft.core.spec.TaskSpec`.
+
+    Raises:
+        MismatchError: the data here are partitioned otherwise than at the server.
+    """
+    task = TaskSpec.model_validate_json(task_json)
+    data = prepared(task_json)
+    manifest = _manifest(task, data)
+    if task.lean:
+        memory.return_what_is_freed()
+    base = models.load_base(
+        task.model,
+        task.lora,
+        len(data.classes),
+        precision=task.precision,
+        device=task.device,
+        lean=task.lean,
+        shared=task.site is None,
+    )
+    return Workbench(task, data, manifest, _engine(task, base))
+
+
+def one_by_one(task_json: str) -> str:
+    """The same task in the plain loop."""
+    task = TaskSpec.model_validate_json(task_json)
+    return task.model_copy(update={"cohort": 1}).model_dump_json()
+
+
+def _engine(task: TaskSpec, base: models.Base) -> Engine:
+    if task.lora.method == "hydralora":
+        from fedft.clients.engines.hydra import HydraEngine
+
+        return HydraEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
+    if task.lora.whole:
+        from fedft.clients.engines.peft_engine import WholeEngine
+
+        return WholeEngine(base, task.lora, task.seed, checkpointing=task.gradient_checkpointing)
+    if task.cohort == 1 and not task.lean:
+        from fedft.clients.engines.loop import PeftEngine
+
+        return PeftEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
+    from fedft.clients.engines.cohort import CohortEngine
+    from fedft.clients.engines.fallback import Fallback
+
+    cohort = CohortEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
+    return cohort if task.lean else Fallback(cohort, task)
+
+
+def _manifest(task: TaskSpec, data: Data) -> Manifest:
+    if task.site is not None:
+        return partition.undivided(len(data.train), task.site)
+    if task.manifest and Path(task.manifest).is_dir():
+        return partition.load(Path(task.manifest), task.fingerprint)
+    manifest = partition.build(
+        task.data.partition,
+        examples=len(data.train),
+        clients=task.clients,
+        seed=task.seed,
+        labels=data.train.labels,
+        owners=data.owners,
+    )
+    if task.fingerprint and manifest.fingerprint != task.fingerprint:
+        raise MismatchError(
+            f"the data here are partitioned otherwise (manifest {manifest.fingerprint[:12]}) "
+            f"than at the server ({task.fingerprint[:12]})",
+            fix="Use the same data files and the same version of fedft on both sides.",
+        )
+    return manifest

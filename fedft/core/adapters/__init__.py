@@ -1,0 +1,1 @@
+"""Families of adapters, one a file."""

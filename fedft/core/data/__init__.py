@@ -1,0 +1,1 @@
+"""From files, folders and packages to rows, divided among clients."""

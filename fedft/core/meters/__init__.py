@@ -1,0 +1,530 @@
+"""What aggregation gets wrong, measured every round: bias, initialisation lag and client drift.
+
+Averaging LoRA factors is not averaging updates. With p_k = n_k / sum_j n_j over the sites that
+took part, the mean update that the sites asked for is
+
+    dW = sum_k p_k s_k B_k A_k
+
+and what the server's new state applies in its place, over the base weights the sites started on, is
+
+    M = (delta_new - delta_old) + s B A
+
+    bias      ||dW - M|| / ||dW||,   cos(dW, M),   ||M|| / ||dW||          Frobenius, per layer
+    overall   the same, with sums of squares (and of inner products) over the layers
+
+At mixed ranks a site gets a part of the server's s B A, and what it returns stands for that part
+alone. What the sites asked for is then what the server had, plus the mean of the changes that they
+made to what they were sent, s_k B0_k A0_k:
+
+    dW = s B A + sum_k p_k (s_k B_k A_k - s_k B0_k A0_k) = sum_k p_k s_k B_k A_k + L
+    L  = sum_k p_k (s B A - s_k B0_k A0_k)                                 what sites were not sent
+
+    forgotten = <dW - M, L> / (||L|| ||dW||)
+
+the part of the relative bias that lies along L: its square is a part of the square of the bias. A
+rule that takes the sites' products for all there is loses L, and reads ||L|| / ||dW||; one that
+loses nothing reads zero. Less than zero: the new state has more of L than before. A site of the
+server's own rank was sent all: L is zero at one rank, and dW as above, bit for bit.
+
+M is a rule's whole answer: for FedAvg-LoRA the product of the averaged factors, for FLoRA and
+FedEx-LoRA also what was merged into the base. A rule that weighs sites or ranks otherwise (HetLoRA,
+raFLoRA) or steps (FedAdam) is held to the same dW, so that its deliberate departure reads as bias too.
+
+What comes of the sites is read from the round's :class:`~fedft.core.folding.Folded` alone: the
+meters see no reply.
+
+Precision: ||dW - M||^2 is never computed as ||dW||^2 - 2 <dW, M> + ||M||^2, whose rounding hides
+everything below 1e-8. Few sites leave dW as a stack of factors: both products are then expressed in
+one orthonormal basis of their stacked left factors (a thin QR, in float64) and subtracted there,
+entry by entry. Many sites leave it as a dense matrix, from which M is subtracted as it is multiplied
+out. What is left is the rounding of the stored factors themselves: 1e-7 for float32.
+
+Cost per layer, with R the ranks of dW and M together and d the smaller of d_in and d_out: one QR of
+[d, R] and one product [min(d, R), R] x [R, d'], in blocks of columns; where dW is dense, M's own
+product and one pass over the matrix, in blocks of rows. Where all A_k (or all B_k) agree, as under
+FFA-LoRA, R falls to r.
+
+Definitions of lag and drift are this project's own where the papers give none; see
+:class:`Lag` and :class:`Drift`.
+"""
+
+# torch is typed in part; its values are annotated where they enter.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
+from typing import NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from fedft.core import algebra
+from fedft.core.adapters import hydra
+from fedft.core.folding import MATRICES, Folded, squared_distance
+from fedft.core.types import Adapter, Delta, Factors, ServerState, TrainPlan
+
+_BLOCK = 2048
+"""Columns (rows, of a dense matrix) of the difference held at a time: bounds the memory."""
+
+
+class LayerBias(TypedDict):
+    """One layer's bias. ``None`` where a norm it divides by is zero.
+
+    Attributes:
+        relative: ||dW - M|| / ||dW||.
+        cosine: of the angle between dW and M.
+        norm_ratio: ||M|| / ||dW||.
+        forgotten: the part of ``relative`` along what sites were not sent, from -``relative`` to
+            ``relative``; zero where they were sent all.
+    """
+
+    relative: float | None
+    cosine: float | None
+    norm_ratio: float | None
+    forgotten: float | None
+
+
+class Bias(LayerBias):
+    """The bias over all layers, and by module path."""
+
+    layers: dict[str, LayerBias]
+
+
+class Lag(TypedDict):
+    """What the round boundary does to the state of training.
+
+    Attributes:
+        function_jump: ||W_start(next round) - (W + dW)|| / ||dW||, root-mean-square over the sites
+            by p_k: how far the function a site resumes from is off what the sites asked for.
+            Equals the relative bias where every site starts from the server's state; differs where
+            a site gets a truncation of it.
+        dead_start: mean over sites by p_k of ||grad_A|| / ||grad_B|| on the first batch, as they
+            report it. Zero where B = 0, since A then has no gradient.
+        displacement: ||theta_start(next) - theta_bar|| / ||theta_bar||, theta the factors of all
+            layers end to end and theta_bar their mean over the sites. None for mixed ranks, where
+            the two have no common coordinates.
+    """
+
+    function_jump: float | None
+    dead_start: float | None
+    displacement: float | None
+
+
+class Drift(TypedDict):
+    """How far the sites moved, in squared Frobenius norm over the factors they sent.
+
+    Attributes:
+        total: sum_k p_k ||theta_k - theta_start||^2.
+        between: sum_k p_k ||theta_k - theta_bar||^2, the part on which they disagree. The rest of
+            the total is their common movement. None for mixed ranks.
+    """
+
+    total: float | None
+    between: float | None
+
+
+class Heads(TypedDict):
+    """HydraLoRA's heads after the round.
+
+    Attributes:
+        used: how many are not zero.
+        cosine: mean cosine between every two of these, each taken over all layers; None for one.
+    """
+
+    used: int
+    cosine: float | None
+
+
+class Meters(TypedDict):
+    """One round's meters: plain numbers, ready for ``rounds.jsonl``."""
+
+    bias: Bias
+    lag: Lag
+    drift: Drift
+    heads: NotRequired[Heads]
+
+
+def measure(
+    before: ServerState,
+    folded: Folded,
+    after: ServerState,
+    *,
+    following: Mapping[str, TrainPlan] | None = None,
+) -> Meters:
+    """All meters of one round. Reads its arguments only.
+
+    Where a factor stays at the sites (FedSA-LoRA keeps B), the server never learns the products
+    B_k A_k: bias and function jump are then None, not a guess; displacement and drift cover the
+    parts that were sent.
+
+    Args:
+        before: the state the sites were sent.
+        folded: what came back.
+        after: what the rule made of it.
+        following: what the same sites would be sent next, by site name. Needed only where a site
+            starts from something else than ``after`` (mixed ranks). None takes ``after`` for all.
+    """
+    bias_, jump = _empty_bias(), None
+    if folded.sites and not folded.hidden:
+        plans = _distinct(folded.sites, following or {})
+        starts = [(plan.start, plan.delta) for plan, _ in plans]
+        first, *others = _gaps(
+            folded,
+            before.adapter.factors,
+            [_applied(before.delta, *new) for new in [(after.adapter, after.delta), *starts]],
+        )
+        bias_ = _read(first)
+        jump = _function_jump(others, plans) if plans else bias_["relative"]
+    lag = Lag(
+        function_jump=jump,
+        dead_start=folded.dead_start,
+        displacement=_displacement(folded.mean_factors(), after.adapter),
+    )
+    drift = Drift(total=folded.moved, between=folded.spread)
+    measured = Meters(bias=bias_, lag=lag, drift=drift)
+    if hydra.head_count(after.adapter) > 1:
+        measured["heads"] = _separation(after.adapter)
+    return measured
+
+
+def bias(
+    folded: Folded,
+    applied: Mapping[str, Sequence[Factors]],
+    *,
+    held: Mapping[str, Factors] | None = None,
+) -> Bias:
+    """The bias of any applied update against ``sum_k p_k s_k B_k A_k``, plus what sites were not sent.
+
+    Args:
+        folded: what the sites returned; all of their factors must be known to the server.
+        applied: module path → terms whose sum takes the place of the mean update. Modules that
+            no site sent are ignored; one that is missing here counts as an applied zero.
+        held: module path → what the server had. None takes it that the sites were sent all of it.
+    """
+    (gaps,) = _gaps(folded, held or {}, [applied])
+    return _read(gaps)
+
+
+def spectrum(
+    folded: Folded, *, held: Mapping[str, Factors] | None = None
+) -> dict[str, list[float]]:
+    """Singular values of dW by module path, descending; at one rank at most sum_k r_k are not zero.
+
+    Empty where a factor stays at the sites: the server never knows dW then.
+
+    Args:
+        folded: what the sites returned.
+        held: as for :func:`bias`.
+    """
+    return {
+        module: _singular_values(x, unsent).tolist()
+        for module, x, unsent in _asked(folded, held or {})
+    }
+
+
+def _singular_values(x: Factors | Tensor, unsent: Factors) -> Tensor:
+    if isinstance(x, Tensor):
+        return torch.linalg.svdvals(x + unsent.product() if unsent.rank else x)
+    return algebra.singular_values(algebra.stack([x, unsent]) if unsent.rank else x)
+
+
+# ── bias ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """Squared norms and inner products of an ideal and an applied update; they add up.
+
+    Attributes:
+        ideal, applied: ||dW||^2 and ||M||^2.
+        inner: <dW, M>.
+        error: ||dW - M||^2.
+        unsent: ||L||^2, of what sites were not sent.
+        lost: <dW - M, L>.
+    """
+
+    ideal: float = 0.0
+    applied: float = 0.0
+    inner: float = 0.0
+    error: float = 0.0
+    unsent: float = 0.0
+    lost: float = 0.0
+
+    def __add__(self, other: "_Gap") -> "_Gap":
+        return _Gap(
+            self.ideal + other.ideal,
+            self.applied + other.applied,
+            self.inner + other.inner,
+            self.error + other.error,
+            self.unsent + other.unsent,
+            self.lost + other.lost,
+        )
+
+    def ratios(self) -> LayerBias:
+        return LayerBias(
+            relative=_ratio(self.error, self.ideal),
+            cosine=_cosine(self.inner, self.ideal, self.applied),
+            norm_ratio=_ratio(self.applied, self.ideal),
+            forgotten=self._forgotten(),
+        )
+
+    def _forgotten(self) -> float | None:
+        if not (self.ideal > 0 and isfinite(self.error)):
+            return None
+        return self.lost / sqrt(self.unsent) / sqrt(self.ideal) if self.unsent > 0 else 0.0
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    """Root of a quotient of squared norms; None where it has no finite value."""
+    return sqrt(numerator / denominator) if denominator > 0 and isfinite(numerator) else None
+
+
+def _cosine(inner: float, x: float, y: float) -> float | None:
+    defined = x > 0 and y > 0 and isfinite(inner)
+    return min(1.0, max(-1.0, inner / sqrt(x) / sqrt(y))) if defined else None
+
+
+def _empty_bias() -> Bias:
+    return Bias(relative=None, cosine=None, norm_ratio=None, forgotten=None, layers={})
+
+
+def _read(gaps: Mapping[str, _Gap]) -> Bias:
+    layers = {module: gap.ratios() for module, gap in gaps.items()}
+    return Bias(**sum(gaps.values(), _Gap()).ratios(), layers=layers)
+
+
+def _gaps(
+    folded: Folded,
+    held: Mapping[str, Factors],
+    targets: Sequence[Mapping[str, Sequence[Factors]]],
+) -> list[dict[str, _Gap]]:
+    """For each target, module path → its gap. One layer in float64 at a time: that is the memory."""
+    gaps: list[dict[str, _Gap]] = [{} for _ in targets]
+    for module, x, unsent in _asked(folded, held):
+        for found, target in zip(gaps, targets, strict=True):
+            y = _sum(target.get(module, ()), unsent.shape)
+            found[module] = (
+                _dense_gap(x, unsent, y) if isinstance(x, Tensor) else _gap(x, unsent, y)
+            )
+    return gaps
+
+
+def _asked(
+    folded: Folded, held: Mapping[str, Factors]
+) -> Iterator[tuple[str, Factors | Tensor, Factors]]:
+    """(module, the mean of what the sites sent, what they were not sent): dW is the sum."""
+    starts = folded.starts()
+    for module, x in folded.mean_updates():
+        unsent = _unsent(held.get(module), starts.get(module, ()))
+        yield module, x, _sum(unsent, (x.shape[0], x.shape[1]))
+
+
+def _gap(x: Factors, unsent: Factors, y: Factors) -> _Gap:
+    """How far ``x + unsent`` is from ``y``, products of scale 1: squares that do not cancel.
+
+    For an orthonormal Q that spans the stacked left factors, ||Q^T X|| = ||X||, and Q^T [B_x B_y]
+    is the triangle of a QR. The narrower side is taken as the left one; a stack at least as wide
+    as that side spans it already, and needs no QR.
+    """
+    if x.shape[0] > x.shape[1]:
+        x, unsent, y = _transposed(x), _transposed(unsent), _transposed(y)
+    left = _isometric(torch.cat([x.B, unsent.B, y.B], dim=1))
+    sent = x.rank + unsent.rank
+    total = _Gap()
+    for start in range(0, x.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_unsent + r_y), block]
+        L = left[:, x.rank : sent] @ unsent.A[:, block] if unsent.rank else None
+        total += _compared(X, L, left[:, sent:] @ y.A[:, block])
+    return total
+
+
+def _dense_gap(x: Tensor, unsent: Factors, y: Factors) -> _Gap:
+    """The same for a mean update that is known entry by entry, [d_out, d_in]."""
+    total = _Gap()
+    for start in range(0, x.shape[0], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        L = unsent.B[rows] @ unsent.A if unsent.rank else None
+        total += _compared(x[rows], L, y.B[rows] @ y.A)
+    return total
+
+
+def _compared(X: Tensor, L: Tensor | None, Y: Tensor) -> _Gap:
+    """Of ``X + L`` and ``Y``; L is None where sites were sent all."""
+    x, y = (X if L is None else X + L).reshape(-1), Y.reshape(-1)
+    gap = _Gap(_square(x), _square(y), float(x.dot(y)), squared_distance(x, y))
+    if L is None:
+        return gap
+    lacking = L.reshape(-1)
+    return replace(gap, unsent=_square(lacking), lost=float((x - y).dot(lacking)))
+
+
+def _isometric(x: Tensor) -> Tensor:
+    """``Q^T x`` for an orthonormal Q that spans the columns of x [d, q]. [min(d, q), q]"""
+    return torch.linalg.qr(x, mode="r").R if x.shape[1] < x.shape[0] else x
+
+
+def _square(x: Tensor) -> float:
+    return float(x.dot(x))
+
+
+def _transposed(x: Factors) -> Factors:
+    return Factors(x.B.T, x.A.T, x.scale)
+
+
+def _double(x: Factors) -> Factors:
+    """Without a core and in float64."""
+    folded = Factors(x.A.double(), x.B.double(), x.scale, None if x.R is None else x.R.double())
+    return folded.folded()
+
+
+def _sum(terms: Sequence[Factors], shape: tuple[int, int]) -> Factors:
+    """The exact sum in float64; an empty one is a product of rank 0 of ``shape`` (d_out, d_in)."""
+    if terms:
+        return algebra.stack([_double(term) for term in terms])
+    A, B = torch.zeros(0, shape[1]), torch.zeros(shape[0], 0)
+    return _double(Factors(A, B, 1.0))
+
+
+# ── what the sites get ────────────────────────────────────────────────────────────────────────
+
+_ROUNDING = 2.0**-8
+"""Of an entry on a bfloat16 wire, with room: what it makes of a start is no change of it."""
+
+
+def _unsent(whole: Factors | None, starts: Iterable[tuple[Factors, float]]) -> list[Factors]:
+    """Terms of ``sum_k p_k (whole - start_k)``, over the sites that start from less than its rank.
+
+    Where the start is the leading part of the whole, as the wire has rounded it, the difference is
+    the rows beyond its rank. Any other start is subtracted as it is.
+    """
+    if whole is None:
+        return []
+    less = [(start, share) for start, share in starts if start.rank < whole.rank]
+    if not less:
+        return []
+    ranks = [start.rank if _leads(start, whole) else 0 for start, _ in less]
+    tails = algebra.beyond(_double(whole), ranks, [share for _, share in less])
+    others = [pair for pair, rank in zip(less, ranks, strict=True) if rank == 0]
+    return [tails, *(replace(start, scale=-share * start.scale) for start, share in others)]
+
+
+def _leads(start: Factors, whole: Factors) -> bool:
+    """Whether a start is the first rows and columns of the whole, up to the rounding of the wire."""
+    r = start.rank
+    pairs = (
+        (start.folded_A(), whole.folded_A()[:r]),
+        (start.scale * start.B, whole.scale * whole.B[:, :r]),
+    )
+    return all(torch.allclose(x, y, rtol=_ROUNDING, atol=0.0) for x, y in pairs)
+
+
+def _applied(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:
+    """The terms of M by module path: what was merged into the base, and the new product."""
+    modules = dict.fromkeys([*adapter.factors, *after, *before])
+    return {
+        module: _change(before.get(module), after.get(module))
+        + ([adapter.factors[module]] if module in adapter.factors else [])
+        for module in modules
+    }
+
+
+def _change(before: Factors | None, after: Factors | None) -> list[Factors]:
+    """Terms of ``after - before``. A delta that grew by stacking leaves only what was added."""
+    if before is None or after is None:
+        return ([] if after is None else [after]) + (
+            [] if before is None else [algebra.negated(before)]
+        )
+    r = before.rank
+    grew = (
+        before.R is None
+        and after.R is None
+        and before.scale == after.scale
+        and torch.equal(after.A[:r], before.A)
+        and torch.equal(after.B[:, :r], before.B)
+    )
+    if grew:
+        return [Factors(after.A[r:], after.B[:, r:], after.scale)] if after.rank > r else []
+    return [after, algebra.negated(before)]
+
+
+# ── initialisation lag ────────────────────────────────────────────────────────────────────────
+
+
+def _function_jump(
+    gaps: Sequence[Mapping[str, _Gap]], plans: Sequence[tuple[TrainPlan, float]]
+) -> float | None:
+    """Root-mean-square over the sites of the relative distance of their next start from W + dW.
+
+    Only layers that a site holds count: of the others it has no function.
+    """
+    if any(plan.keep & MATRICES for plan, _ in plans):
+        return None
+    held = [
+        (weight, gap)
+        for found, (plan, weight) in zip(gaps, plans, strict=True)
+        for module, gap in found.items()
+        if module in plan.start.factors
+    ]
+    return _ratio(sum(w * gap.error for w, gap in held), sum(w * gap.ideal for w, gap in held))
+
+
+def _distinct(
+    sites: Sequence[tuple[str, int]], following: Mapping[str, TrainPlan]
+) -> list[tuple[TrainPlan, float]]:
+    """Plans that start alike, once each, with the weight of their sites: they cost a QR apiece."""
+    groups: list[tuple[TrainPlan, float]] = []
+    known = [(following[name], examples) for name, examples in sites if name in following]
+    total = sum(examples for _, examples in known)
+    for plan, examples in known:
+        p = examples / total
+        for index, (seen, weight) in enumerate(groups):
+            if _same_start(plan, seen):
+                groups[index] = (seen, weight + p)
+                break
+        else:
+            groups.append((plan, p))
+    return groups
+
+
+def _same_start(x: TrainPlan, y: TrainPlan) -> bool:
+    return _same(x.start.factors, y.start.factors) and _same(x.delta, y.delta)
+
+
+def _same(x: Delta, y: Delta) -> bool:
+    if x is y:
+        return True
+    return x.keys() == y.keys() and all(
+        f is y[module]
+        or (
+            f.scale == y[module].scale
+            and torch.equal(f.B, y[module].B)
+            and torch.equal(f.folded_A(), y[module].folded_A())
+        )
+        for module, f in x.items()
+    )
+
+
+def _displacement(means: Mapping[str, Tensor | None], start: Adapter) -> float | None:
+    """Relative distance of the server's new factors from the mean of those that came back."""
+    following = start.tensors(MATRICES)
+    moved = length = 0.0
+    for name, mean in means.items():
+        target = following.get(name)
+        if target is None or mean is None or mean.shape != target.shape:
+            return None
+        flat = mean.reshape(-1)
+        moved += squared_distance(target.double().reshape(-1), flat)
+        length += _square(flat)
+    return _ratio(moved, length)
+
+
+# ── HydraLoRA ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _separation(adapter: Adapter) -> Heads:
+    cosine = hydra.cosines(adapter)
+    used = [i for i in range(len(cosine)) if cosine[i, i] > 0]
+    pairs = [float(cosine[i, j]) for i in used for j in used if i < j]
+    return Heads(used=len(used), cosine=sum(pairs) / len(pairs) if pairs else None)

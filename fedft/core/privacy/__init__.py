@@ -1,0 +1,1 @@
+"""Noise, where it is drawn from, and what it is worth."""

@@ -1,0 +1,147 @@
+"""Text to token ids, a column at a time."""
+
+# pyright: standard
+# transformers is typed in part; what enters from it is annotated here and strict from here on.
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedft.core.errors import MismatchError
+from fedft.core.examples import TokenExamples
+from fedft.core.text.special_tokens import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 4096
+"""Rows tokenised at once: bounds the memory of Python lists, and keeps the fast tokenizer busy."""
+
+_FIXED_DATE = "26 Jul 2024"
+"""Llama 3's template writes the day into its system prompt; this is its own default. Without it
+the data, and so their fingerprint, would change overnight."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of a data set as examples.
+
+    Attributes:
+        examples: one a row.
+        cut: which rows were longer than the limit, bool [n].
+        spilled: of each row whose prompt alone fills the limit, so that no token of its answer is
+            left, the length of the prompt in tokens. Such a row has no tokens.
+    """
+
+    examples: TokenExamples
+    cut: NDArray[np.bool_]
+    spilled: Mapping[int, int] = field(default_factory=dict[int, int])
+
+
+def classified(
+    texts: Sequence[str],
+    labels: NDArray[np.int64],
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
+    max_length: int,
+) -> Encoded:
+    """Texts with one class each; longer ones are cut to ``max_length`` tokens."""
+    encoder = TextEncoder.of(tokenizer)
+    ids: list[list[int]] = []
+    cut: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
+    for rows in _chunks(len(texts)):
+        found = encoder.plain.encode(texts[rows], special=True, max_length=max_length)
+        ids += found.rows
+        cut.append(found.cut)
+    special = encoder.special
+    examples = TokenExamples.from_lists(ids, special.pad, labels=labels, side=special.side)
+    return Encoded(examples, np.concatenate(cut))
+
+
+def answered(
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
+    max_length: int,
+) -> Encoded:
+    """Prompts with answers; the loss is on the answer and on the token that ends its turn.
+
+    With a chat template the prompt is the user's turn and the answer the assistant's; without
+    one a row is ``bos prompt newline answer eos``. Prompt and answer are tokenised apart, since
+    that is what the model meets when it generates. An answer ends in the control token with which
+    the template ends its turn; one that does not, in the end of text. A row longer than
+    ``max_length`` loses the end of its answer.
+
+    Raises:
+        MismatchError: the chat template is not usable for training.
+    """
+    encoder = TextEncoder.of(tokenizer)
+    ids: list[list[int]] = []
+    starts: list[int] = []
+    cut: list[bool] = []
+    for rows in _chunks(len(prompts)):
+        for prompt, answer in _turns(encoder, prompts[rows], answers[rows]):
+            row = prompt + answer
+            cut.append(len(row) > max_length)
+            ids.append(row[:max_length] if len(prompt) < max_length else [])
+            starts.append(len(prompt))
+    spilled = {row: starts[row] for row, tokens in enumerate(ids) if not tokens}
+    examples = TokenExamples.from_lists(ids, encoder.special.pad, answers=starts)
+    return Encoded(examples, np.array(cut, np.bool_), spilled)
+
+
+def _turns(
+    encoder: TextEncoder, prompts: Sequence[str], answers: Sequence[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its answer with the end of its turn."""
+    tokenizer: Any = encoder.tokenizer
+    plain, special = encoder.plain, encoder.special
+    if tokenizer.chat_template is None:
+        bos = _bos(tokenizer)
+        asked = [bos + ids for ids in plain.encode([f"{prompt}\n" for prompt in prompts]).rows]
+        turns = zip(asked, plain.encode(answers).rows, strict=True)
+    else:
+        rows = list(zip(prompts, answers, strict=True))
+        turns = iter(plain.rendered(partial(_chat_texts, tokenizer), rows))
+    # What users wrote gives no control token: one that is last here is the template's.
+    ends = special.ends | plain.control
+    closing = [] if special.end is None else [special.end]
+    for prompt, answer in turns:
+        ended = bool(answer) and answer[-1] in ends
+        yield prompt, answer if ended else answer + closing
+
+
+def _chat_texts(tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What the template writes before each answer, and the answer with what it writes after.
+
+    White space after the end of the turn belongs to the next turn and is left out.
+    """
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
+    told = [
+        [*turn, {"role": "assistant", "content": answer}]
+        for turn, (_, answer) in zip(asked, rows, strict=True)
+    ]
+    options: dict[str, Any] = {"tokenize": False, "date_string": _FIXED_DATE}
+    before: list[str] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+    whole: list[str] = tokenizer.apply_chat_template(told, **options)
+    if not all(text.startswith(prefix) for prefix, text in zip(before, whole, strict=True)):
+        raise MismatchError(
+            "the tokenizer's chat template does not continue its generation prompt with the answer, "
+            "so that the answer's tokens cannot be told apart",
+            fix="use a model whose template does, or a tokenizer without a chat template",
+        )
+    return [
+        (prefix, text[len(prefix) :].rstrip()) for prefix, text in zip(before, whole, strict=True)
+    ]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, where this tokenizer puts one before a text."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(first, first + CHUNK) for first in range(0, rows, CHUNK))
