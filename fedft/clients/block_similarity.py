@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fedft.clients.engines.base import Engine
 from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.core import similarity, sublayers
+from fedft.core.adapters.lora import effective
 from fedft.core.errors import MismatchError
-from fedft.core.models import effective
 from fedft.core.precise import widened
 from fedft.core.sublayers import HALVES, Layer, Sublayer
 from fedft.core.types import Adapter, Batch, Delta, Granularity, Importance

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedft.clients.engines.base import Engine
 from fedft.core import memory, models, seeds
+from fedft.core.data import partition
 from fedft.core.data.batches import (
     batch_count,
     batch_rows,
@@ -22,7 +23,7 @@ from fedft.core.data.batches import (
     poisson_schedule,
 )
 from fedft.core.data.partition import Manifest
-from fedft.core.data.source import Data, partition, prepare
+from fedft.core.data.source import Data, prepare
 from fedft.core.drawn import Drawn, check_time
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Rows

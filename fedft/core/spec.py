@@ -185,10 +185,6 @@ class LoraSpec(Table):
             raise ValueError(f"options are those of a peft method, not of {self.method!r}")
         for key in ("target-modules", "exclude-modules"):
             _check_pattern(key, getattr(self, key.replace("-", "_")))
-        if self.whole:
-            from fedft.core.adapters import peft
-
-            peft.config_of(self, targets=None, seed=0)
         return self
 
 

@@ -221,6 +221,10 @@ class RunConfig(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.lora.whole:
+            from fedft.core.adapters import peft  # peft takes a second to import
+
+            peft.config_of(self.lora, targets=None, seed=0)
         rounds, fleet = self.rounds, self.fleet
         if rounds.per_round + rounds.spares > fleet.clients:
             spares = f" with spares = {rounds.spares}" if rounds.spares else ""

@@ -22,8 +22,9 @@ from flwr.app import RecordDict
 from fedft.core import models
 from fedft.core.adapters.files import save_adapter, save_mixture, save_whole
 from fedft.core.card import Origin, save_card
+from fedft.core.data import partition
 from fedft.core.data.partition import Manifest
-from fedft.core.data.source import Data, partition
+from fedft.core.data.source import Data
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -621,15 +622,15 @@ def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
     """The state before the first round.
 
     Some adapters start from the base weights themselves, which are loaded for it and let go of:
-    see :func:`fedft.core.adapters.peft.drawn`.
+    see :func:`fedft.core.models.start.drawn`.
     """
     lora = config.lora
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
     if not lora.whole and lora.init == "default":
         return config.strategy.init(initial)
-    from fedft.core.adapters import peft  # peft takes a second to import
+    from fedft.core.models.start import drawn  # peft takes a second to import
 
-    adapter, delta = peft.drawn(config.model, lora, initial, config.seed)
+    adapter, delta = drawn(config.model, lora, initial, config.seed)
     return replace(config.strategy.init(adapter), delta=delta)
 
 
@@ -748,7 +749,11 @@ def export(setting: Setting, state: ServerState, folder: Path) -> None:
     if config.lora.method == "hydralora":
         save_mixture(folder, state.adapter, classes=classes, **whole, **about)
     elif config.lora.whole:
-        save_whole(folder, state.adapter, seed=config.seed, **whole, **about)
+        from fedft.core.models.start import frozen_tensors  # peft takes a second to import
+
+        frozen, targets = frozen_tensors(config.model, config.lora, config.seed)
+        own = {"seed": config.seed, "targets": targets, "frozen": frozen}
+        save_whole(folder, state.adapter, **own, **whole, **about)
     else:
         save_adapter(
             folder,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedft.server.identity import Client
-    from fedft.server.status import View
+    from fedft.server.standing import View
 
 _STYLE = resources.files("fedft.server").joinpath("status.css").read_text(encoding="utf-8")
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedft.clients.own import Own
+from fedft.core.data import readers
 from fedft.core.data.raw import BadRows
 from fedft.core.data.readers import WORDNET
-from fedft.core.data.source import RawData, codes, load, prepare, readers, test_rows
+from fedft.core.data.source import RawData, codes, load, prepare, test_rows
 from fedft.core.data.text_files import MAX_LINE_BYTES, read_csv, read_json, read_tsv
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.examples import IGNORED, TokenExamples

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedft.core import models
+from fedft.core.adapters.lora import effective
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Factors, block_of
@@ -141,7 +142,7 @@ def test_the_effective_adapter_is_delta_and_adapter_in_one(tiny_model: Path) -> 
     )
     path = next(iter(adapter.factors))
     delta = {path: Factors(torch.randn(3, 32), torch.randn(32, 3), 0.5)}
-    whole = models.effective(adapter, delta).factors[path]
+    whole = effective(adapter, delta).factors[path]
     expected = adapter.factors[path].product() + delta[path].product()
     assert torch.allclose(whole.product(), expected, atol=1e-5)
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedft.core.data import labels
 from fedft.core.data.raw import LISTED, BadRows
-from fedft.core.data.source import RawData, check_test, labels, load
+from fedft.core.data.source import RawData, check_test, load
 from fedft.core.data.text_files import read_csv
 from fedft.core.errors import ConfigError, FedftError, MismatchError
 from fedft.core.spec import DataSpec, PartitionSpec

@@ -17,7 +17,7 @@ from typing import Any
 from fedft.api import Run
 from fedft.clients.join import Site, join
 from fedft.clients.session import Timing as ClientTiming
-from fedft.core.data.source import partition
+from fedft.core.data import partition
 from fedft.server import identity
 from fedft.server.config import RunConfig
 from fedft.server.grids.stream import Timing

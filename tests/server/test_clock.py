@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.core.data.source import partition
+from fedft.core.data import partition
 from fedft.core.errors import ConfigError, Interrupted, MismatchError
 from fedft.core.spec import PartitionSpec
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan

@@ -93,7 +93,7 @@ def test_noise_is_normal_and_never_the_same() -> None:
 
 def test_each_site_is_drawn_with_its_own_probability(tiny_table: Table, tmp_path: Path) -> None:
     run = simulate(parse_config(tiny_table(rounds={"count": 1})), tmp_path / "run")
-    from fedft.core.data.source import partition
+    from fedft.core.data import partition
     from fedft.server.sampling import SimulatedRoster
 
     roster = SimulatedRoster(partition.load(run.partition))

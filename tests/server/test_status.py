@@ -20,7 +20,8 @@ from fedft.core.errors import EnvironmentFailure
 from fedft.server.identity import Client
 from fedft.server.messages import Waiting
 from fedft.server.run import Silent
-from fedft.server.status import Board, Standing, Tally, View, _Metrics, showing
+from fedft.server.standing import Board, Standing, Tally, View
+from fedft.server.status import _Metrics, showing
 from fedft.server.status_page import HEADERS, page
 
 SCRIPT = "<script>document.title='owned'</script>"

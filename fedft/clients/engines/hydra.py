@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fedft.clients.engines.loop import LoopEngine
-from fedft.core.models import Base, scale_of, weight_shape
+from fedft.core.adapters.lora import scale_of
+from fedft.core.models import Base, weight_shape
 from fedft.core.spec import LoraSpec
 from fedft.core.types import Adapter, TrainPlan, factor_name, head_name
 

@@ -4,7 +4,7 @@
 # safetensors is typed in part.
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedft.core.adapters import hydra, peft
+from fedft.core.adapters.lora import effective, scale_of
 from fedft.core.algebra import pad
 from fedft.core.checkpoint import Head
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import MIB, Files, disk, open_plain, read_plain, write_file
-from fedft.core.models import PEFT_TASK, effective, scale_of
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
+
+PEFT_TASK: dict[str, str | None] = {
+    "classification": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    "image-classification": None,
+}
+"""Our task → peft's ``task_type``."""
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -94,12 +101,13 @@ def save_whole(
     lora: LoraSpec,
     base: str,
     seed: int,
+    targets: Sequence[str],
+    frozen: Mapping[str, Tensor],
     head: Head,
     beside: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter of another peft method, with peft's own configuration of it.
 
-    What the method needs and does not train, such as VeRA's projections, is written too.
 
     Args:
         folder: created if needed.
@@ -107,14 +115,15 @@ def save_whole(
         model: the `[model]` table.
         lora: the `[lora]` table.
         base: name or folder of the base model, for the reader.
-        seed: of the run.
+        seed: run seed.
+        targets: paths of the adapted layers.
+        frozen: what the method needs and does not train, such as VeRA's projections.
         head: as for :func:`save_adapter`.
         beside: likewise.
 
     Raises:
         EnvironmentFailure: the disk refused.
     """
-    frozen, targets = peft.frozen_tensors(model, lora, seed)
     own = peft.config_of(lora, targets, seed).to_dict()
     config = {
         **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from fedft.core import names as spelling
 from fedft.core import seeds
 from fedft.core.adapters.tuners import PROMPTS, REFUSED, TUNERS, canonical, check_option, tuner_of
 from fedft.core.errors import ConfigError, EnvironmentFailure, FedftError
-from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.types import Adapter, Delta, Factors, clone
+from fedft.core.spec import LoraSpec
+from fedft.core.types import clone
 
 _PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
 """Methods that peft has as a switch of another one."""
@@ -285,70 +284,3 @@ def _realise(layer: nn.Module) -> None:
         for parameter in layer.parameters():
             numbers = torch.Generator().manual_seed(0)
             parameter.normal_(std=0.02, generator=numbers)
-
-
-# ------------------------------------------------------------------- the start, at the server
-
-
-def drawn(spec: ModelSpec, lora: LoraSpec, initial: Adapter, seed: int) -> tuple[Adapter, Delta]:
-    """The adapter that training starts from, and what was taken out of the base weights for it.
-
-    The base is loaded once, in float32 on the CPU: DoRA starts from the norms of its columns,
-    PiSSA and OLoRA from its factors. Sites need not be able to repeat that to the last bit: they
-    are sent the adapter, and with it the change of the base in factored form.
-
-    Args:
-        spec: the base model.
-        lora: of a method of peft, or of LoRA with an ``init`` that is not the default.
-        initial: what the seed gives, for the head and the order of the names.
-        seed: of the run.
-    """
-    wrapped, _ = _loaded(spec, lora, seed)
-    tensors = {name: clone(p).float() for name, p in trained(wrapped).items()}
-    _check_start(lora, initial, tensors)
-    adapter = initial.replaced(tensors)
-    if lora.init == "default":
-        return adapter, {}
-    return adapter, {
-        module: Factors(-f.scale * f.A, f.B, 1.0) for module, f in adapter.factors.items()
-    }
-
-
-def _check_start(lora: LoraSpec, initial: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    promised = initial.tensors()
-    if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ConfigError(
-            f"[lora] method = {lora.method!r}: peft starts {wild[0]} at numbers that are not finite",
-            fix="Leave options such as init_weights out.",
-        )
-    for name, tensor in tensors.items():
-        if name not in promised or promised[name].shape != tensor.shape:
-            raise ConfigError(
-                f"[lora] method = {lora.method!r}: the shape of {name} depends on the weights, so "
-                "that a server cannot know it before they are loaded",
-                fix=f"Choose another method, such as {', '.join(TUNERS)}.",
-            )
-
-
-def frozen_tensors(
-    spec: ModelSpec, lora: LoraSpec, seed: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """What peft needs in a saved adapter beside what was trained, and the adapted layers.
-
-    Loads the base once in a process: VeRA's projections are made when its layers are.
-    """
-    return _frozen_tensors(spec.model_dump_json(), lora.model_dump_json(), seed)
-
-
-@lru_cache(maxsize=1)
-def _frozen_tensors(spec: str, lora: str, seed: int) -> tuple[dict[str, Tensor], list[str]]:
-    table = LoraSpec.model_validate_json(lora)
-    wrapped, targets = _loaded(ModelSpec.model_validate_json(spec), table, seed)
-    return frozen(wrapped), targets
-
-
-def _loaded(spec: ModelSpec, lora: LoraSpec, seed: int) -> tuple[nn.Module, list[str]]:
-    from fedft.core import models
-
-    base = models.load_base(spec.model_copy(update={"load_in": None}), lora, classes=2)
-    return injected(base.model, lora, base.adapted, seed), list(base.adapted)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedft.core.data import labels
 from fedft.core.data.raw import BadRows, RawTable, kind_of
 from fedft.core.data.readers import local_path, read
-from fedft.core.data.source import labels
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.examples import Examples, ImageExamples, Rows, image_fault
 from fedft.core.seeds import numpy_generator

@@ -7,13 +7,10 @@ is read from the configuration alone, with no weight in memory: that is all a se
 
 from fedft.core.models.base import Base
 from fedft.core.models.layers import (
-    PEFT_TASK,
     Schema,
     block_list,
-    effective,
     initial_adapter,
     linears,
-    scale_of,
     schema,
     schema_of,
     target_names,
@@ -34,13 +31,11 @@ from fedft.core.models.source import (
 
 __all__ = [
     "KNOWN",
-    "PEFT_TASK",
     "Base",
     "Schema",
     "block_list",
     "check_known",
     "check_quantized",
-    "effective",
     "file_sha256",
     "fingerprint",
     "frozen_values",
@@ -55,7 +50,6 @@ __all__ = [
     "load_tokenizer",
     "positions",
     "resolve",
-    "scale_of",
     "schema",
     "schema_of",
     "special_of",

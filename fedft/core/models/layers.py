@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedft.core import seeds
 from fedft.core.adapters import hydra
+from fedft.core.adapters.lora import scale_of
 from fedft.core.adapters.tuners import chosen, norms, tuner_of
-from fedft.core.algebra import stack, uniform_rows
+from fedft.core.algebra import uniform_rows
 from fedft.core.checkpoint import (
     Head,
     empty,
@@ -23,14 +24,7 @@ from fedft.core.checkpoint import (
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models.source import resolve
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.core.types import PREFIX, Adapter, Delta, Factors, block_of
-
-PEFT_TASK: dict[str, str | None] = {
-    "classification": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "image-classification": None,
-}
-"""Our task → peft's ``task_type``."""
+from fedft.core.types import PREFIX, Adapter, Factors, block_of
 
 
 @dataclass(frozen=True)
@@ -225,11 +219,6 @@ def target_names(
     return tuple(names) or (".*" if norm else "all-linear")
 
 
-def scale_of(lora: LoraSpec, rank: int) -> float:
-    """LoRA's s: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-    return lora.alpha / (rank**0.5 if lora.rslora else rank)
-
-
 def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Adapter:
     """The adapter that training starts from: the same at the server and at every site.
 
@@ -238,7 +227,7 @@ def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Ada
     rank are the first rows of A at a larger one.
 
     The tensors of another peft method are zeros of the right shape here: they are drawn by peft
-    at the server (:func:`fedft.core.adapters.peft.drawn`), and all of them travel.
+    at the server (:func:`fedft.core.models.start.drawn`), and all of them travel.
     """
     if shapes.tensors:
         whole = (
@@ -277,16 +266,3 @@ def block_list(model: nn.Module) -> nn.ModuleList | None:
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return lists[0] if len(lists) == 1 else None
-
-
-def effective(adapter: Adapter, delta: Delta) -> Adapter:
-    """``delta`` and ``adapter`` as one adapter of plain LoRA factors on the untouched base.
-
-    The factors are stacked, so the product is exact; scales are folded and become 1.
-    """
-    if not delta:
-        return adapter.map_factors({m: f.folded() for m, f in adapter.factors.items()})
-    factors = {
-        m: stack([f, delta[m]]) if m in delta else f.folded() for m, f in adapter.factors.items()
-    }
-    return adapter.map_factors(factors)
