@@ -20,7 +20,7 @@ import types
 import warnings
 from typing import Any
 
-OURS = ("fedft", "clients", "server", "strategies")
+OURS = ("fedft",)
 MODULES = [
     "crypt",
     "fcntl",
@@ -158,7 +158,7 @@ def main() -> None:
             commands[-1].append(word)
     for command in commands:
         if command[0] == "-c":
-            exec(compile(command[1], "<code>", "exec"), {"__name__": "clients.code"})
+            exec(compile(command[1], "<code>", "exec"), {"__name__": "fedft.clients.code"})
             continue
         from fedft.cli import main as fedft
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import fedft
-from fedft import clients
 from fedft.core import system
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.secrets import Kit, read_private, write_private
@@ -102,7 +101,7 @@ def test_all_of_a_client_is_imported_and_plans_and_reports(
     run = simulate(config, tmp_path / "run").path
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
-    every = [name for package in (fedft, clients) for name in modules(package)]
+    every = [name for name in modules(fedft) if not name.startswith("fedft.server")]
     assert {"fedft.clients.join", "fedft.core.system", "fedft.report.page"} <= set(every)
     ran = bare(
         windows,
@@ -113,7 +112,7 @@ def test_all_of_a_client_is_imported_and_plans_and_reports(
         *("ca", "request", "ann", "--output", str(tmp_path / "ann.csr")),
     )
     assert ran.returncode == 0, ran.stderr
-    assert "import path" in ran.stdout and (tmp_path / "page.html").stat().st_size > 10_000
+    assert (tmp_path / "page.html").stat().st_size > 10_000
     [site] = (tmp_path / "local" / "fedft" / "sites").iterdir()
     called = (tmp_path / "system32" / "called").read_text()
     assert f"{site}/.site.key.tmp /inheritance:r /grant:r LAB\\ann:F" in called
