@@ -38,8 +38,10 @@ from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
 from fedft.core.quiet import quiet
 from fedft.core.spec import Precision, TaskSpec
-from fedft.server.config import parse_config
-from fedft.server.run import Silent, open_grid, simulate
+from fedft.server.config_file import parse_config
+from fedft.server.observer import Silent
+from fedft.server.run import simulate
+from fedft.server.setting import open_grid
 
 ROWS, CLIENTS, THREADS = 60, 32, 2
 SIZES = (8, 1)

@@ -31,9 +31,11 @@ from fedft.core.models import initial_adapter
 from fedft.core.quiet import quiet
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState, TrainPlan
-from fedft.server.config import RunConfig, parse_config
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
 from fedft.server.grids.worker import RayServer
-from fedft.server.run import Silent, simulate
+from fedft.server.observer import Silent
+from fedft.server.run import simulate
 
 FULL = ("processes-8", "ray-8", "processes-1", "ray-1")
 QUICK = FULL[:2]

@@ -33,7 +33,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from benchmarks.record import add_options, measure_sections
 from benchmarks.superlink import NAME, deployment
-from fedft.clients.session import Connection, Failure, Offer, Session
+from fedft.clients.session import Session
+from fedft.clients.work import Connection, Failure, Offer
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
 from fedft.core.link.secrets import Credentials, key_pem, new_key, read_private, write_private
@@ -88,7 +89,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Echo:
-    """A worker that gives back what it gets. See :class:`fedft.clients.session.Worker`."""
+    """A worker that gives back what it gets. See :class:`fedft.clients.work.Worker`."""
 
     def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
         return Offer(1, None, None, hashes)

@@ -30,8 +30,10 @@ from benchmarks.turns import spread
 from fedft.core.quiet import quiet
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
-from fedft.server.config import RunConfig, parse_config
-from fedft.server.run import Silent, simulate
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
+from fedft.server.observer import Silent
+from fedft.server.run import simulate
 
 ROUNDS = 3
 FLEETS = (1_000, 1_000_000)

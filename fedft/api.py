@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedft.core.types import Adapter
     from fedft.report.tables import Table
     from fedft.server.config import RunConfig
-    from fedft.server.run import Observer
+    from fedft.server.observer import Observer
 
 Which = int | Literal["best", "last"]
 """A round, or ``best`` by evaluation, or ``last``."""
@@ -193,7 +193,7 @@ def compare(
         FedftError: see :mod:`fedft.core.errors`.
     """
     from fedft.server import compare
-    from fedft.server.config import configured
+    from fedft.server.config_file import configured
 
     rules = list(strategies) if arms is None else []
     parsed = configured(config, settings or {}, rules)
@@ -232,7 +232,7 @@ def _config(
     seed: int | None,
     settings: Mapping[str, Any],
 ) -> "RunConfig":
-    from fedft.server.config import configured
+    from fedft.server.config_file import configured
 
     overrides = {**settings}
     if seed is not None:

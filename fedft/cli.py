@@ -61,7 +61,7 @@ def simulate(
     """Simulate a federation on this machine."""
     from fedft.api import Run
     from fedft.console import RunConsole
-    from fedft.server.config import load_config
+    from fedft.server.config_file import load_config
     from fedft.server.run import simulate
 
     parsed = load_config(config, _overrides(settings, backend, workers))
@@ -96,7 +96,7 @@ def compare(
     from fedft.report.statistics import check_seeds
     from fedft.report.tables import summarise
     from fedft.server import compare as comparison
-    from fedft.server.config import load_config
+    from fedft.server.config_file import load_config
 
     names = [name.strip() for name in strategies.split(",")] if arms is None else []
     parsed = load_config(config, _overrides(settings, backend, workers), names)
@@ -143,7 +143,7 @@ def resume(
     from fedft.api import Run
     from fedft.console import RunConsole
     from fedft.server import run as runs
-    from fedft.server.config import load_config
+    from fedft.server.config_file import load_config
 
     changed = None
     if settings:
@@ -194,7 +194,7 @@ def plan(
     from fedft.console import print_json
     from fedft.server import forecast
     from fedft.server.check import check as tried
-    from fedft.server.config import load_config
+    from fedft.server.config_file import load_config
 
     parsed = load_config(config, settings or [])
     cost = forecast.forecast(parsed)

@@ -79,7 +79,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from fedft.console import RunConsole
         from fedft.server import authority, identity
         from fedft.server import serve as server
-        from fedft.server.config import load_config
+        from fedft.server.config_file import load_config
 
         parsed = load_config(config, settings or [])
         address = identity.Address(host, port, public, insecure)
@@ -172,7 +172,8 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from fedft.clients import join as joining
         from fedft.clients.own import Own, mapping
         from fedft.clients.policy import Policy
-        from fedft.clients.session import Timing
+        from fedft.clients.work import Timing
+        from fedft.clients.worker import Site, checked_precision
         from fedft.console import safe
 
         def tell(text: str) -> None:
@@ -192,7 +193,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             "tasks": task or None,
             "metrics": metrics,
         }
-        site = joining.Site(
+        site = Site(
             data,
             rank,
             memory,
@@ -201,7 +202,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             model,
             trust_remote_code,
             ledger,
-            precision=joining.checked_precision(precision),
+            precision=checked_precision(precision),
             own=Own(text, label, prompt, answer, image, mapping(map_label), max_rows, skip_bad),
             policy=Policy.read(policy, conditions),
             send_details=send_details,

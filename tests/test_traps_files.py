@@ -64,7 +64,7 @@ def paused(
 ) -> tuple[dict[str, Any], Path]:
     """A configuration, and the directory of a run that was stopped after two rounds of four."""
     from fedft.core.errors import Interrupted
-    from fedft.server.config import parse_toml
+    from fedft.server.config_file import parse_toml
     from fedft.server.run import simulate
 
     table = {

@@ -28,8 +28,9 @@ from fedft.core.quiet import quiet
 from fedft.core.record.rundir import RunDir
 from fedft.report.formats import spread
 from fedft.report.statistics import Interval, interval, paired
-from fedft.server.config import RunConfig, load_config
-from fedft.server.run import concrete
+from fedft.server.config import RunConfig
+from fedft.server.config_file import load_config
+from fedft.server.resolve import concrete
 
 CONFIG = Path(__file__).resolve().parent / "config.toml"
 BASELINE = "fedavg-lora"

@@ -6,9 +6,7 @@ comes again is not done again.
 """
 
 import asyncio
-import importlib.metadata
 import logging
-import platform
 import random
 import time
 import uuid
@@ -16,159 +14,35 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-import grpc
-import grpc.aio
 from flwr.app import RecordDict
 
-from fedft.clients.proxies import channel_options, proxy_note
+from fedft.clients.proxies import proxy_note
+from fedft.clients.stream import UNUSABLE, Finished, Job, Paused, Stream
+from fedft.clients.work import Connection, Failure, Offer, Timing, Worker
 from fedft.core.errors import (
     EnvironmentFailure,
-    FedftError,
     Interrupted,
-    MismatchError,
     SecurityRefusal,
-    UpdateRejected,
 )
-from fedft.core.link import codes, link_pb2_grpc
+from fedft.core.link import codes
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import (
-    MAX_MESSAGE_BYTES,
-    PROTOCOL,
-    Assembly,
-    Expected,
     Ticket,
-    describe,
 )
 from fedft.core.link.secrets import Credentials
-from fedft.core.link.stream import Broken, Pipe, first_to_end
+from fedft.core.link.stream import Broken, Pipe
 from fedft.core.link.trust import tls_trouble
 
 logger = logging.getLogger(__name__)
 
-UNUSABLE = 102
-"""Code of a failure for work that this client cannot do as it was sent."""
 
 _KEPT_RESULTS = 2
 _MOST_WORK = 8
 """Pieces of work that are held at a time: each holds an adapter, or a result."""
-_LINGER_S = 0.5
 _MEANT = 4
 """Times in a row that a server hangs up on a certificate before that is taken for its answer."""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a site brings.
-
-    Attributes:
-        examples: it can train on.
-        rank: it can train; None takes the run's.
-        memory_mib: it grants to training; None is unlimited.
-        hashes: of base model, tokenizer and data schema, as found here.
-    """
-
-    examples: int
-    rank: int | None
-    memory_mib: float | None
-    hashes: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Work that could not be done, and why.
-
-    Attributes:
-        code: of the reason.
-        reason: one word of :mod:`fedft.core.link.codes`, which the server gets.
-        details: for this client's own screen.
-    """
-
-    code: int
-    reason: str
-    details: str = ""
-
-
-class Worker(Protocol):
-    """What does the work. Called from one thread, one call at a time, but for ``expected``."""
-
-    def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
-        """Get ready for a run; quick where the same run is loaded already."""
-        ...
-
-    def expected(self, plan: str, header: pb.Content) -> Expected:
-        """The arrays that work with this plan may have."""
-        ...
-
-    def work(self, ticket: Ticket, plan: str, content: RecordDict) -> RecordDict | Failure:
-        """Do it."""
-        ...
-
-    def judged(self, ticket: Ticket, *, counted: bool) -> None:
-        """The server took the result, or did not."""
-        ...
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Patience of a client, in seconds.
-
-    Attributes:
-        heartbeat: between heartbeats.
-        silence: without a word after which a connection is given up.
-        first_delay, longest_delay: between attempts to connect; drawn between half and all of a
-            delay that doubles each time.
-        give_up: without a connection after which the client ends; None tries for ever.
-    """
-
-    heartbeat: float = 10.0
-    silence: float = 35.0
-    first_delay: float = 0.5
-    longest_delay: float = 30.0
-    give_up: float | None = None
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How a site reaches its server.
-
-    Attributes:
-        target: ``host:port``.
-        name: of the site.
-        credentials: None for a server without TLS, on loopback.
-    """
-
-    target: str
-    name: str
-    credentials: Credentials | None
-
-    def channel(self) -> Any:
-        """A new channel; it connects when it is first used."""
-        options = [*_OPTIONS, *channel_options(self.target)]
-        if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=options)
-        own = self.credentials
-        tls = grpc.ssl_channel_credentials(own.ca, own.key, own.certificate)
-        return grpc.aio.secure_channel(self.target, tls, options=options)
-
-
-@dataclass(eq=False)
-class _Job:
-    ticket: Ticket
-    outcome: RecordDict | Failure | None = None  # None while it is being worked on
-    announced: bool = False  # on the present connection
-    judged: bool = False
-    wanted: bool = True
-    given: tuple[str, RecordDict] | None = None  # plan and content, until it is done or called off
-
-
-class _Paused(Exception):
-    """The server goes away for a while."""
-
-
-class _Finished(Exception):
-    """The run is over."""
 
 
 @dataclass
@@ -196,10 +70,10 @@ class Session:
 
     def __post_init__(self) -> None:
         self._instance = uuid.uuid4().hex
-        self._jobs: OrderedDict[Ticket, _Job] = OrderedDict()
+        self._jobs: OrderedDict[Ticket, Job] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedft-work")
         self._random = random.Random()
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned_away = 0  # times in a row
         self._offer: tuple[tuple[str, ...], Offer] | None = None
@@ -226,12 +100,12 @@ class Session:
         """What :meth:`run` does, on an event loop that is there already."""
         delay, alone_since = self.timing.first_delay, time.monotonic()
         while True:
-            stream, reason = _Stream(self), "the stream ended"
+            stream, reason = Stream(self), "the stream ended"
             try:
                 await self._unless_stopped(stream.serve())
-            except _Finished as finished:
+            except Finished as finished:
                 return str(finished)
-            except (Broken, _Paused) as lost:
+            except (Broken, Paused) as lost:
                 reason = str(lost)
             finally:
                 self._stream = None
@@ -299,7 +173,7 @@ class Session:
         if job is None:
             if sum(one.wanted and not one.judged for one in self._jobs.values()) >= _MOST_WORK:
                 raise Broken("the server sends more work than it takes results of")
-            self._jobs[ticket] = job = _Job(ticket, given=(plan, content))
+            self._jobs[ticket] = job = Job(ticket, given=(plan, content))
             task = asyncio.create_task(self._do(job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -319,7 +193,7 @@ class Session:
         job = self._jobs.get(ticket)
         return job.outcome if job is not None else None
 
-    async def _do(self, job: _Job) -> None:
+    async def _do(self, job: Job) -> None:
         loop, ticket = asyncio.get_running_loop(), job.ticket
 
         def work() -> RecordDict | Failure | None:
@@ -416,7 +290,7 @@ class Session:
             self.does(pb.WAITING)
         return self._offer[1]
 
-    def connected(self, stream: "_Stream") -> None:
+    def connected(self, stream: "Stream") -> None:
         """A stream is open for work."""
         self._stream = stream
         stream.pulse()
@@ -426,218 +300,3 @@ class Session:
     def instance(self) -> str:
         """Drawn when this session was made."""
         return self._instance
-
-
-class _Stream:
-    """One connection."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._timing = session.timing
-        self._outbox: asyncio.Queue[Ticket | _Upload | pb.Heartbeat] = asyncio.Queue()
-        self._inbox: _Download | None = None
-        self._pipe: Pipe  # from serve() on
-        self._refused = False
-        self.welcomed = False
-
-    def announce(self, ticket: Ticket) -> None:
-        """Tell the server about a result, in its turn."""
-        self._outbox.put_nowait(ticket)
-
-    def pulse(self) -> None:
-        """Tell the server what the site does now, without waiting for the next heartbeat."""
-        self._outbox.put_nowait(self._session.heartbeat)
-
-    async def goodbye(self, word: str, details: str = "") -> None:
-        """A last word, if the server still listens; see :mod:`fedft.core.link.codes`."""
-        reason = codes.reason(word, details, send_details=self._session.send_details)
-        try:
-            async with asyncio.timeout(2.0):
-                await self._pipe.say(goodbye=pb.Goodbye(reason=reason))
-                await self._pipe.part(_LINGER_S)
-        except (TimeoutError, Broken, grpc.aio.BaseError):
-            logger.debug("the server did not hear the goodbye")
-
-    async def serve(self) -> None:
-        """Connect, introduce the site, and work until the stream ends, which it does by raising."""
-        async with self._session.connection.channel() as channel:
-            call: Any = link_pb2_grpc.FederationStub(channel).Session()
-            self._pipe = Pipe(call, pb.FromSite, self._timing.silence)
-            heart: asyncio.Task[None] | None = None
-            try:
-                await self._pipe.say(hello=self._hello())
-                task = (await self._expect("task")).task
-                beats = self._pipe.beat(self._timing.heartbeat, lambda: self._session.heartbeat)
-                heart = asyncio.create_task(beats)
-                await self._pipe.say(offer=await self._offer(task))
-                await self._expect("welcome")
-                self.welcomed = True
-                self._session.tell("joined; waiting for work")
-                self._session.connected(self)
-                await first_to_end(self._read_on(), self._send_on(), heart)
-            except Broken as broken:
-                if broken.code == grpc.StatusCode.UNIMPLEMENTED:
-                    raise MismatchError(
-                        "whatever listens there is not a fedft server of this version",
-                        fix="Check the address in the kit.",
-                    ) from broken
-                raise
-            except FedftError as error:
-                if not self._refused:
-                    await self.goodbye(codes.word_of(error), error.what)
-                raise
-            except (_Finished, _Paused):
-                await self.goodbye("done")
-                raise
-            finally:
-                if heart is not None:
-                    heart.cancel()
-                call.cancel()
-
-    def _hello(self) -> pb.Hello:
-        packages = ("fedft", "torch", "transformers", "peft")
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        return pb.Hello(
-            protocol=PROTOCOL,
-            versions={**versions, "python": platform.python_version()},
-            instance=self._session.instance,
-            site=self._session.connection.name,
-        )
-
-    async def _offer(self, task: pb.Task) -> pb.Offer:
-        hashes = {f: getattr(task.hashes, f) for f in ("base_model", "tokenizer", "data_schema")}
-        offer = await self._session.offer(task, hashes, self._pipe)
-        return pb.Offer(
-            examples=offer.examples,
-            rank=offer.rank or 0,
-            memory_mib=offer.memory_mib or 0.0,
-            hashes=pb.Hashes(**offer.hashes),
-        )
-
-    async def _expect(self, kind: str) -> pb.FromServer:
-        while True:
-            message = await self._pipe.read(self._timing.silence)
-            match message.WhichOneof("body"):
-                case found if found == kind:
-                    return message
-                case "heartbeat":
-                    continue
-                case "refusal":
-                    raise self._turned_away(message.refusal)
-                case "drain":
-                    raise _drained(message.drain)
-                case other:
-                    raise Broken(f"the server said {other} where {kind} was expected")
-
-    async def _send_on(self) -> None:
-        while True:
-            item = await self._outbox.get()
-            if isinstance(item, pb.Heartbeat):
-                await self._pipe.say(heartbeat=item)
-            elif isinstance(item, _Upload):
-                await self._pipe.send(item.content)
-            elif (outcome := self._session.outcome(item)) is not None:
-                details = self._session.send_details
-                await self._pipe.say(result=_result(item, outcome, send_details=details))
-
-    async def _read_on(self) -> None:
-        while True:
-            message = await self._pipe.read(self._timing.silence)
-            match message.WhichOneof("body"):
-                case "heartbeat":
-                    pass
-                case "work":
-                    self._work(message.work)
-                case "chunk":
-                    self._chunk(message.chunk.data)
-                case "ack":
-                    self._ack(message.ack)
-                case "cancel":
-                    for ticket in message.cancel.tickets:
-                        self._session.call_off(Ticket.read(ticket))
-                case "refusal":
-                    raise self._turned_away(message.refusal)
-                case "drain":
-                    raise _drained(message.drain)
-                case other:
-                    raise Broken(f"the server said {other} in the middle of a stream")
-
-    def _work(self, work: pb.Work) -> None:
-        """Work is announced; its tensors follow."""
-        try:
-            expected = self._session.worker.expected(work.plan, work.content)
-            self._inbox = _Download(work, Assembly(work.content, expected))
-        except UpdateRejected as rejected:
-            # What follows cannot be told from anything else any more.
-            raise Broken(f"unusable work: {rejected.reason}: {rejected.what}") from rejected
-        self._take_if_complete()
-
-    def _chunk(self, data: bytes) -> None:
-        if self._inbox is None:
-            raise Broken("bytes came that belong to nothing")
-        try:
-            self._inbox.assembly.feed(data)
-        except UpdateRejected as rejected:
-            raise Broken(f"unusable work: {rejected.what}") from rejected
-        self._take_if_complete()
-
-    def _take_if_complete(self) -> None:
-        if self._inbox is not None and self._inbox.assembly.complete:
-            work, content = self._inbox.work, self._inbox.assembly.content()
-            self._inbox = None
-            self._session.take(Ticket.read(work.ticket), work.plan, content)
-
-    def _ack(self, ack: pb.Ack) -> None:
-        if ack.verdict != pb.SEND:
-            self._session.judged(ack)
-            return
-        outcome = self._session.outcome(Ticket.read(ack.ticket))
-        if isinstance(outcome, RecordDict):
-            self._outbox.put_nowait(_Upload(outcome))
-
-    def _turned_away(self, refusal: pb.Refusal) -> Exception:
-        if refusal.retry:
-            return Broken(f"not now: {refusal.reason}")
-        self._refused = True
-        kind = MismatchError if refusal.mismatch else SecurityRefusal
-        return kind(
-            f"the server refused this site: {refusal.reason}",
-            fix="Ask whoever runs the server; `fedft clients` there shows what it knows.",
-        )
-
-
-@dataclass(eq=False)
-class _Download:
-    work: pb.Work
-    assembly: Assembly
-
-
-@dataclass(frozen=True, eq=False)
-class _Upload:
-    content: RecordDict
-
-
-def _result(
-    ticket: Ticket, outcome: RecordDict | Failure, *, send_details: bool = False
-) -> pb.Result:
-    if isinstance(outcome, Failure):
-        reason = codes.reason(outcome.reason, outcome.details, send_details=send_details)
-        failure = pb.Failure(code=outcome.code, reason=reason)
-        return pb.Result(ticket=ticket.message(), failure=failure)
-    return pb.Result(ticket=ticket.message(), content=describe(outcome))
-
-
-def _drained(drain: pb.Drain) -> Exception:
-    return (
-        _Finished(drain.reason) if drain.finished else _Paused(f"the server pauses: {drain.reason}")
-    )
-
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-]

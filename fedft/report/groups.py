@@ -159,7 +159,7 @@ def _completed(configs: Sequence[Json]) -> Sequence[Json]:
 
     if len(set(map(outside, configs))) < 2:
         return configs
-    from fedft.server.config import parse_config  # loads torch: only where it is needed
+    from fedft.server.config_file import parse_config  # loads torch: only where it is needed
 
     def complete(config: Json) -> Json:
         try:

@@ -20,10 +20,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedft.core.errors import MismatchError
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
-from fedft.server.config import RunConfig, check_real, configured, load_config
+from fedft.server.config import RunConfig, check_real
+from fedft.server.config_file import configured, load_config
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.grids.superlink import SuperLinkGrid
-from fedft.server.run import CLIENT_APP, simulate
+from fedft.server.run import simulate
+from fedft.server.setting import CLIENT_APP
 
 app = ServerApp()
 
@@ -57,7 +59,7 @@ def configuration(settings: Mapping[str, UserConfigValue]) -> RunConfig:
     """The run that a run config asks for. Flower serves sites one by one: ``cohort`` is 1.
 
     Raises:
-        ConfigError: see :func:`fedft.server.config.load_config`.
+        ConfigError: see :func:`fedft.server.config_file.load_config`.
     """
     config = load_config(_bundled(str(settings["config"])), str(settings["set"]).split())
     check_real(config)
@@ -83,13 +85,13 @@ class Lines:
     """Prints a line for each round, which ``flwr run --stream`` and ``flwr log`` show."""
 
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         print(f"fedft: {config.rounds.count} rounds of {config.strategy.name} → {run.path}")
         if parts := ", ".join(sorted(config.strategy.personal)):
             self.note(f"sites keep {parts} in Flower's nodes; fedft resume would begin them anew")
 
     def completed(self, record: Mapping[str, Any]) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         failed = sum(map(len, record["failures"].values()))
         scores = {"train loss": record["train"]["loss"], **record.get("eval", {})}
         shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if v is not None)
@@ -97,5 +99,5 @@ class Lines:
         print(f"fedft: round {record['round']}  {shown}{lost}", flush=True)
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         print(f"fedft: {text}", flush=True)

@@ -9,7 +9,8 @@ from fedft.core.trial import Verdict
 from fedft.server.config import RunConfig
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.preflight import preflight
-from fedft.server.run import CLIENT_APP, prepare_run, resolved
+from fedft.server.resolve import resolved
+from fedft.server.setting import CLIENT_APP, prepare_run
 
 
 def check(config: RunConfig, stop: Callable[[], bool] = lambda: False) -> Verdict:

@@ -16,8 +16,13 @@ from typing import Any, cast
 
 from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
 from fedft.core.files import MIB, disk, read_plain, write_file
-from fedft.server.config import RunConfig, configured, differences, parse_toml, read_toml
-from fedft.server.run import Observer, Silent, open_grid, resolved, resume, simulate
+from fedft.core.toml import read_toml
+from fedft.server.config import RunConfig
+from fedft.server.config_file import configured, differences, parse_toml
+from fedft.server.observer import Observer, Silent
+from fedft.server.resolve import resolved
+from fedft.server.run import resume, simulate
+from fedft.server.setting import open_grid
 
 PLAN = "compare.json"
 """In the folder of a comparison: the configuration that its arms share, and the named arms."""
@@ -31,7 +36,7 @@ class Arm:
 
     Attributes:
         name: its label, and the beginning of its run directories' names.
-        settings: overrides by dotted key, as :func:`~fedft.server.config.configured` takes them.
+        settings: overrides by dotted key, as :func:`~fedft.server.config_file.configured` takes them.
     """
 
     name: str

@@ -16,7 +16,7 @@ from fedft.server.deadline import Pace, pace_of
 from fedft.server.inputs import check_rank, data_of, remarks
 from fedft.server.privacy import forecast_privacy, promises
 from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
-from fedft.server.run import resolved
+from fedft.server.resolve import resolved
 from fedft.server.traffic import counted, shares, varies
 
 

@@ -29,7 +29,8 @@ from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
 from fedft.core.wire import codec
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import RunConfig, check_real, configured, differences, parse_toml
+from fedft.server.config import RunConfig, check_real
+from fedft.server.config_file import configured, differences, parse_toml
 from fedft.server.deadline import Pace, pace_of
 from fedft.server.elsewhere import AuthorityElsewhere, issuer_of
 from fedft.server.enrolment import EnrolledRoster
@@ -45,19 +46,11 @@ from fedft.server.identity import (
     make_private_folder,
     save_address,
 )
+from fedft.server.observer import Observer, Silent
 from fedft.server.pruning import site_footprint
-from fedft.server.run import (
-    CLIENT_APP,
-    Observer,
-    Setting,
-    Silent,
-    complete,
-    federate,
-    leaving_nothing,
-    prepare_run,
-    resolved,
-    tried,
-)
+from fedft.server.resolve import resolved
+from fedft.server.run import complete, leaving_nothing
+from fedft.server.setting import CLIENT_APP, Setting, federate, prepare_run, tried
 from fedft.server.status import Board, looker, showing
 
 _LOOK_UP_S = 0.2

@@ -13,7 +13,7 @@ from fedft.core.types import ServerState
 from fedft.server.config import RunConfig
 from fedft.server.identity import Client
 from fedft.server.messages import Waiting
-from fedft.server.run import Observer
+from fedft.server.observer import Observer
 
 _ROUNDS_SHOWN = 30
 _NOTES_SHOWN = 12
@@ -103,7 +103,7 @@ class Board:
         self.doing: Callable[[str], str] = lambda name: ""
 
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         committed = [record for record in run.rounds() if record["round"] <= state.round]
         with self._writing:
             begun = replace(
@@ -113,13 +113,13 @@ class Board:
         self._inner.started(run, config, state)
 
     def completed(self, record: Mapping[str, Any]) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         with self._writing:
             self.standing = self.standing.after([record])
         self._inner.completed(record)
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         with self._writing:
             notes = (*self.standing.notes, (f"{datetime.now(UTC):%H:%M:%S}", text))
             self.standing = replace(self.standing, notes=notes[-_NOTES_SHOWN:])

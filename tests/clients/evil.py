@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 from flwr.app import RecordDict
 
-from fedft.clients.join import Site, join
+from fedft.clients.join import join
 from fedft.clients.resident import prepared, workbench
-from fedft.clients.session import Timing
+from fedft.clients.work import Timing
+from fedft.clients.worker import Site
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link import link_pb2_grpc

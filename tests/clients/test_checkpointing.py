@@ -15,9 +15,9 @@ from fedft.clients.engines.hydra import HydraEngine
 from fedft.clients.engines.loop import PeftEngine
 from fedft.clients.engines.peft_engine import WholeEngine
 from fedft.core import models
-from fedft.core.adapters import peft
 from fedft.core.errors import MismatchError
 from fedft.core.models import Base
+from fedft.core.models.start import drawn
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Batch, TrainPlan
 from tests.clients.test_cohort import MIXED, MODELS, TRAINED, build, make_base
@@ -132,7 +132,7 @@ def test_other_adapters(method: str, tiny_model: Path) -> None:
             if lora.heads is not None:
                 engine = HydraEngine(base, lora, checkpointing=checkpointing)
             else:
-                start, _ = peft.drawn(spec, lora, start, 0)
+                start, _ = drawn(spec, lora, start, 0)
                 engine = WholeEngine(base, lora, 0, checkpointing=checkpointing)
         plan = TrainPlan(start, train=frozenset({"A", "B", "router", "head"}))
         runs = Runs(base)

@@ -19,7 +19,7 @@ from fedft.core.data.batches import poisson_batches
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan, part_of
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.privacy import example_epsilon
 from fedft.server.run import simulate
 from fedft.strategies import FedSB

@@ -17,7 +17,7 @@ from fedft.core import system
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.secrets import Kit, read_private, write_private
 from fedft.server import identity
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import simulate
 
 BARE = Path(__file__).with_name("bare.py")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedft.clients.agreed import Agreement
-from fedft.clients.join import Site
 from fedft.clients.own import Own
 from fedft.clients.policy import Policy, Training
+from fedft.clients.worker import Site
 from fedft.core import models
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link import link_pb2 as pb
@@ -535,7 +535,7 @@ def test_a_failure_inside_says_nothing_of_the_rows(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import fedft.clients.join as joining
+    import fedft.clients.worker as joining
 
     honest = joining.app
 

@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedft.cli import cli
-from fedft.clients.join import KeptParts, Resident, Site
+from fedft.clients.join import KeptParts
 from fedft.clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
-from fedft.clients.session import Failure
+from fedft.clients.work import Failure
+from fedft.clients.worker import Resident, Site
 from fedft.core import models
 from fedft.core.data.rowkeys import Keys
 from fedft.core.errors import EnvironmentFailure
@@ -522,7 +523,7 @@ def test_no_kill_at_work_lets_a_result_leave_that_is_not_entered(
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
 @pytest.mark.parametrize("steps", [None, 4])
 def test_it_accounts_as_the_server_does(rows: int, steps: int | None) -> None:
-    from fedft.server.config import parse_config
+    from fedft.server.config_file import parse_config
     from fedft.server.privacy import example_epsilons, local_steps
 
     training: dict[str, Any] = {"batch-size": 6, "epochs": 2, "dp": {"noise-multiplier": 1.25}}

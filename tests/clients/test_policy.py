@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from fedft.cli import cli
 from fedft.clients.agreed import Agreement
-from fedft.clients.join import KeptParts, Resident, Site
+from fedft.clients.join import KeptParts
 from fedft.clients.own import Own, mapping
 from fedft.clients.policy import Policy, TrainFields, plan_of
+from fedft.clients.worker import Resident, Site
 from fedft.core import models
 from fedft.core.data.source import load
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal

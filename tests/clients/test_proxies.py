@@ -11,7 +11,8 @@ import pytest
 
 from fedft.clients import enrolment
 from fedft.clients.proxies import VARIABLES, channel_options, proxy_note
-from fedft.clients.session import Connection, Session, Timing
+from fedft.clients.session import Session
+from fedft.clients.work import Connection, Timing
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.link.secrets import Credentials, Kit
 

@@ -16,8 +16,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from fedft.clients.join import KeptParts, Resident, Site, _occupied
-from fedft.clients.session import Connection, Failure, Offer, Session, Timing
+from fedft.clients.join import KeptParts, _occupied
+from fedft.clients.session import Session
+from fedft.clients.work import Connection, Failure, Offer, Timing
+from fedft.clients.worker import Resident, Site
 from fedft.core import models
 from fedft.core.errors import (
     EnvironmentFailure,

@@ -57,7 +57,7 @@ def test_wordnet_is_balanced_and_distinct() -> None:
 
 
 def test_the_licence_lies_beside_the_definitions() -> None:
-    notice = (files("fedft.core") / "wordnet" / "LICENSE.txt").read_text(encoding="utf-8")
+    notice = (files("fedft.core.data") / "wordnet" / "LICENSE.txt").read_text(encoding="utf-8")
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in notice
 
 
@@ -65,7 +65,7 @@ def test_the_definitions_are_what_the_script_makes() -> None:
     data_noun = Path("/usr/share/wordnet/data.noun")
     if not data_noun.exists():
         pytest.skip("Debian's wordnet-base is not installed")
-    folder = files("fedft.core") / "wordnet"
+    folder = files("fedft.core.data") / "wordnet"
     script: dict[str, Any] = {"__name__": "build"}
     exec((folder / "build.py").read_text(encoding="utf-8"), script)
     packed = (folder / "definitions.jsonl.gz").read_bytes()

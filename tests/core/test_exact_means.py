@@ -232,8 +232,8 @@ def test_another_seed_freezes_other_tensors(name: str) -> None:
 
 
 def test_the_documentation_says_the_same() -> None:
-    """docs/peft-peft.md: one row a method, and the reason of every refusal's method."""
-    page = (Path(__file__).parents[2] / "docs" / "peft-peft.md").read_text(encoding="utf-8")
+    """docs/peft-methods.md: one row a method, and the reason of every refusal's method."""
+    page = (Path(__file__).parents[2] / "docs" / "peft-methods.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`[^|]+`) \|(?!.*exact\?).*\| ([^|]+) \|$", page, flags=re.MULTILINE)
     said = {n: verdict for names, verdict in rows for n in re.findall(r"`([^`]+)`", names)}
     assert said.keys() - {"rslora", "pissa", "olora", "hydralora"} == TUNERS.keys()

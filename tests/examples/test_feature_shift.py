@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fedft.core.errors import EnvironmentFailure, IntegrityError, MismatchError
-from fedft.server.config import load_config
+from fedft.server.config_file import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "feature-shift"
 

@@ -23,7 +23,7 @@ import torch
 from fedft.api import Run
 from fedft.core.errors import FedftError, Interrupted
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import resume, simulate
 
 COMMITTED = 2

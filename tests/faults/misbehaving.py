@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedft.clients.join import Resident, Site, join
-from fedft.clients.session import Failure, Offer, Session, Timing
+from fedft.clients.join import join
+from fedft.clients.session import Session
+from fedft.clients.work import Failure, Offer, Timing
+from fedft.clients.worker import Resident, Site
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Ticket

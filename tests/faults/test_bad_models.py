@@ -12,7 +12,8 @@ import pytest
 
 from fedft.core.errors import FedftError
 from fedft.server.check import check
-from fedft.server.config import RunConfig, parse_config
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.run import simulate
 from tests.conftest import CLASSES

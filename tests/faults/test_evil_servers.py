@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedft.clients.join import Site
 from fedft.clients.own import Own
 from fedft.clients.policy import Policy
+from fedft.clients.worker import Site
 from fedft.core.record.rundir import RunDir
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from tests.faults import evil_servers
 from tests.faults.test_participation import QUICK, read
 from tests.server.stage import Stage

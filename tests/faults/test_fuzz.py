@@ -27,7 +27,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedft.clients import session as client_side
+from fedft.clients import stream as client_stream
+from fedft.clients.session import Session
+from fedft.clients.work import Offer
 from fedft.core.digest import state_digest
 from fedft.core.errors import (
     ConfigError,
@@ -468,8 +470,8 @@ def servers(folder: Path, loop: Loop) -> Target:
 class Echo:
     """A worker that sends back what it gets."""
 
-    def load(self, run: str, task: str, hashes: Any) -> client_side.Offer:
-        return client_side.Offer(5, None, None, hashes)
+    def load(self, run: str, task: str, hashes: Any) -> Offer:
+        return Offer(5, None, None, hashes)
 
     def expected(self, plan: str, header: pb.Content) -> framing.Expected:
         return EXPECTED
@@ -503,13 +505,13 @@ def sites(folder: Path, loop: Loop) -> Target:
         pb.FromServer(heartbeat=pb.Heartbeat()),
         pb.FromServer(),
     ]
-    ends = (Broken, client_side._Finished, client_side._Paused, FedftError)
+    ends = (Broken, client_stream.Finished, client_stream.Paused, FedftError)
 
     def take(case: tuple[int, Any]) -> bool:
         script = Script([*good[: case[0]], *spoken(pb.FromServer, menu, case[1])])
         connection: Any = type("Wire", (), {"name": "ann", "channel": lambda _: script})()
-        session = client_side.Session(connection, Echo())
-        stream = client_side._Stream(session)
+        session = Session(connection, Echo())
+        stream = client_stream.Stream(session)
         try:
             with pytest.raises(ends):
                 loop.run_until_complete(asyncio.wait_for(stream.serve(), 20))

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedft.clients.session import Timing as ClientTiming
+from fedft.clients.work import Timing as ClientTiming
 from fedft.server import identity
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from tests.faults import misbehaving
 from tests.server.stage import processes, until
 from tests.server.stub_clients import least_mib

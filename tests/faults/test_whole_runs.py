@@ -20,8 +20,9 @@ from fedft.core.link.secrets import key_pem, new_key
 from fedft.core.record import rundir
 from fedft.report import write_report
 from fedft.server import identity
-from fedft.server.config import parse_config
-from fedft.server.run import Silent, resume, simulate
+from fedft.server.config_file import parse_config
+from fedft.server.observer import Silent
+from fedft.server.run import resume, simulate
 from fedft.strategies import RULES
 from fedft.strategies.base import Strategy
 

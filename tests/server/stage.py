@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fedft.api import Run
-from fedft.clients.join import Site, join
-from fedft.clients.session import Timing as ClientTiming
+from fedft.clients.join import join
+from fedft.clients.work import Timing as ClientTiming
+from fedft.clients.worker import Site
 from fedft.core.data import partition
 from fedft.server import identity
 from fedft.server.config import RunConfig

@@ -17,8 +17,9 @@ import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedft.clients.policy import plan_of
-from fedft.clients.session import Connection, Failure, Offer, Session
-from fedft.clients.session import Timing as ClientTiming
+from fedft.clients.session import Session
+from fedft.clients.work import Connection, Failure, Offer
+from fedft.clients.work import Timing as ClientTiming
 from fedft.core import models, seeds, trial
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb

@@ -9,7 +9,7 @@ import pytest
 
 from fedft.api import Run
 from fedft.core.errors import ConfigError, Interrupted
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import resume, simulate
 
 Table = Callable[..., dict[str, Any]]

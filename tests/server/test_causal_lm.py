@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedft.api import Run
-from fedft.server.config import load_config
+from fedft.server.config_file import load_config
 from fedft.server.run import simulate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "causal-lm" / "config.toml"

@@ -16,12 +16,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 import fedft.server.serve
-from fedft.clients.session import Failure
+from fedft.clients.work import Failure
 from fedft.core.errors import ConfigError
 from fedft.core.link.framing import Ticket
 from fedft.core.record.rundir import RunDir
 from fedft.server import pruning
-from fedft.server.config import RunConfig, check_real, parse_config
+from fedft.server.config import RunConfig, check_real
+from fedft.server.config_file import parse_config
 from fedft.server.validation import PLAN_FAILED
 from fedft.strategies import RULES, rule_names
 from tests.server.stub_clients import Notes, Stub, answering, least_mib, run_with

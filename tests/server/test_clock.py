@@ -16,7 +16,7 @@ from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
 from fedft.core.wire import codec
 from fedft.server.availability import read_availability
 from fedft.server.clock import SimulatedClock, examples
-from fedft.server.config import parse_config, parse_toml
+from fedft.server.config_file import parse_config, parse_toml
 from fedft.server.fleet import Device, Distribution, Fleet, read_devices
 from fedft.server.run import resume, simulate
 from fedft.server.sampling import SimulatedRoster

@@ -7,7 +7,7 @@ import pytest
 
 from fedft.core.errors import ConfigError
 from fedft.server.compare import read_arms
-from fedft.server.config import configured, differences, load_config, parse_config, parse_toml
+from fedft.server.config_file import configured, differences, load_config, parse_config, parse_toml
 from fedft.server.serve import for_sites
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedft.core import models
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.deadline import Pace, pace_of
 from fedft.server.forecast import as_text, forecast
 

@@ -35,7 +35,7 @@ from fedft.core.link.secrets import (
 from fedft.core.record.rundir import RunDir
 from fedft.server import ca, identity
 from fedft.server.authority import Address, Authority, _builder, _name
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.elsewhere import AuthorityElsewhere, issuer_of
 
 ADDRESS = Address("127.0.0.1", 8470, "lab.example")

@@ -20,8 +20,10 @@ from fedft.core.adapters.tuners import TUNERS, canonical
 from fedft.core.errors import ConfigError
 from fedft.core.record.rundir import RunDir
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import RunConfig, parse_config
-from fedft.server.run import parse_toml, prepare_run, simulate
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
+from fedft.server.run import parse_toml, simulate
+from fedft.server.setting import prepare_run
 
 Table = Callable[..., dict[str, Any]]
 IDS = torch.arange(2, 14).reshape(2, 6)

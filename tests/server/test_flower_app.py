@@ -26,10 +26,11 @@ from flwr.serverapp import Grid
 
 from fedft.core.errors import ConfigError, EnvironmentFailure, MismatchError
 from fedft.server.app import _check_version, configuration, main
-from fedft.server.config import configured, parse_config
+from fedft.server.config_file import configured, parse_config
 from fedft.server.grids.inline import Fault, Faults, InlineGrid
 from fedft.server.grids.superlink import SuperLinkGrid
-from fedft.server.run import CLIENT_APP, simulate
+from fedft.server.run import simulate
+from fedft.server.setting import CLIENT_APP
 
 Table = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]

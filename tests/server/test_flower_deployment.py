@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from benchmarks.superlink import NAME, deployment
-from fedft.server.config import configured, parse_config
+from fedft.server.config_file import configured, parse_config
 from fedft.server.run import simulate
 
 Table = Callable[..., dict[str, Any]]

@@ -775,7 +775,8 @@ class TestJoining:
 CROWD = """
 import asyncio, json, sys
 from flwr.app import MetricRecord, RecordDict
-from fedft.clients.session import Connection, Offer, Session
+from fedft.clients.work import Connection, Offer
+from fedft.clients.session import Session
 from fedft.core.link.secrets import Credentials
 
 class Echo:

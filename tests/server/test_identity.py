@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
 from fedft.clients.enrolment import Renewal
-from fedft.clients.join import Site as Workstation
 from fedft.clients.join import enrolled, join
-from fedft.clients.session import Connection, Offer, Session, Timing
+from fedft.clients.session import Session
+from fedft.clients.work import Connection, Offer, Timing
+from fedft.clients.worker import Site as Workstation
 from fedft.core.errors import (
     ConfigError,
     EnvironmentFailure,

@@ -19,9 +19,10 @@ from fedft.core.link.shapes import ALL, of_adapter, of_work
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import part_of
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import forecast
-from fedft.server.run import first_state, resume, simulate
+from fedft.server.run import resume, simulate
+from fedft.server.setting import first_state
 from fedft.strategies.hydralora import cluster_of
 
 Table = Callable[..., dict[str, Any]]
@@ -46,7 +47,8 @@ def stock_logits(base: str, folder: Path) -> torch.Tensor:
 def own_logits(run: RunDir) -> torch.Tensor:
     """What the run's own engine makes of its last state."""
     from fedft.clients.resident import workbench
-    from fedft.server.run import parse_toml, prepare_run
+    from fedft.server.run import parse_toml
+    from fedft.server.setting import prepare_run
 
     config = parse_toml(run.config, "run")
     with RunDir.open(run.path, writing=True) as open_run:

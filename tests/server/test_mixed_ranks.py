@@ -13,7 +13,7 @@ from fedft.core.adapters.lora import effective
 from fedft.core.errors import Interrupted
 from fedft.core.types import ServerState, TrainPlan
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.run import resume, simulate
 from tests.server.test_run import killed_runs, run_of, without_seconds

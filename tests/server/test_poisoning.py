@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedft.api import Run
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import simulate
 
 Table = Callable[..., dict[str, Any]]

@@ -20,10 +20,12 @@ from fedft.core.privacy import entropy
 from fedft.core.record.rundir import RunDir
 from fedft.server import privacy
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import check_real, parse_config
+from fedft.server.config import check_real
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.grids.inline import Fault, Faults, InlineGrid
-from fedft.server.run import fork, resolved, resume, simulate
+from fedft.server.resolve import resolved
+from fedft.server.run import fork, resume, simulate
 from fedft.strategies import CentralDP
 
 Table = Callable[..., dict[str, Any]]

@@ -14,9 +14,11 @@ from fedft.core.errors import ConfigError, IntegrityError
 from fedft.core.privacy.accounting import example_epsilon, site_epsilon
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import Site
-from fedft.server.config import RunConfig, parse_config
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
 from fedft.server.privacy import PrivacyAccount, units
-from fedft.server.run import fork, resolved, resume, simulate
+from fedft.server.resolve import resolved
+from fedft.server.run import fork, resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 COHORT = [Site("ann", 40), Site("bob", 25)]
@@ -61,7 +63,7 @@ def attempts(folder: Path, count: int) -> dict[str, Any]:
 
 
 def parse_config_of(run: RunDir) -> RunConfig:
-    from fedft.server.config import parse_toml
+    from fedft.server.config_file import parse_toml
 
     return parse_toml(run.config, "config.toml")
 

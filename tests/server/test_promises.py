@@ -25,8 +25,10 @@ from fedft.core.card import FACTS
 from fedft.core.errors import EnvironmentFailure, MismatchError
 from fedft.core.record.rundir import RunDir
 from fedft.server.check import check
-from fedft.server.config import RunConfig, parse_config
-from fedft.server.run import Silent, resume, simulate
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
+from fedft.server.observer import Silent
+from fedft.server.run import resume, simulate
 
 Table = Callable[..., dict[str, Any]]
 
@@ -200,7 +202,7 @@ def test_the_trial_is_made_once_and_kept(
     def never(*_: Any) -> Any:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("fedft.server.run.preflight", never)
+    monkeypatch.setattr("fedft.server.setting.preflight", never)
     assert resume(tmp_path / "run").finished
 
 
@@ -366,7 +368,7 @@ def _log_probabilities(run: RunDir, rows: list[list[int]]) -> Any:
 
     from fedft.core.types import Batch
     from fedft.server.checkpoints import Checkpoints
-    from fedft.server.run import prepare_run
+    from fedft.server.setting import prepare_run
 
     config = parse_config(tomllib.loads(run.config), "run")
     state: Any = Checkpoints(run.checkpoints).load()

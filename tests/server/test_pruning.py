@@ -21,18 +21,14 @@ from fedft.core.similarity import linear_cka, upper
 from fedft.core.sublayers import HALVES, Layer, Sublayer, children
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan, in_blocks
 from fedft.core.wire import codec
-from fedft.server.config import parse_config
+from fedft.server.block_groups import contiguous_groups, spectral_groups
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.grids.inline import InlineGrid
-from fedft.server.pruning import (
-    Pruning,
-    PruningSpec,
-    contiguous_groups,
-    narrowed,
-    pruning_of,
-    spectral_groups,
-)
-from fedft.server.run import CLIENT_APP, fork, prepare_run, resolved, resume, simulate
+from fedft.server.pruning import Pruning, PruningSpec, narrowed, pruning_of
+from fedft.server.resolve import resolved
+from fedft.server.run import fork, resume, simulate
+from fedft.server.setting import CLIENT_APP, prepare_run
 
 L = 6
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import fedft.api
-from fedft.server.config import load_config
+from fedft.server.config_file import load_config
 from fedft.server.run import simulate
 
 ROOT = Path(__file__).parents[2]

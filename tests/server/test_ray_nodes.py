@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from fedft.api import Run
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.grids.ray import RayGrid
-from fedft.server.run import open_grid, simulate
+from fedft.server.run import simulate
+from fedft.server.setting import open_grid
 
 pytestmark = pytest.mark.ray
 Table = Callable[..., dict[str, Any]]

@@ -14,7 +14,7 @@ import pytest
 
 from fedft.api import Run
 from fedft.core.errors import EnvironmentFailure
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import resume, simulate
 
 pytestmark = pytest.mark.ray

@@ -17,7 +17,8 @@ from fedft.api import Run
 from fedft.core import models
 from fedft.core.errors import ConfigError, IntegrityError, Interrupted, MismatchError
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import RunConfig, parse_config
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
 from fedft.server.run import fork, resume, simulate
 
 Table = Callable[..., dict[str, Any]]

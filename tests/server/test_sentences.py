@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from fedft.core.errors import ConfigError
-from fedft.server.config import RunConfig, parse_config, parse_toml
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config, parse_toml
 from fedft.server.sentences import _table_in
 from fedft.strategies import RULES
 

@@ -23,7 +23,7 @@ from fedft.core.privacy.accounting import example_epsilon
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import DataSpec
 from fedft.server import identity
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.serve import Hosting, serve
 from tests.server.stage import (
     FAST,
@@ -429,8 +429,8 @@ def test_what_a_site_is_told_and_asked_before_it_may_join(
 ) -> None:
     """Row 28: rank and memory are weighed with both figures; the server's own files stay its own."""
     from fedft.core.types import Site as Member
-    from fedft.server.run import prepare_run
     from fedft.server.serve import for_sites, objection, sites_task
+    from fedft.server.setting import prepare_run
 
     config = for_sites(parse_config(tiny_table()))
     with RunDir.create(tmp_path / "run") as run:

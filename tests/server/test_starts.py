@@ -11,14 +11,17 @@ from fedft.api import Run
 from fedft.core.data.source import Data
 from fedft.core.errors import ConfigError, FedftError, MismatchError, QuorumFailure
 from fedft.core.record.rundir import RunDir
-from fedft.server import run as running
 from fedft.server.compare import compare, rules
-from fedft.server.config import RunConfig, parse_config
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.identity import Address
 from fedft.server.inputs import remarks
-from fedft.server.run import Silent, resume, simulate
+from fedft.server.observer import Silent
+from fedft.server.resolve import resolved
+from fedft.server.run import resume, simulate
 from fedft.server.serve import Hosting, serve
+from fedft.server.setting import prepare_run
 
 Table = Callable[..., dict[str, Any]]
 
@@ -161,8 +164,8 @@ def test_a_run_that_has_begun_is_never_taken_back(
 def killed_at_the_start(config: RunConfig, run_dir: Path) -> None:
     """As a kill between the freezing of the partition and the first round leaves it."""
     with RunDir.create(run_dir) as run:
-        run.write_config(running.resolved(config).to_toml())
-        running.prepare_run(running.resolved(config), run)
+        run.write_config(resolved(config).to_toml())
+        prepare_run(resolved(config), run)
 
 
 @pytest.mark.parametrize("way", ["the same command", "resume"])
@@ -185,7 +188,7 @@ def test_a_run_without_a_round_starts_from_mended_data(
 
 def test_nothing_of_anybody_elses_is_overwritten(config: RunConfig, tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", ROWS)
-    text = running.resolved(config).to_toml()
+    text = resolved(config).to_toml()
     cases: dict[str, dict[str, str]] = {
         "another": {"config.toml": text + "\n"},
         "more": {"config.toml": text, "notes.txt": "mine"},

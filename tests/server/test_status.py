@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedft.core.errors import EnvironmentFailure
 from fedft.server.identity import Client
 from fedft.server.messages import Waiting
-from fedft.server.run import Silent
+from fedft.server.observer import Silent
 from fedft.server.standing import Board, Standing, Tally, View
 from fedft.server.status import _Metrics, showing
 from fedft.server.status_page import HEADERS, page

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from fedft.api import Run
 from fedft.core.data.source import load
 from fedft.core.metrics import Tally
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
-from fedft.server.run import Silent, fork, resume, simulate
+from fedft.server.observer import Silent
+from fedft.server.run import fork, resume, simulate
 from tests.core.tokenizer_kinds import byte_bpe
 
 Table = Callable[..., dict[str, Any]]
@@ -30,7 +31,7 @@ class Notes(Silent):
         self.kept: list[str] = []
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.run.Observer`."""
+        """See :class:`fedft.server.observer.Observer`."""
         self.kept.append(text)
 
 

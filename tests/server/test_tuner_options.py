@@ -22,6 +22,7 @@ from fedft.core.adapters import peft
 from fedft.core.adapters.files import save_whole
 from fedft.core.adapters.tuners import TUNERS, canonical
 from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.models.start import drawn, frozen_tensors
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter
 
@@ -110,7 +111,7 @@ def outcome(
         assert (sorted(given) if isinstance(given, set) else given) == value, name
     initial = models.initial_adapter(shapes, lora, lora.rank, 0)
     try:
-        start, _ = peft.drawn(model, lora, initial, 0)
+        start, _ = drawn(model, lora, initial, 0)
     except ConfigError as error:
         assert "not finite" in error.what
         return "refused"
@@ -119,7 +120,9 @@ def outcome(
         {n: t + 0.05 * torch.randn(t.shape, generator=numbers) for n, t in start.tensors().items()}
     )
     about: Any = {"head": models.schema(model, lora, 3).saved, "beside": {}}
-    save_whole(folder, adapter, model=model, lora=lora, base=model.source, seed=0, **about)
+    frozen, targets = frozen_tensors(model, lora, 0)
+    about |= {"targets": targets, "frozen": frozen, "base": model.source, "seed": 0}
+    save_whole(folder, adapter, model=model, lora=lora, **about)
     base = models.load_base(model, lora, 3)
     engine = WholeEngine(base, lora, 0)
     engine.evaluate(adapter, {}, [])

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 
 from fedft.api import Run
 from fedft.core.errors import ConfigError, EnvironmentFailure
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.grids import cluster as clusters
 from fedft.server.grids import workers
 from fedft.server.grids.flower import APP_CRASHED, APP_RAISED

@@ -22,8 +22,10 @@ from fedft.core.errors import ConfigError, FedftError, MismatchError
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import IGNORED, Batch
 from fedft.server.checkpoints import Checkpoints
-from fedft.server.config import RunConfig, parse_config
-from fedft.server.run import prepare_run, simulate
+from fedft.server.config import RunConfig
+from fedft.server.config_file import parse_config
+from fedft.server.run import simulate
+from fedft.server.setting import prepare_run
 from tests.zoo.builders import KINDS, Kind, build, write_data
 
 TARGETS = ("auto", "all-linear")

@@ -76,7 +76,7 @@ from fedft.core.quiet import quiet
 quiet()
 import torch
 torch.set_num_threads(1)
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.run import simulate
 import json
 run = simulate(parse_config(json.loads(sys.argv[1])), Path(sys.argv[2]))

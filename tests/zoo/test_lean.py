@@ -10,7 +10,7 @@ import torch
 from fedft.core import models
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.spec import LoraSpec, ModelSpec
-from fedft.server.config import parse_config
+from fedft.server.config_file import parse_config
 from fedft.server.pruning import pruning_of
 from tests.zoo.builders import KINDS, VOCABULARY, Kind, build
 
