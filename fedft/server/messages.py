@@ -18,7 +18,7 @@ LOOK_UP_S = 0.5
 class Courier(Protocol):
     """What the rounds ask of a grid. Node id = index of the site + 1.
 
-    See :class:`~fedft.server.grids.base.SimulationGrid` for what each call promises.
+    See :class:`~fedft.server.grids.base.JobGrid` for what each call promises.
     """
 
     def push_jobs(self, jobs: Iterable[Sequence[Message]]) -> list[str]:

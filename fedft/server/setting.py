@@ -22,7 +22,7 @@ from fedft.core.types import ServerState
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RunConfig
 from fedft.server.federation import Federation
-from fedft.server.grids.base import SimulationGrid
+from fedft.server.grids.base import JobGrid
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.inputs import check_rank, data_of
 from fedft.server.messages import Courier
@@ -39,7 +39,7 @@ CLIENT_APP = "fedft.clients.app:app"
 class StatefulGrid(Courier, Protocol):
     """A grid that lends out the states of its sites, to be committed with the rounds.
 
-    See :class:`~fedft.server.grids.base.SimulationGrid`.
+    See :class:`~fedft.server.grids.base.JobGrid`.
     """
 
     def touched_states(self) -> dict[int, RecordDict | None]:
@@ -69,7 +69,7 @@ class Setting:
     special: SpecialTokens | None
 
 
-def open_grid(config: RunConfig) -> SimulationGrid:
+def open_grid(config: RunConfig) -> JobGrid:
     """The workers of a simulation; they come up in the background.
 
     Raises:

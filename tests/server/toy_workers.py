@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedft.server.grids import ray_cleanup
-from fedft.server.grids.base import SimulationGrid
+from fedft.server.grids.base import JobGrid
 
 # Does what the message says, and reports where it ran.
 TOY = """
@@ -87,7 +87,7 @@ def about(reply: Message) -> dict[str, Any]:
     return dict(reply.content.config_records["about"])
 
 
-def receive(grid: SimulationGrid, ids: list[str], timeout: float = 30.0) -> list[Message]:
+def receive(grid: JobGrid, ids: list[str], timeout: float = 30.0) -> list[Message]:
     replies: list[Message] = []
     deadline = time.monotonic() + timeout
     while len(replies) < len(ids) and grid.wait(ids, deadline - time.monotonic()):

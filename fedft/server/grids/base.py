@@ -59,7 +59,7 @@ class Delivery:
     times: int
 
 
-class SimulationGrid(Grid, ABC):
+class JobGrid(Grid, ABC):
     """A Flower Grid whose nodes are simulated.
 
     Node ids are 1 … ``nodes``. A node sees ``{"partition-id": id - 1, "num-partitions": nodes}``

@@ -14,7 +14,7 @@ from flwr.app import Message
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.framing import Digests, Ticket
 from fedft.server.authority import Issuer
-from fedft.server.grids.base import Job, SimulationGrid
+from fedft.server.grids.base import Job, JobGrid
 from fedft.server.grids.hub import Hub
 from fedft.server.grids.outbox import Outbox, Pending
 from fedft.server.grids.serve import Answer, describe, error_reply
@@ -23,7 +23,7 @@ from fedft.server.identity import Address, Audit, Registry
 from fedft.server.validation import PLAN_FAILED
 
 
-class GrpcGrid(SimulationGrid):
+class GrpcGrid(JobGrid):
     """Real clients behind Flower's Grid. Node id = number in the register.
 
     Messages must be such as :mod:`fedft.core.wire.codec` makes: a plan and arrays travel, nothing else.

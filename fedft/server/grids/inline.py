@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedft.core import seeds
-from fedft.server.grids.base import Job, SimulationGrid
+from fedft.server.grids.base import Job, JobGrid
 from fedft.server.grids.flower import APP_CRASHED, APP_RAISED, assemble
 from fedft.server.grids.serve import (
     Answer,
@@ -87,7 +87,7 @@ class _Late:
     times: int
 
 
-class InlineGrid(SimulationGrid):
+class InlineGrid(JobGrid):
     """Runs the client app in this process, one job at each pull.
 
     Clients get copies of what they are sent, as they would from a wire.

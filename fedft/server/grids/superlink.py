@@ -27,7 +27,7 @@ PAUSE_S = 0.2
 
 
 class SuperLinkGrid:
-    """Takes the place of a :class:`~fedft.server.grids.base.SimulationGrid` in a run.
+    """Takes the place of a :class:`~fedft.server.grids.base.JobGrid` in a run.
 
     Node ids of its caller are 1 … ``sites``: index of the site + 1.
 

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedft.core.errors import ConfigError, EnvironmentFailure
-from fedft.server.grids.base import Job, SimulationGrid
+from fedft.server.grids.base import Job, JobGrid
 from fedft.server.grids.flower import APP_CRASHED
 from fedft.server.grids.serve import Answer, RunConfig, describe, error_reply
 from fedft.server.grids.worker import Parcel, Record, Setting, Shared
@@ -95,7 +95,7 @@ class Outcome(Generic[W]):
     died: str = ""
 
 
-class WorkerGrid(SimulationGrid, Generic[W]):
+class WorkerGrid(JobGrid, Generic[W]):
     """Runs the client app in worker processes.
 
     A worker that dies is replaced and its job tried once more; after that its messages get error
