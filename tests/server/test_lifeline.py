@@ -29,7 +29,7 @@ DRIVER = """
         honest = subprocess.Popen
 
         def untied(command, **options):
-            code = "import sys; del sys.argv[1]; from fedft.server.grids import zygote; zygote.main()"
+            code = "import sys; del sys.argv[1:3]; from fedft.server.grids import forkserver; forkserver.main()"
             return honest([command[0], "-P", "-c", code, *command[4:]], **options)
 
         subprocess.Popen = untied

@@ -265,7 +265,7 @@ DRIVER = """
     grid = ProcessGrid("toy_app:app", 9, workers=2)
     grid.ready()
     pids = [pid for worker in grid._workers for pid in worker.births]
-    print(grid._zygote.pid, *pids, flush=True)
+    print(grid._forkserver.pid, *pids, flush=True)
     do = ConfigRecord({"sleep": 600.0})
     grid.wait(grid.push_messages([Message(RecordDict({"do": do}), 1, "train")]))
 """
@@ -292,7 +292,7 @@ def test_without_what_forks_them_there_are_no_workers(toy: str) -> None:
         grid.ready()
         pids = [pid for worker in grid._workers for pid in worker.births]
         ids = grid.push_messages([request(1, sleep=600.0)])
-        grid._zygote.kill()
+        grid._forkserver.kill()
         with pytest.raises(EnvironmentFailure, match="forked from is gone"):
             receive(grid, ids)
         assert gone(pids, 10)
@@ -301,7 +301,7 @@ def test_without_what_forks_them_there_are_no_workers(toy: str) -> None:
 def test_a_closed_grid_leaves_no_process(toy: str) -> None:
     grid = ProcessGrid(toy, 9, workers=2)
     grid.ready()
-    pids = [grid._zygote.pid, *(pid for worker in grid._workers for pid in worker.births)]
+    pids = [grid._forkserver.pid, *(pid for worker in grid._workers for pid in worker.births)]
     assert len(pids) == 3
     grid.close()
     assert gone(pids, 10)
@@ -327,7 +327,7 @@ def test_what_workers_need_is_imported_once_for_all_of_them(tmp_path: Path) -> N
         patch.syspath_prepend(tmp_path)
         with ProcessGrid("logged_app:app", 9, workers=3, imports=["logged_app"]) as grid:
             grid.ready()
-            assert log.read_text().split() == [str(grid._zygote.pid)]
+            assert log.read_text().split() == [str(grid._forkserver.pid)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -37,13 +37,13 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # a collection in a worker would write to the pages that it shares
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the driver hears of deaths by itself
-    zygote = os.getpid()
+    parent = os.getpid()
     while True:
         _, handles, _, _ = socket.recv_fds(control, 1, 1)
         if not handles:
             return
         if os.fork() == 0:
-            end_with_parent(zygote)
+            end_with_parent(parent)
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             work(Connection(handles[0]))

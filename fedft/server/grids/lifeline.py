@@ -20,9 +20,9 @@ _F_SETSIG = 10
 
 
 def main() -> None:
-    """``python -m fedft.server.grids.lifeline LIFELINE FD MODULE…``: see :mod:`fedft.server.grids.forkserver`."""
+    """``python -m fedft.server.grids.lifeline LIFELINE PROGRAM ARGUMENT…``: ``PROGRAM.main()``, tied."""
     end_with(int(sys.argv.pop(1)))
-    importlib.import_module("fedft.server.grids.forkserver").main()
+    importlib.import_module(sys.argv.pop(1)).main()
 
 
 def end_with(pipe: int) -> None:

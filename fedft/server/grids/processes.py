@@ -82,11 +82,11 @@ class ProcessGrid(WorkerGrid[_Process]):
         ends, self._lifeline = os.pipe()  # nothing is written to it; its end is what tells
         handles = [ends, theirs.fileno()]
         with theirs:
-            self._zygote = subprocess.Popen(
+            self._forkserver = subprocess.Popen(
                 # -P: a folder that happens to be called "server" here is not meant.
                 [
-                    *(sys.executable, "-P", "-m", "fedft.server.grids.lifeline"),
-                    *(*map(str, handles), *imports),
+                    *(sys.executable, "-P", "-m", "fedft.server.grids.lifeline", str(ends)),
+                    *("fedft.server.grids.forkserver", str(theirs.fileno()), *imports),
                 ],
                 env={
                     **os.environ,
@@ -113,8 +113,8 @@ class ProcessGrid(WorkerGrid[_Process]):
         self._arrays.clear()
         self._control.close()
         # It may still be importing; no worker is lost with it, they are ended already.
-        self._zygote.kill()
-        self._zygote.wait()
+        self._forkserver.kill()
+        self._forkserver.wait()
         os.close(self._lifeline)
 
     def _announce(self, cohorts: Sequence[Sequence[Message]]) -> None:
@@ -153,7 +153,7 @@ class ProcessGrid(WorkerGrid[_Process]):
         return [o for end in ready if isinstance(end, Connection) for o in _heard(busy[end])]
 
     def _check(self) -> None:
-        if self._zygote.poll() is not None:
+        if self._forkserver.poll() is not None:
             raise EnvironmentFailure(
                 "the process that workers are forked from is gone, and they are gone with it",
                 fix="Look for the out-of-memory killer in the system log, then resume the run.",
