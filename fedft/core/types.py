@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedft.core.sublayers import Layer, sublayer_of
+from fedft.core.terms import Shapes, Term, Way, records_of, taken
 
 Part = Literal["A", "B", "R", "router", "head"]
 """What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
@@ -30,6 +31,9 @@ Importance = Literal["block-influence", "ablation"]
 
 Granularity = Literal["block", "sublayer"]
 """What a site holds or leaves out: transformer blocks, or their halves one by one."""
+
+Records = Mapping[str, Mapping[str, Tensor]]
+"""Name of a record → PEFT name → tensor: what the terms of a plan have beside the adapter."""
 
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
@@ -349,6 +353,9 @@ class TrainPlan:
             holds all of them.
         heads: indices of the HydraLoRA heads that the site trains and sends, of part B; None means
             all of them.
+        terms: what local training does beyond plain steps, see :mod:`fedft.core.terms`.
+        records: of the terms: those that travel down, and at the client also what it has kept of
+            those that stay there. A tensor that it has not kept yet is absent, and counts as zero.
         round: the round this belongs to.
         site: the site's name.
         seed: of the run; the site derives the order of its batches from (seed, round, site).
@@ -364,6 +371,8 @@ class TrainPlan:
     training: LocalTraining = LocalTraining()
     layers: tuple[Layer, ...] | None = None
     heads: tuple[int, ...] | None = None
+    terms: tuple[Term, ...] = ()
+    records: Records = field(default_factory=dict[str, Mapping[str, Tensor]])
     round: int = 0
     site: str = ""
     seed: int = 0
@@ -378,7 +387,32 @@ class TrainPlan:
             train=self.train - parts,
             send=self.send - parts,
             keep=self.keep - parts,
-        )
+        ).trimmed()
+
+    def schema(self, way: Way) -> dict[str, Shapes]:
+        """The records of the plan's terms that go one way: name → PEFT name → shape.
+
+        Raises:
+            ValueError: two terms have a record of the same name.
+        """
+        if not self.terms:
+            return {}
+        shapes = {name: tuple(t.shape) for name, t in self.start.tensors().items()}
+        return records_of(self.terms, way, shapes, {name for name in shapes if self.trains(name)})
+
+    def trimmed(self) -> "TrainPlan":
+        """The same plan; of its records only the tensors that its terms still have in it.
+
+        A plan that trains less than the rule said, for a client that holds less, is cut by it.
+        """
+        if not self.records:
+            return self
+        wanted = self.schema("receives")
+        cut = {
+            record: {name: t for name, t in tensors.items() if name in wanted.get(record, tensors)}
+            for record, tensors in self.records.items()
+        }
+        return replace(self, records=cut)
 
     def trains(self, name: str) -> bool:
         """Whether the tensor of this PEFT name learns."""
@@ -437,6 +471,7 @@ class ClientUpdate:
         start: the adapter the site started from, at its rank.
         metrics: numbers it reported, for example ``loss``.
         staleness: server updates made since the version that ``start`` is of.
+        records: of the plan's terms, those that travel up, exactly as their schema has them.
     """
 
     site: str
@@ -445,6 +480,7 @@ class ClientUpdate:
     start: Adapter
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     staleness: int = 0
+    records: Records = field(default_factory=dict[str, Mapping[str, Tensor]])
 
     @property
     def adapter(self) -> Adapter:
@@ -467,6 +503,10 @@ class ServerState:
     round: int = 0
     delta: Delta = field(default_factory=dict[str, Factors])
     slots: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def record(self, name: str) -> dict[str, Tensor]:
+        """A record that the rule keeps in its slots, under :func:`fedft.core.terms.entries`."""
+        return taken(name, self.slots)
 
 
 def clone(tensor: Tensor) -> Tensor:

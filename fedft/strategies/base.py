@@ -31,7 +31,7 @@ from torch import Tensor
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
 from fedft.core.folding import RunningMean
-from fedft.core.spec import check_numbers
+from fedft.core.strict import check_numbers
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
