@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,10 +25,11 @@ from fedft.core.complaints import complaints
 from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
+from fedft.core.parts import Part, checked
 from fedft.core.spec import ModelSpec, Table, TaskSpec
 from fedft.core.sublayers import Half
 from fedft.core.toml import read_toml
-from fedft.core.types import Importance, LocalTraining, Part
+from fedft.core.types import Importance, LocalTraining
 
 TaskName = Literal["classification", "causal-lm", "image-classification"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -300,6 +302,7 @@ _MAX = 2**53
 Count = Annotated[int, Field(ge=1, le=_MAX)]
 Index = Annotated[int, Field(ge=0, le=_MAX)]
 Real = Annotated[float, Field(ge=0, le=1e30)]
+KnownPart = Annotated[Part, AfterValidator(checked)]
 Layers = list[Index | tuple[Index, Half]] | None
 
 
@@ -333,7 +336,7 @@ class Training(_Strict):
 class _Plan(_Strict):
     scale: Annotated[float, Field(ge=-1e30, le=1e30)]
     rank: Count
-    keep: list[Part]
+    keep: list[KnownPart]
     layers: Layers
     round: Index
     site: Annotated[str, Field(max_length=200)]
@@ -342,8 +345,8 @@ class _Plan(_Strict):
 class TrainFields(_Plan):
     """What a plan to train says."""
 
-    train: list[Part]
-    send: list[Part]
+    train: list[KnownPart]
+    send: list[KnownPart]
     basis: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     training: Training
     heads: list[Index] | None

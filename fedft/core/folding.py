@@ -30,11 +30,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from fedft.core.parts import MATRICES
 from fedft.core.types import Adapter, ClientUpdate, Factors, Part, factor_name, module_of, part_of
-
-MATRICES: frozenset[Part] = frozenset({"A", "B", "R"})
-"""The parts that make up a layer's update."""
-
 
 # ── means of tensors ──────────────────────────────────────────────────────────────────────────
 

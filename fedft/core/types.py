@@ -12,19 +12,19 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedft.core.parts import ALL_PARTS, Part, checked, factor_name, head_of, part_of
+from fedft.core.parts import PREFIX as PREFIX  # names of tensors belong to the central types, too
+from fedft.core.parts import head_name as head_name
+from fedft.core.parts import module_of as module_of
 from fedft.core.sublayers import Layer, sublayer_of
 from fedft.core.terms import Shapes, Term, Way, records_of, taken
-
-Part = Literal["A", "B", "R", "router", "head"]
-"""What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
-head, and whatever tensors another method of peft has."""
 
 Importance = Literal["block-influence", "ablation"]
 """How much a transformer block does: by how far it turns its input, or by what its absence costs."""
@@ -40,42 +40,6 @@ IGNORED = -100
 
 LARGEST_SENT = torch.finfo(torch.bfloat16).max
 """The largest number that every format of the wire holds; float32 ends 0.4 % above bfloat16."""
-
-PREFIX = "base_model.model."
-_SUFFIX: dict[Part, str] = {
-    "A": ".lora_A.weight",
-    "B": ".lora_B.weight",
-    "R": ".lora_R.weight",
-    "router": ".lora_router.weight",
-}
-_PART = re.compile(r"\.lora_(A|B|R|router)(?:\.(\d+))?\.weight$")
-
-
-def factor_name(module: str, part: Part) -> str:
-    """The PEFT name of one factor, e.g. ``base_model.model.layer.0.query.lora_A.weight``."""
-    return f"{PREFIX}{module}{_SUFFIX[part]}"
-
-
-def head_name(module: str, head: int) -> str:
-    """The name of one of HydraLoRA's up-projections, ``….lora_B.<head>.weight``."""
-    return f"{PREFIX}{module}.lora_B.{head}.weight"
-
-
-def part_of(name: str) -> Part:
-    """Which part of an adapter a PEFT tensor name belongs to."""
-    found = _PART.search(name)
-    return "head" if found is None else cast(Part, found[1])
-
-
-def head_of(name: str) -> int | None:
-    """Which of HydraLoRA's up-projections a name means; None where it means none of them."""
-    found = _PART.search(name)
-    return None if found is None or found[2] is None else int(found[2])
-
-
-def module_of(name: str) -> str:
-    """The module path behind the name of a factor."""
-    return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
 
 
 def block_of(path: str) -> int | None:
@@ -171,9 +135,7 @@ class Adapter:
         ranks = [f.rank for f in self.factors.values()] or [A.shape[0] for A in downs]
         return max(ranks, default=0)
 
-    def tensors(
-        self, parts: Iterable[Part] = ("A", "B", "R", "router", "head")
-    ) -> dict[str, Tensor]:
+    def tensors(self, parts: Iterable[Part] = ALL_PARTS) -> dict[str, Tensor]:
         """The chosen parts as PEFT name → tensor, in the order of the model."""
         wanted = set(parts)
         flat: dict[str, Tensor] = {}
@@ -376,6 +338,10 @@ class TrainPlan:
     round: int = 0
     site: str = ""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for part in self.receive | self.train | self.send | self.keep:
+            checked(part)
 
     def without(self, parts: frozenset[Part]) -> "TrainPlan":
         """The same plan, but these parts stay as the common seed made them, and never travel."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
 from fedft.core.folding import RunningMean
+from fedft.core.parts import ALL_PARTS
 from fedft.core.strict import check_numbers
 from fedft.core.types import (
     Adapter,
@@ -45,8 +46,6 @@ from fedft.core.types import (
     part_of,
 )
 from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
-
-ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
 
 class Strategy(BaseModel, ABC):

@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedft.core import algebra
+from fedft.core.parts import MATRICES
 from fedft.core.types import ClientUpdate, ServerState
 from fedft.strategies.combinator import Combinator
 
@@ -50,7 +51,7 @@ class Central(Combinator, ABC):
 
     @model_validator(mode="after")
     def _products_are_known(self) -> Self:
-        if kept := self.inner.personal & {"A", "B", "R"}:
+        if kept := self.inner.personal & MATRICES:
             raise ValueError(
                 f"inner: the sites' products are compared, and under {self.inner.name} they keep "
                 f"{', '.join(sorted(kept))} to themselves; choose a rule that shares both factors"

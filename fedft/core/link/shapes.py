@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from fedft.core.errors import UpdateRejected
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Shape
+from fedft.core.parts import ALL_PARTS
 from fedft.core.sublayers import HALVES
 from fedft.core.types import Granularity, Part, factor_name, module_of, part_of
 
 if TYPE_CHECKING:
     from fedft.core.models import Schema
-
-ALL: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
+ALL = ALL_PARTS
 
 
 def of_adapter(schema: "Schema", rank: int, parts: Collection[Part]) -> dict[str, Shape]:
@@ -53,7 +53,7 @@ def of_work(schema: "Schema", rank: int, header: pb.Content) -> Expected:
     for record in header.records:
         if record.name == "delta":
             delta = _of_delta(schema, record)
-    return {"arrays": of_adapter(schema, rank, ALL), "delta": delta}
+    return {"arrays": of_adapter(schema, rank, ALL_PARTS), "delta": delta}
 
 
 def _of_delta(schema: "Schema", record: pb.Arrays) -> dict[str, Shape]:

@@ -25,6 +25,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedft.core.algebra import orthonormal_basis
+from fedft.core.parts import ALL_PARTS
 from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
     Adapter,
@@ -192,8 +193,7 @@ class Encoder:
             "round": plan.round,
             "site": plan.site,
         }
-        everything: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
-        return self._content(plan.adapter, everything, plan.delta, fields)
+        return self._content(plan.adapter, ALL_PARTS, plan.delta, fields)
 
     def _content(
         self, adapter: Adapter, parts: frozenset[Part], delta: Delta, fields: dict[str, Any]
