@@ -360,6 +360,7 @@ class Folded:
         self._starts: dict[tuple[int, tuple[str, ...]], _Start] = {}
         self._factors_sent, self._moved = False, 0.0
         self._loss, self._dead_start = _Average(), _Average()
+        self._records: dict[str, RunningMean] = {}
 
     def add(self, update: ClientUpdate) -> None:
         """Fold one reply. That of a site without examples counts for nothing."""
@@ -376,6 +377,8 @@ class Folded:
             self._kept.add(frame.kept, n)
         if not self.hidden:
             self._add_products(frame, update, n)
+        for name, record in update.records.items():
+            self._records.setdefault(name, RunningMean()).add(record, n)
         self._add_metrics(update.metrics, n)
 
     # What the rules and the record need.
@@ -388,6 +391,8 @@ class Folded:
     def mean_update(self, start: Adapter) -> ClientUpdate:
         """The one reply that a rule with ``mean_only`` is handed in place of all of them.
 
+        Records beside the adapter are averaged as its tensors are, each over those who sent it.
+
         Args:
             start: what the sites trained from, at the rank of the server.
 
@@ -396,7 +401,8 @@ class Folded:
         """
         if not self.sites:
             raise ValueError("no reply has been folded, so there is no mean of them")
-        return ClientUpdate("mean", self.examples, self._sent.tensors(), start)
+        records = {name: mean.tensors() for name, mean in self._records.items()}
+        return ClientUpdate("mean", self.examples, self._sent.tensors(), start, records=records)
 
     # What the meters need.
 

@@ -201,12 +201,13 @@ def _refused(
 def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
     """Positions of plans that are trained in one pass: a function of the plans alone.
 
-    Sites with the same parts, layers and base delta share a pass; passes are of equal size, as far
+    Sites with the same parts, layers, terms and base delta share a pass; passes are of equal size, as far
     as that goes, and at most ``size``.
     """
     kinds: dict[Any, list[int]] = {}
     for index, plan in enumerate(plans):
-        key = (plan.train, plan.send, plan.keep, plan.layers, id(plan.delta) if plan.delta else 0)
+        parts = (plan.train, plan.send, plan.keep, plan.layers, plan.terms)
+        key = (*parts, id(plan.delta) if plan.delta else 0)
         kinds.setdefault(key, []).append(index)
     groups: list[list[int]] = []
     for members in kinds.values():
