@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from fedft.core.complaints import complaints
 from fedft.core.errors import MismatchError
+from fedft.core.parts import PREFIX
 from fedft.core.strict import Table
 
 Shape = tuple[int, ...]
@@ -171,6 +172,12 @@ def entry(record: str, name: str) -> str:
     of the adapter. A PEFT name has a dot before any slash: it is never taken for an entry.
     """
     return f"{record}/{name}"
+
+
+def is_entry(name: str) -> bool:
+    """Whether a name is one that :func:`entry` gives to a tensor of the adapter in some record."""
+    record, _, tensor = name.partition("/")
+    return bool(_NAME.fullmatch(record)) and tensor.startswith(PREFIX)
 
 
 def entries(record: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fedft.server.grids.serve import describe
 from fedft.server.messages import messages, replies
 from fedft.server.pruning import narrowed
 from fedft.server.validation import CHECK_FAILED, PLAN_FAILED, REPLY_REFUSED, validate
+from fedft.strategies.beside import check_beside
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPla
     if federation.pruning is not None:
         plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)
+    check_beside(federation.strategy, plan.terms, dp_sgd=training.dp_noise > 0)
     return replace(
         plan, training=training, round=state.round + 1, site=site.name, seed=federation.seed
     )

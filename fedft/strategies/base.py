@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
-from fedft.core.folding import RunningMean
+from fedft.core.means import RunningMean
 from fedft.core.parts import ALL_PARTS
 from fedft.core.strict import check_numbers
 from fedft.core.types import (
@@ -116,6 +116,15 @@ class Strategy(BaseModel, ABC):
         None waits for the whole cohort of a round.
         """
         return None
+
+    @property
+    def guards(self) -> str:
+        """What the rule promises of each reply and keeps to the adapter's tensors for.
+
+        A sentence without its end; empty where it promises nothing of the kind. Terms with records
+        that travel up are refused where there is any: see :mod:`fedft.strategies.beside`.
+        """
+        return ""
 
     def takes(self, method: str) -> bool:
         """Whether the rule can aggregate adapters of this `[lora] method`.

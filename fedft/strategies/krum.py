@@ -46,6 +46,10 @@ class Central(Combinator, ABC):
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
     @property
+    def guards(self) -> str:
+        return f"{self.label} picks clients by the change of their adapters"
+
+    @property
     def mean_only(self) -> bool:
         return False
 
