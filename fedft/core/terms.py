@@ -32,6 +32,8 @@ Shapes = Mapping[str, Shape]
 Way = Literal["receives", "sends", "keeps"]
 """Where a record goes: down, up, or nowhere."""
 
+WAYS: tuple[Way, ...] = ("receives", "sends", "keeps")
+
 RESERVED = frozenset({"arrays", "delta", "config", "metrics"})
 """Names of the records that every message may have; no term's record is called so."""
 

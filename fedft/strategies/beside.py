@@ -11,17 +11,17 @@ import torch
 
 from fedft.core.errors import ConfigError
 from fedft.core.terms import Term, kind_of
-from fedft.core.types import Adapter, Factors, ServerState, Site
+from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
 
 _DP_SGD = "[training] dp adds its noise to the gradients of the adapter alone"
 
 
-def terms_of(rule: Strategy) -> tuple[Term, ...]:
-    """What the rule asks of local training in its first round, on an adapter of one small layer."""
+def first_plan(rule: Strategy) -> TrainPlan:
+    """The rule's plan for the first round, on an adapter of one small layer."""
     zero = torch.zeros(1, 1)
     probe: ServerState = rule.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
-    return rule.plan(probe, Site("probe", 1)).terms
+    return rule.plan(probe, Site("probe", 1))
 
 
 def check_beside(rule: Strategy, terms: Sequence[Term], *, dp_sgd: bool) -> None:

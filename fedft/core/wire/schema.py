@@ -72,15 +72,6 @@ class PlanSchema:
             named |= entries(record, shapes)
         return named
 
-    @property
-    def beside(self) -> int:
-        """Numbers that a client holds for the terms at their most: all records, old and new state."""
-        of_terms = {
-            name: shapes for name, shapes in self.down.items() if name not in (ARRAYS, DELTA)
-        }
-        sent = {name: shapes for name, shapes in self.up.items() if name != ARRAYS}
-        return numbers(of_terms) + numbers(sent) + 2 * numbers(self.kept)
-
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
