@@ -12,17 +12,21 @@ from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
-from fedft.clients.attack import sent_by
+from fedft.clients.attack import records_sent_by, sent_by
 from fedft.clients.block_similarity import compare
+from fedft.clients.engines.base import Trained
 from fedft.clients.preflight import check
 from fedft.clients.resident import Workbench, one_by_one, workbench
 from fedft.core import trial
 from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.drawn import distinct
 from fedft.core.errors import FedftError, MismatchError
-from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, TrainPlan
+from fedft.core.terms import entries, taken
+from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, Records, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.schema import fault
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +59,15 @@ class SiteApp(ClientApp):
             results = bench.engine.train([p for _, p, _ in ready], [b for _, _, b in ready])
             seconds = (time.monotonic() - start) / len(ready)
             for (position, plan, own), result in zip(ready, results, strict=True):
-                _keep(contexts[position], result.adapter, plan.keep)
                 index = _index(bench, contexts[position])
+                records = _records_sent(plan, result)
+                _keep(contexts[position], plan, result)
                 content = codec.reply_content(
                     sent_by(bench.task, index, plan, plan.reply(result.adapter)),
                     _examples(bench, contexts[position], plan, own),
                     {**result.metrics, "seconds": seconds},
                     bench.task.wire,
+                    records_sent_by(bench.task, index, plan, records),
                 )
                 replies[position] = Message(content, reply_to=messages[position])
         return [replies[position] for position in range(len(messages))]
@@ -152,7 +158,8 @@ def _plan(bench: Workbench, message: Message, context: Context) -> TrainPlan:
     own = bench.manifest.name_of(_index(bench, context))
     if plan.site != own:
         raise MismatchError(f"a plan for {plan.site!r} reached {own!r}")
-    return replace(plan, start=_with_kept(plan.start, context, plan.keep))
+    start = _with_kept(plan.start, context, plan.keep)
+    return replace(plan, start=start, records={**plan.records, **_kept_records(plan, context)})
 
 
 def _index(bench: Workbench, context: Context) -> int:
@@ -179,10 +186,43 @@ def _with_kept(adapter: Adapter, context: Context, parts: frozenset[Part]) -> Ad
     return adapter.replaced({k: t for k, t in codec.tensors_from(record).items() if k in wanted})
 
 
-def _keep(context: Context, adapter: Adapter, parts: frozenset[Part]) -> None:
-    """Put the parts into the site's state; those of blocks it did not hold this time stay there."""
-    if parts:
+def _kept_records(plan: TrainPlan, context: Context) -> dict[str, dict[str, Tensor]]:
+    """The records of the plan's terms that stay at the site, as far as it has kept them.
+
+    Raises:
+        MismatchError: what it has kept is of another shape.
+    """
+    state = context.state.array_records.get(codec.KEPT, {})
+    found: dict[str, dict[str, Tensor]] = {}
+    for record, shapes in plan.schema("keeps").items():
+        own = {n: array for n, array in taken(record, state).items() if n in shapes}
+        for name, array in own.items():
+            if tuple(array.shape) != shapes[name]:
+                raise MismatchError(
+                    f"{plan.site} has kept {name} of {record!r} in the shape {list(array.shape)}, and "
+                    f"the plan is for {list(shapes[name])}: its rank has changed within a run"
+                )
+        found[record] = {name: codec.tensor_from(array) for name, array in own.items()}
+    return found
+
+
+def _records_sent(plan: TrainPlan, result: Trained) -> Records:
+    """The records that travel up, out of what the engine made of the plan's terms.
+
+    Raises:
+        ValueError: it did not make what the terms say.
+    """
+    up = plan.schema("sends")
+    if wrong := fault(result.records, {**up, **plan.schema("keeps")}):
+        raise ValueError(f"what training left at {plan.site} {wrong}")
+    return {record: {n: result.records[record][n] for n in shapes} for record, shapes in up.items()}
+
+
+def _keep(context: Context, plan: TrainPlan, result: Trained) -> None:
+    """Put what stays into the site's state; what is of blocks it did not hold this time stays there."""
+    tensors = result.adapter.tensors(plan.keep)
+    for record in plan.schema("keeps"):
+        tensors |= entries(record, result.records[record])
+    if tensors:
         known = context.state.array_records.get(codec.KEPT, {})
-        context.state[codec.KEPT] = ArrayRecord(
-            {**known, **codec.arrays_from(adapter.tensors(parts))}
-        )
+        context.state[codec.KEPT] = ArrayRecord({**known, **codec.arrays_from(tensors)})

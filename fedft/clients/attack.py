@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedft.core import seeds
 from fedft.core.spec import TaskSpec
-from fedft.core.types import TrainPlan
+from fedft.core.types import Records, TrainPlan
 
 
 def sent_by(
@@ -42,6 +42,27 @@ def sent_by(
         return {name: start[name] - attack.scale * d for name, d in change.items()}
     common = _common(task.seed, plan.round, change)
     return {name: start[name] + attack.scale * d for name, d in common.items()}
+
+
+def records_sent_by(task: TaskSpec, index: int, plan: TrainPlan, records: Records) -> Records:
+    """What a site sends beside the adapter: the truth, or its lie.
+
+    A record has no start: the lie is of the record itself, in place of the change. Arguments as for
+    :func:`sent_by`.
+    """
+    attack = task.attack
+    if attack is None or index not in liars(task.seed, task.clients, attack.share):
+        return records
+    lies = (
+        records
+        if attack.kind == "sign-flip"
+        else {name: _common(task.seed, plan.round, record) for name, record in records.items()}
+    )
+    sign = -1 if attack.kind == "sign-flip" else 1
+    return {
+        name: {n: sign * attack.scale * t for n, t in record.items()}
+        for name, record in lies.items()
+    }
 
 
 @lru_cache(maxsize=4)

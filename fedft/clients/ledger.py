@@ -35,6 +35,7 @@ from fedft.core.data.rowkeys import Keys, fingerprint
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.files import Files, disk, write_file
 from fedft.core.privacy.accounting import example_epsilon
+from fedft.core.terms import terms_from
 from fedft.core.types import LocalTraining
 
 DELTA = 1e-5
@@ -103,7 +104,8 @@ def release_of(
     if kind != "train":
         return Release("none", **about)
     training = LocalTraining(**plan["training"])
-    if not training.dp_noise:
+    bare = any(term.sends | term.keeps for term in terms_from(plan.get("terms", [])))
+    if not training.dp_noise or bare:  # the noise of DP-SGD is in what the optimiser makes alone
         return Release("none", **about)
     rate, steps = poisson_schedule(rows, training)
     return Release("dp-sgd", float(training.dp_noise), rate, steps, **about)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,10 +25,12 @@ from fedft.core.complaints import complaints
 from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
+from fedft.core.parts import Part, checked
 from fedft.core.spec import ModelSpec, Table, TaskSpec
 from fedft.core.sublayers import Half
+from fedft.core.terms import terms_from
 from fedft.core.toml import read_toml
-from fedft.core.types import Importance, LocalTraining, Part
+from fedft.core.types import Importance, LocalTraining
 
 TaskName = Literal["classification", "causal-lm", "image-classification"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -51,7 +54,7 @@ class Policy(Table):
         most_seconds: for one training, evaluation or comparison; it is given up then.
         most_batch_size: examples a step.
         most_rank: of an adapter.
-        most_parameters: of an adapter, its head included.
+        most_parameters: of an adapter, its head included, and of what local training has beside it.
         most_length: tokens of a row.
         models: SHA-256 of each weights file that may be loaded; None takes any that the sources give.
         sources: models that the server may name, as they stand in its ``[model] source``. The one
@@ -196,9 +199,16 @@ class Policy(Table):
             if self.models is not None and found not in self.models:
                 raise _refused("model", f"{name} has the SHA-256 {found}", "models")
 
-    def check_size(self, parameters: int) -> None:
-        """Refuse an adapter that is too large, before it is made."""
-        self._at_most(parameters, "most_parameters", "the number of its adapter's parameters")
+    def check_size(self, parameters: int, beside: int = 0) -> None:
+        """Refuse an adapter that is too large, before it is made.
+
+        Args:
+            parameters: of the adapter.
+            beside: numbers in the records that the plan's terms receive, send and keep.
+        """
+        what = "the number of its adapter's parameters"
+        what += f", with {_short(beside)} beside it," if beside else ""
+        self._at_most(parameters + beside, "most_parameters", what)
 
     # ── a piece of work ───────────────────────────────────────────────────────────────────────
 
@@ -300,6 +310,7 @@ _MAX = 2**53
 Count = Annotated[int, Field(ge=1, le=_MAX)]
 Index = Annotated[int, Field(ge=0, le=_MAX)]
 Real = Annotated[float, Field(ge=0, le=1e30)]
+KnownPart = Annotated[Part, AfterValidator(checked)]
 Layers = list[Index | tuple[Index, Half]] | None
 
 
@@ -333,7 +344,7 @@ class Training(_Strict):
 class _Plan(_Strict):
     scale: Annotated[float, Field(ge=-1e30, le=1e30)]
     rank: Count
-    keep: list[Part]
+    keep: list[KnownPart]
     layers: Layers
     round: Index
     site: Annotated[str, Field(max_length=200)]
@@ -342,11 +353,12 @@ class _Plan(_Strict):
 class TrainFields(_Plan):
     """What a plan to train says."""
 
-    train: list[Part]
-    send: list[Part]
+    train: list[KnownPart]
+    send: list[KnownPart]
     basis: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     training: Training
     heads: list[Index] | None
+    terms: list[dict[str, Any]] = []
 
 
 class EvalFields(_Plan):
@@ -373,7 +385,12 @@ def plan_of(kind: str, plan: str) -> TrainFields | EvalFields:
     if len(plan) > LONGEST_PLAN:
         raise coded(MismatchError(f"a plan of {len(plan):,} characters"), "plan")
     try:
-        return kinds[kind].model_validate_json(plan)
+        fields = kinds[kind].model_validate_json(plan)
+        if isinstance(fields, TrainFields):
+            terms_from(fields.terms)
+        return fields
+    except MismatchError as error:
+        raise coded(error, "plan") from None
     except ValidationError as error:
         fault = complaints(error)[0]
         where = ".".join(fault.path)[:80] or "the plan"

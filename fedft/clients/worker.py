@@ -35,8 +35,9 @@ from fedft.core.errors import (
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.codes import NUMBERS, coded, under, word_of
 from fedft.core.link.framing import Expected, Ticket, data_schema
-from fedft.core.link.shapes import ALL, of_adapter, of_work
+from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
 from fedft.core.spec import Precision, TaskSpec
+from fedft.core.wire.schema import ARRAYS, numbers
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +221,22 @@ class Resident:
     def expected(self, plan: str, header: pb.Content) -> Expected:
         """See :class:`fedft.clients.work.Worker`."""
         assert self._bench is not None
+        shapes = self._bench.engine.base.shapes
         try:
-            rank = int(json.loads(plan)["rank"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise UpdateRejected("schema", "a plan is JSON and says its rank") from error
-        return of_work(self._bench.engine.base.shapes, rank, header)
+            fields = json.loads(plan)
+            rank = int(fields["rank"])
+            with under("plan"):
+                records = of_records(shapes, fields, "receives")
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as e:
+            raise UpdateRejected("schema", "a plan is JSON and says its rank") from e
+        return of_work(shapes, rank, header, records)
 
     def work(self, ticket: Ticket, plan: str, content: RecordDict) -> RecordDict | Failure:
         """See :class:`fedft.clients.work.Worker`. Whatever goes wrong, the server gets one word of it."""
@@ -291,9 +303,18 @@ class Resident:
             rows, _ = self._bench.rows(0)
             before = self._ledger.trainings(ticket.run)
             policy.check_training(fields.training.local(), fields.rank, len(rows), before)
+            self._check_beside(fields)
         elif release is not None:
             policy.check_scores("comparisons of blocks" if fields.probe else "scores on its rows")
         policy.check_release(release, self._ledger, ticket.run)
+
+    def _check_beside(self, fields: TrainFields) -> None:
+        """Refuse records beside the adapter that are too large with it."""
+        assert self._bench is not None
+        shapes = self._bench.engine.base.shapes
+        if more := beside(shapes, fields.model_dump()):
+            adapter = numbers({ARRAYS: of_adapter(shapes, fields.rank)})
+            self.site.policy.check_size(adapter, more)
 
     def _open_ledger(self, task: TaskSpec) -> None:
         folder = self.site.ledger or default_ledgers()
@@ -385,7 +406,7 @@ def task_of(task: str) -> TaskSpec:
 def _adapter_size(task: TaskSpec) -> int:
     """Parameters of the adapter, from shapes alone."""
     schema = models.schema(task.model, task.lora, len(task.classes))
-    return sum(map(math.prod, of_adapter(schema, task.lora.rank, ALL).values()))
+    return numbers({ARRAYS: of_adapter(schema, task.lora.rank)})
 
 
 def _failure(word: str, details: str) -> Failure:

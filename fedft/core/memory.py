@@ -87,6 +87,7 @@ class Load:
         inputs_of_halves: widths of the inputs that adapted layers keep there; None takes layers of
             attention alone to be adapted, which have the block's input in common.
         checkpointing: whether blocks run again in the backward pass, see :mod:`fedft.clients.engines.checkpointing`.
+        beside: numbers in the records of the plan's terms for each parameter that learns.
     """
 
     batch: int
@@ -97,6 +98,7 @@ class Load:
     trainable_of_halves: tuple[int, int] = (0, 0)
     inputs_of_halves: tuple[int, int] | None = None
     checkpointing: bool = False
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,12 @@ def footprint(
     if precision == "bf16":  # on a CPU attention is eager there, and keeps its weights
         attended += 2 * geometry.heads * load.tokens
     tokens = load.batch * load.tokens
+    learning = 20.0 + 4 * load.beside  # bytes a parameter that learns
 
     def layer(parameters: int, trainable: int, kept: int) -> dict[str, float]:
         return {
             "base": float(width * parameters),
-            "adapter": 20.0 * trainable,
+            "adapter": learning * trainable,
             "activations": float(tokens * (d if load.checkpointing else kept) * width),
         }
 
@@ -174,7 +177,7 @@ def footprint(
     return Footprint(
         fixed={
             "base": float(width * (geometry.other_parameters - in_file)),
-            "adapter": 20.0 * load.trainable,
+            "adapter": learning * load.trainable,
             "activations": float(_widest(geometry, load, inside)),
         },
         each=[one for one in units for _ in range(geometry.blocks)],

@@ -6,75 +6,15 @@ validated by ``fedft.server.config.RunConfig``; a client receives these tables o
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from fedft.core.strict import Table
 from fedft.core.types import LocalTraining
 
 Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-_TOO_LARGE = 10**18
-
-
-def _types(annotation: Any) -> set[type]:
-    """The types that an annotation allows, those of list items not among them."""
-    if isinstance(annotation, type):
-        return {annotation}
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    return {found for arg in get_args(annotation) for found in _types(arg)}
-
-
-def check_numbers(model: type[BaseModel], table: Any) -> None:
-    """Refuse what pydantic would let pass for a number, and what no machine can count to.
-
-    Args:
-        model: of a table.
-        table: as it was given.
-
-    Raises:
-        ValueError: a key of numbers is true or false, or has too many digits.
-    """
-    if not isinstance(table, dict):
-        return
-    given = cast(dict[str, Any], table)
-    for name, field in model.model_fields.items():
-        key = field.alias or name
-        value, types = given.get(key, given.get(name)), _types(field.annotation)
-        if isinstance(value, bool) and types & {int, float} and bool not in types:
-            raise ValueError(f"{key} = {str(value).lower()}: a number is expected")
-        if isinstance(value, int) and abs(value) >= _TOO_LARGE and types & {int, float}:
-            raise ValueError(f"{key}: a number of less than 19 digits is expected")
-
-
-class Table(BaseModel):
-    """One table of the TOML: frozen, strict about unknown keys, kebab-case in the file."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-        # `model` is a word of the field, not of pydantic.
-        protected_namespaces=(),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, table: Any) -> Any:
-        check_numbers(cls, table)
-        return table
 
 
 class ModelSpec(Table):
@@ -150,7 +90,7 @@ class LoraSpec(Table):
     method: str = "lora"
     init: Literal["default", "pissa", "olora"] = "default"
     heads: PositiveInt | None = None
-    options: dict[str, _Option] = {}
+    options: dict[str, _Option] = Field(default={})
 
     @property
     def whole(self) -> bool:
@@ -366,5 +306,5 @@ class TaskSpec(Table):
     lean: bool = False
     attack: AttackSpec | None = None
     quorum: Annotated[int, Field(ge=0)] = 0
-    relabel: dict[str, str] = {}
+    relabel: dict[str, str] = Field(default={})
     most_rows: PositiveInt | None = None

@@ -12,18 +12,19 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedft.core.parts import ALL_PARTS, Part, checked, factor_name, head_of, part_of
+from fedft.core.parts import PREFIX as PREFIX  # names of tensors belong to the central types, too
+from fedft.core.parts import head_name as head_name
+from fedft.core.parts import module_of as module_of
 from fedft.core.sublayers import Layer, sublayer_of
-
-Part = Literal["A", "B", "R", "router", "head"]
-"""What of an adapter is meant: a factor of every layer, HydraLoRA's router, or the rest: a task
-head, and whatever tensors another method of peft has."""
+from fedft.core.terms import Shapes, Term, Way, records_of, taken
 
 Importance = Literal["block-influence", "ablation"]
 """How much a transformer block does: by how far it turns its input, or by what its absence costs."""
@@ -31,47 +32,14 @@ Importance = Literal["block-influence", "ablation"]
 Granularity = Literal["block", "sublayer"]
 """What a site holds or leaves out: transformer blocks, or their halves one by one."""
 
+Records = Mapping[str, Mapping[str, Tensor]]
+"""Name of a record → PEFT name → tensor: what the terms of a plan have beside the adapter."""
+
 IGNORED = -100
 """Label of a token on which no loss is taken; the number that transformers uses."""
 
 LARGEST_SENT = torch.finfo(torch.bfloat16).max
 """The largest number that every format of the wire holds; float32 ends 0.4 % above bfloat16."""
-
-PREFIX = "base_model.model."
-_SUFFIX: dict[Part, str] = {
-    "A": ".lora_A.weight",
-    "B": ".lora_B.weight",
-    "R": ".lora_R.weight",
-    "router": ".lora_router.weight",
-}
-_PART = re.compile(r"\.lora_(A|B|R|router)(?:\.(\d+))?\.weight$")
-
-
-def factor_name(module: str, part: Part) -> str:
-    """The PEFT name of one factor, e.g. ``base_model.model.layer.0.query.lora_A.weight``."""
-    return f"{PREFIX}{module}{_SUFFIX[part]}"
-
-
-def head_name(module: str, head: int) -> str:
-    """The name of one of HydraLoRA's up-projections, ``….lora_B.<head>.weight``."""
-    return f"{PREFIX}{module}.lora_B.{head}.weight"
-
-
-def part_of(name: str) -> Part:
-    """Which part of an adapter a PEFT tensor name belongs to."""
-    found = _PART.search(name)
-    return "head" if found is None else cast(Part, found[1])
-
-
-def head_of(name: str) -> int | None:
-    """Which of HydraLoRA's up-projections a name means; None where it means none of them."""
-    found = _PART.search(name)
-    return None if found is None or found[2] is None else int(found[2])
-
-
-def module_of(name: str) -> str:
-    """The module path behind the name of a factor."""
-    return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
 
 
 def block_of(path: str) -> int | None:
@@ -167,9 +135,7 @@ class Adapter:
         ranks = [f.rank for f in self.factors.values()] or [A.shape[0] for A in downs]
         return max(ranks, default=0)
 
-    def tensors(
-        self, parts: Iterable[Part] = ("A", "B", "R", "router", "head")
-    ) -> dict[str, Tensor]:
+    def tensors(self, parts: Iterable[Part] = ALL_PARTS) -> dict[str, Tensor]:
         """The chosen parts as PEFT name → tensor, in the order of the model."""
         wanted = set(parts)
         flat: dict[str, Tensor] = {}
@@ -349,6 +315,9 @@ class TrainPlan:
             holds all of them.
         heads: indices of the HydraLoRA heads that the site trains and sends, of part B; None means
             all of them.
+        terms: what local training does beyond plain steps, see :mod:`fedft.core.terms`.
+        records: of the terms: those that travel down, and at the client also what it has kept of
+            those that stay there. A tensor that it has not kept yet is absent, and counts as zero.
         round: the round this belongs to.
         site: the site's name.
         seed: of the run; the site derives the order of its batches from (seed, round, site).
@@ -364,9 +333,15 @@ class TrainPlan:
     training: LocalTraining = LocalTraining()
     layers: tuple[Layer, ...] | None = None
     heads: tuple[int, ...] | None = None
+    terms: tuple[Term, ...] = ()
+    records: Records = field(default_factory=dict[str, Mapping[str, Tensor]])
     round: int = 0
     site: str = ""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for part in self.receive | self.train | self.send | self.keep:
+            checked(part)
 
     def without(self, parts: frozenset[Part]) -> "TrainPlan":
         """The same plan, but these parts stay as the common seed made them, and never travel."""
@@ -378,7 +353,32 @@ class TrainPlan:
             train=self.train - parts,
             send=self.send - parts,
             keep=self.keep - parts,
-        )
+        ).trimmed()
+
+    def schema(self, way: Way) -> dict[str, Shapes]:
+        """The records of the plan's terms that go one way: name → PEFT name → shape.
+
+        Raises:
+            ValueError: two terms have a record of the same name.
+        """
+        if not self.terms:
+            return {}
+        shapes = {name: tuple(t.shape) for name, t in self.start.tensors().items()}
+        return records_of(self.terms, way, shapes, {name for name in shapes if self.trains(name)})
+
+    def trimmed(self) -> "TrainPlan":
+        """The same plan; of its records only the tensors that its terms still have in it.
+
+        A plan that trains less than the rule said, for a client that holds less, is cut by it.
+        """
+        if not self.records:
+            return self
+        wanted = self.schema("receives")
+        cut = {
+            record: {name: t for name, t in tensors.items() if name in wanted.get(record, tensors)}
+            for record, tensors in self.records.items()
+        }
+        return replace(self, records=cut)
 
     def trains(self, name: str) -> bool:
         """Whether the tensor of this PEFT name learns."""
@@ -437,6 +437,7 @@ class ClientUpdate:
         start: the adapter the site started from, at its rank.
         metrics: numbers it reported, for example ``loss``.
         staleness: server updates made since the version that ``start`` is of.
+        records: of the plan's terms, those that travel up, exactly as their schema has them.
     """
 
     site: str
@@ -445,6 +446,7 @@ class ClientUpdate:
     start: Adapter
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     staleness: int = 0
+    records: Records = field(default_factory=dict[str, Mapping[str, Tensor]])
 
     @property
     def adapter(self) -> Adapter:
@@ -467,6 +469,10 @@ class ServerState:
     round: int = 0
     delta: Delta = field(default_factory=dict[str, Factors])
     slots: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def record(self, name: str) -> dict[str, Tensor]:
+        """A record that the rule keeps in its slots, under :func:`fedft.core.terms.entries`."""
+        return taken(name, self.slots)
 
 
 def clone(tensor: Tensor) -> Tensor:

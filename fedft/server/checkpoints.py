@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fedft.core.errors import EnvironmentFailure, IntegrityError
 from fedft.core.files import MIB, Files, NotPlain, disk, open_plain, place, read_plain
+from fedft.core.parts import MATRICES
 from fedft.core.types import Adapter, Delta, Factors, ServerState, clone, factor_name
 
 SCHEMA = 1
@@ -358,7 +359,7 @@ def _describe(
 def _flat(state: ServerState) -> dict[str, Tensor]:
     """All tensors of a state under their names in the file."""
     adapter = state.adapter
-    named = {f"factors/{n}": t for n, t in adapter.tensors(("A", "B", "R")).items()}
+    named = {f"factors/{n}": t for n, t in adapter.tensors(MATRICES).items()}
     named |= {f"delta/{n}": t for n, t in Adapter(state.delta).tensors().items()}
     named |= {f"head/{n}": t for n, t in adapter.head.items()}
     named |= {f"slots/{n}": t for n, t in state.slots.items()}

@@ -43,6 +43,7 @@ from fedft.strategies import (
     check_method,
     check_ranks,
 )
+from fedft.strategies.beside import check_beside, first_plan
 from fedft.strategies.combinator import Combinator
 
 MOST_CLIENTS = 100_000_000
@@ -254,6 +255,11 @@ class RunConfig(Table):
             check_init(self.strategy, lora.init)
         except ConfigError as error:
             raise ValueError(f"[lora] {error.what}; {error.fix}") from error
+        try:
+            private = self.training.dp is not None
+            check_beside(self.strategy, first_plan(self.strategy).terms, dp_sgd=private)
+        except ConfigError as error:
+            raise ValueError(f"[strategy] {error.what}; {error.fix}") from error
         if self.frozen and lora.form != "lora":
             raise ValueError(
                 f"[lora] head = 'frozen' belongs to method = 'lora', not to {lora.form!r}"

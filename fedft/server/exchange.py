@@ -24,6 +24,7 @@ from fedft.server.grids.serve import describe
 from fedft.server.messages import messages, replies
 from fedft.server.pruning import narrowed
 from fedft.server.validation import CHECK_FAILED, PLAN_FAILED, REPLY_REFUSED, validate
+from fedft.strategies.beside import check_beside
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPla
     if federation.pruning is not None:
         plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)
+    check_beside(federation.strategy, plan.terms, dp_sgd=training.dp_noise > 0)
     return replace(
         plan, training=training, round=state.round + 1, site=site.name, seed=federation.seed
     )
@@ -201,12 +203,13 @@ def _refused(
 def grouped(plans: Sequence[TrainPlan], size: int) -> list[list[int]]:
     """Positions of plans that are trained in one pass: a function of the plans alone.
 
-    Sites with the same parts, layers and base delta share a pass; passes are of equal size, as far
+    Sites with the same parts, layers, terms and base delta share a pass; passes are of equal size, as far
     as that goes, and at most ``size``.
     """
     kinds: dict[Any, list[int]] = {}
     for index, plan in enumerate(plans):
-        key = (plan.train, plan.send, plan.keep, plan.layers, id(plan.delta) if plan.delta else 0)
+        parts = (plan.train, plan.send, plan.keep, plan.layers, plan.terms)
+        key = (*parts, id(plan.delta) if plan.delta else 0)
         kinds.setdefault(key, []).append(index)
     groups: list[list[int]] = []
     for members in kinds.values():

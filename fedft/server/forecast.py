@@ -18,6 +18,7 @@ from fedft.server.privacy import forecast_privacy, promises
 from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
 from fedft.server.resolve import resolved
 from fedft.server.traffic import counted, shares, varies
+from fedft.strategies.beside import check_beside
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:
@@ -129,17 +130,13 @@ def _client(
     plan = config.strategy.plan(state, site).without(config.frozen)
     plan = narrowed(plan, layers)
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
-    wire = config.engine.wire
-    received = codec.arrays_from(plan.start.tensors(plan.receive), wire)
+    check_beside(config.strategy, plan.terms, dp_sgd=config.training.dp is not None)
+    down, up = codec.plan_bytes(plan, config.engine.wire)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
     return {
         "rank": rank,
         "trainable": trainable,
-        "bytes": {
-            "up": codec.payload_bytes(codec.arrays_from(plan.sent(), wire)),
-            "down": codec.payload_bytes(received)
-            + codec.payload_bytes(codec.arrays_from(codec.delta_tensors(plan.delta), wire)),
-        },
+        "bytes": {"up": up, "down": down},
         **({} if both is None else _memory(config, both, layers)),
     }
 

@@ -31,10 +31,12 @@ from torch import Tensor
 
 from fedft.core import models, seeds
 from fedft.core.errors import ConfigError
+from fedft.core.link.shapes import beside, of_adapter
 from fedft.core.memory import MIB, Footprint, Geometry, footprint
 from fedft.core.similarity import from_upper
 from fedft.core.spec import LoraSpec, Table
 from fedft.core.sublayers import HALVES, Layer, Sublayer, sublayer_of
+from fedft.core.terms import terms_json
 from fedft.core.types import (
     Adapter,
     Delta,
@@ -46,8 +48,11 @@ from fedft.core.types import (
     TrainPlan,
     in_blocks,
 )
+from fedft.core.wire.schema import ARRAYS, numbers
 from fedft.server.block_groups import Matrix, contiguous_groups, spectral_groups, standardised
 from fedft.server.fleet import Distribution
+from fedft.strategies import Strategy
+from fedft.strategies.beside import first_plan
 
 _SIMILARITY, _IMPORTANCE, _SINCE = (f"pruning/{n}" for n in ("similarity", "importance", "round"))
 
@@ -367,6 +372,7 @@ def site_footprint(
         if checkpointing is None
         else checkpointing,
     )
+    load = replace(load, beside=_beside(config.strategy, shapes, rank))
     precision = config.engine.precision
     held_in = "fp32" if precision == "auto" else precision
     if limited is None:
@@ -374,6 +380,14 @@ def site_footprint(
     if not (limited and config.lora.form == "lora"):
         geometry = replace(geometry, in_file={})
     return footprint(geometry, load, held_in, granularity(config))
+
+
+def _beside(rule: Strategy, shapes: models.Schema, rank: int) -> float:
+    """Numbers in records of terms for each parameter of the adapter."""
+    plan = first_plan(rule)
+    terms = terms_json(plan.terms)
+    more = beside(shapes, {"rank": rank, "train": sorted(plan.train), "terms": terms})
+    return more / max(1, numbers({ARRAYS: of_adapter(shapes, rank, plan.train)}))
 
 
 def _limited(fleet: Any) -> bool:
@@ -403,7 +417,7 @@ def narrowed(plan: TrainPlan, layers: tuple[Layer, ...] | None) -> TrainPlan:
         delta = {m: f for m, f in plan.delta.items() if in_blocks(m, layers)}
         known[layers] = (plan.start.narrowed(layers), plan.delta, delta)
     start, _, delta = known[layers]
-    return replace(plan, start=start, delta=delta, layers=layers)
+    return replace(plan, start=start, delta=delta, layers=layers).trimmed()
 
 
 def submodel(plan: EvalPlan, layers: tuple[Layer, ...] | None) -> EvalPlan:

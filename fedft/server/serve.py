@@ -5,6 +5,7 @@ run directory goes on after the last committed round, on the same port and with 
 so that its clients find it by themselves.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from fedft.core.errors import (
     QuorumFailure,
 )
 from fedft.core.link.framing import Expected, data_schema
-from fedft.core.link.shapes import of_adapter, of_comparison
+from fedft.core.link.shapes import of_adapter, of_comparison, of_records
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
 from fedft.core.wire import codec
+from fedft.core.wire.schema import ARRAYS
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig, check_real
 from fedft.server.config_file import configured, differences, parse_toml
@@ -412,18 +414,20 @@ def _needed_mib(setting: Setting, rank: int) -> float | None:
 
 
 def _expectations(setting: Setting) -> Callable[[Message], Expected]:
-    """What a reply may hold: the parts that its plan asks for, at the plan's rank."""
-    known: dict[tuple[int, tuple[str, ...]], Expected] = {}
+    """What a reply may hold: the parts and records that its plan asks for, at the plan's rank."""
+    known: dict[str, Expected] = {}
 
     def expected(message: Message) -> Expected:
         fields = codec.message_fields(message.content)
         if fields.get("probe") is not None:
-            return {"arrays": of_comparison(setting.shapes, fields["granularity"])}
+            return {ARRAYS: of_comparison(setting.shapes, fields["granularity"])}
         if "send" not in fields:
             return {}
-        key = (int(fields["rank"]), tuple(fields["send"]))
+        asked = ("rank", "send", "train", "terms")
+        key = json.dumps([fields.get(name) for name in asked])
         if key not in known:
-            known[key] = {"arrays": of_adapter(setting.shapes, *key)}
+            arrays = of_adapter(setting.shapes, int(fields["rank"]), fields["send"])
+            known[key] = {ARRAYS: arrays, **of_records(setting.shapes, fields, "sends")}
         return known[key]
 
     return expected

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedft.core import seeds
+from fedft.core.terms import entry
 from fedft.core.types import Adapter, ClientUpdate, Delta, Site, TrainPlan
 from fedft.core.wire import codec
 from fedft.server.config import RunConfig
@@ -93,7 +94,16 @@ def _replies(
 
     return [
         ClientUpdate(
-            site.name, 1, {n: moved(site, n, t) for n, t in plan.sent().items()}, plan.start
+            site.name,
+            1,
+            {n: moved(site, n, t) for n, t in plan.sent().items()},
+            plan.start,
+            records={
+                record: {
+                    n: moved(site, entry(record, n), torch.zeros(s)) for n, s in shapes.items()
+                }
+                for record, shapes in plan.schema("sends").items()
+            },
         )
         for site, plan in zip(sites, plans, strict=True)
     ]

@@ -6,6 +6,7 @@ header that claims terabytes costs nothing; then the numbers are decoded and loo
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,8 +15,10 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedft.core.errors import UpdateRejected
+from fedft.core.terms import Shapes
 from fedft.core.types import ClientUpdate, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.schema import ARRAYS, PlanSchema
 
 _FLOATS = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
 _HEADER = 4096
@@ -41,7 +44,8 @@ class Limits:
     """What a reply may not exceed.
 
     Attributes:
-        update_norm: norm of the change from the start over all tensors; None accepts any.
+        update_norm: norm of the change from the start over all tensors, and of each record beside
+            the adapter on its own; None accepts any.
         metric: magnitude of a reported number.
     """
 
@@ -54,7 +58,8 @@ def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -
 
     Args:
         content: the reply.
-        plan: what the site was asked; the names and shapes of ``plan.sent()`` are the schema.
+        plan: what the site was asked; :class:`~fedft.core.wire.schema.PlanSchema` of it is what the
+            reply must consist of, record by record.
         site: as enrolled; it cannot claim more examples than that.
         limits: further bounds.
 
@@ -62,31 +67,45 @@ def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -
         UpdateRejected: with a one-word reason: ``schema``, ``keys``, ``dtype``, ``shape``, ``size``,
             ``format``, ``examples``, ``metrics``, ``nan``, ``norm``.
     """
-    arrays = _record(content)
-    expected = plan.sent()
-    _check_schema(arrays, expected, site.name)
+    expected = PlanSchema.of(plan).up
+    received = content.array_records
+    if set(received) != set(expected):
+        raise UpdateRejected(
+            "schema", f"{site.name}: a reply has exactly the array records {sorted(expected)}"
+        )
+    for record, shapes in expected.items():
+        _check_schema(received[record], shapes, site.name)
     metrics = _metrics(content, site)
-    tensors = {name: _decode(name, arrays[name], site.name) for name in expected}
-    _check_numbers(tensors, expected, limits, site.name)
+    decoded = {
+        record: {name: _decode(name, received[record][name], site.name) for name in shapes}
+        for record, shapes in expected.items()
+    }
+    for tensors in decoded.values():
+        _check_finite(tensors, site.name)
+    tensors = decoded.pop(ARRAYS)
+    _check_norm(tensors, plan.start.tensors(), limits, site.name)
+    for record in decoded.values():
+        _check_norm(record, {}, limits, site.name)
     return ClientUpdate(
         site=site.name,
         examples=int(metrics.pop("num-examples")),
         tensors=tensors,
         start=plan.start,
         metrics=metrics,
+        records=decoded,
     )
 
 
 def comparison(content: RecordDict, blocks: int) -> tuple[Tensor, Tensor, int] | None:
     """What a site says of the model's blocks: similarities, importances, rows; None if unusable."""
-    arrays = content.array_records.get("arrays", ArrayRecord())
+    arrays = content.array_records.get(ARRAYS, ArrayRecord())
     metrics: Any = content.metric_records.get("metrics", {})
     sizes = {"similarity": blocks * (blocks - 1) // 2, "importance": blocks}
     rows = metrics.get("num-examples")
     if set(arrays) != set(sizes) or not isinstance(rows, int) or rows < 1:
         return None
     try:
-        _check_schema(arrays, {n: torch.empty(size) for n, size in sizes.items()}, "a site")
+        _check_schema(arrays, {name: (size,) for name, size in sizes.items()}, "a site")
         similarity, importance = (_decode(name, arrays[name], "a site") for name in sizes)
     except UpdateRejected:
         return None
@@ -94,27 +113,19 @@ def comparison(content: RecordDict, blocks: int) -> tuple[Tensor, Tensor, int] |
     return (similarity, importance, rows) if alike and bool(importance.isfinite().all()) else None
 
 
-def _record(content: RecordDict) -> ArrayRecord:
-    if set(content.array_records) != {"arrays"}:
-        raise UpdateRejected("schema", "a reply has exactly one array record, 'arrays'")
-    return content.array_records["arrays"]
-
-
-def _check_schema(arrays: ArrayRecord, expected: dict[str, Tensor], site: str) -> None:
+def _check_schema(arrays: ArrayRecord, expected: Shapes, site: str) -> None:
     if set(arrays) != set(expected):
         extra, missing = set(arrays) - set(expected), set(expected) - set(arrays)
         raise UpdateRejected(
             "keys", f"{site}: {len(missing)} tensors missing, {len(extra)} not asked for"
         )
-    for name, tensor in expected.items():
+    for name, shape in expected.items():
         array = arrays[name]
         if array.dtype not in _FLOATS:
             raise UpdateRejected("dtype", f"{site}: {name} is {array.dtype[:20]!r}, not a float")
-        if tuple(array.shape) != tuple(tensor.shape):
-            raise UpdateRejected(
-                "shape", f"{site}: {name} is {tuple(array.shape)}, not {tuple(tensor.shape)}"
-            )
-        _check_size(name, array, tensor.numel(), site)
+        if tuple(array.shape) != shape:
+            raise UpdateRejected("shape", f"{site}: {name} is {tuple(array.shape)}, not {shape}")
+        _check_size(name, array, math.prod(shape), site)
 
 
 def _check_size(name: str, array: Array, elements: int, site: str) -> None:
@@ -157,16 +168,19 @@ def _metrics(content: RecordDict, site: Site) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _check_numbers(
-    tensors: dict[str, Tensor], start: dict[str, Tensor], limits: Limits, site: str
-) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], site: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UpdateRejected("nan", f"{site}: {name} contains NaN or Inf")
+
+
+def _check_norm(
+    tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], limits: Limits, site: str
+) -> None:
     if limits.update_norm is None:
         return
     change = math.sqrt(
-        sum(float((t - start[n]).double().square().sum()) for n, t in tensors.items())
+        sum(float((t - start.get(n, 0)).double().square().sum()) for n, t in tensors.items())
     )
     if change > limits.update_norm:
         raise UpdateRejected("norm", f"{site}: moved by {change:.3g} > {limits.update_norm:.3g}")

@@ -21,8 +21,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
+from fedft.core.parts import ALL_PARTS
 from fedft.core.types import Adapter, ClientUpdate
-from fedft.strategies.base import ALL_PARTS, Strategy
+from fedft.strategies.base import Strategy
 
 
 class Staleness(BaseModel):

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
-from fedft.core.folding import RunningMean
-from fedft.core.spec import check_numbers
+from fedft.core.means import RunningMean
+from fedft.core.parts import ALL_PARTS
+from fedft.core.strict import check_numbers
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -45,8 +46,6 @@ from fedft.core.types import (
     part_of,
 )
 from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
-
-ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
 
 
 class Strategy(BaseModel, ABC):
@@ -117,6 +116,15 @@ class Strategy(BaseModel, ABC):
         None waits for the whole cohort of a round.
         """
         return None
+
+    @property
+    def guards(self) -> str:
+        """What the rule promises of each reply and keeps to the adapter's tensors for.
+
+        A sentence without its end; empty where it promises nothing of the kind. Terms with records
+        that travel up are refused where there is any: see :mod:`fedft.strategies.beside`.
+        """
+        return ""
 
     def takes(self, method: str) -> bool:
         """Whether the rule can aggregate adapters of this `[lora] method`.

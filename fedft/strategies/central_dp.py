@@ -95,6 +95,10 @@ class CentralDP(Summary):
         return self
 
     @property
+    def guards(self) -> str:
+        return f"{self.label} clips the change of the adapter and adds its noise to that"
+
+    @property
     def sites(self) -> int:
         """m, the number of sites a round that the sum is divided by.
 

@@ -50,6 +50,10 @@ class Combinator(Strategy, ABC):
         return self.inner.buffer
 
     @property
+    def guards(self) -> str:
+        return self.inner.guards
+
+    @property
     def label(self) -> str:
         return f"{super().label} over {self.inner.label}"
 

@@ -36,8 +36,9 @@ from typing import Literal
 import torch
 
 from fedft.core import algebra
+from fedft.core.parts import ALL_PARTS
 from fedft.core.types import Adapter, ClientUpdate, Factors, Part, ServerState, Site, TrainPlan
-from fedft.strategies.base import ALL_PARTS, Layer, Strategy, layers, mean_of, rebuilt
+from fedft.strategies.base import Layer, Strategy, layers, mean_of, rebuilt
 
 
 class FedSB(Strategy):

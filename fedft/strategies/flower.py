@@ -135,6 +135,12 @@ class FlowerStrategy(FlowerBase):
         """Messages to this round's sample. The state is this object's; ``arrays`` only mirror it."""
         nodes = self._sample(grid, "train", server_round, self.fraction_train)
         self._plans = {node: self.rule.plan(self.state, Site(str(node), 1)) for node in nodes}
+        if any(plan.terms for plan in self._plans.values()):
+            raise ConfigError(
+                f"{self.rule.label} asks clients for terms of local training, and clients of Flower's "
+                "own strategies are not told of any",
+                fix="run it with: fedft simulate CONFIG",
+            )
         return _messages(MessageType.TRAIN, self._plans, {**config, "server-round": server_round})
 
     def aggregate_train(

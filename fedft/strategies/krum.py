@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedft.core import algebra
+from fedft.core.parts import MATRICES
 from fedft.core.types import ClientUpdate, ServerState
 from fedft.strategies.combinator import Combinator
 
@@ -45,12 +46,16 @@ class Central(Combinator, ABC):
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
     @property
+    def guards(self) -> str:
+        return f"{self.label} picks clients by the change of their adapters"
+
+    @property
     def mean_only(self) -> bool:
         return False
 
     @model_validator(mode="after")
     def _products_are_known(self) -> Self:
-        if kept := self.inner.personal & {"A", "B", "R"}:
+        if kept := self.inner.personal & MATRICES:
             raise ValueError(
                 f"inner: the sites' products are compared, and under {self.inner.name} they keep "
                 f"{', '.join(sorted(kept))} to themselves; choose a rule that shares both factors"

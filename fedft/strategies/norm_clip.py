@@ -43,6 +43,10 @@ class NormClip(Combinator):
     max_norm: PositiveFloat | None = None
 
     @property
+    def guards(self) -> str:
+        return f"{self.label} bounds the change of the adapter"
+
+    @property
     def mean_only(self) -> bool:
         return False
 

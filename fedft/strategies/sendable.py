@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedft.core.errors import ConfigError
+from fedft.core.terms import is_entry
 from fedft.core.types import LARGEST_SENT, ServerState, factor_name
 
 NO_RESULT: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
@@ -62,7 +63,10 @@ def _said(low: float, high: float, largest: float) -> str:
 
 
 def _parts(state: ServerState) -> Iterator[tuple[str, Tensor, float]]:
-    """Name, tensor and the largest number it may hold; slots never travel, and only must be finite."""
+    """Name, tensor and the largest number it may hold.
+
+    Of the slots only records travel; the others must be finite.
+    """
     for name, tensor in state.adapter.tensors().items():
         yield name, tensor, LARGEST_SENT
     for module, f in state.delta.items():
@@ -70,4 +74,4 @@ def _parts(state: ServerState) -> Iterator[tuple[str, Tensor, float]]:
         yield f"the base change {factor_name(module, 'B')}", f.B, LARGEST_SENT
     for name, tensor in state.slots.items():
         most = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else float("inf")
-        yield f"its own {name}", tensor, most
+        yield f"its own {name}", tensor, LARGEST_SENT if is_entry(name) else most

@@ -25,6 +25,10 @@ class Summary(Combinator, ABC):
     """
 
     @property
+    def guards(self) -> str:
+        return f"{self.label} makes one summary of the changes of the adapter"
+
+    @property
     def mean_only(self) -> bool:
         return False
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedft.clients.attack import liars, sent_by
+from fedft.clients.attack import liars, records_sent_by, sent_by
 from fedft.core.spec import AttackSpec, DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import Adapter, Factors, TrainPlan
 
@@ -58,3 +58,21 @@ def test_liars_that_collude_point_the_same_way():
     assert norm(dict(a)) == pytest.approx(2 * norm(TRUTH), rel=1e-5)
     other = sent_by(spec, min(liars(0, 10, 0.2)), TrainPlan(start=START, round=5), TRUTH)
     assert not torch.equal(a["bias"], other["bias"])
+
+
+def test_liars_lie_in_what_they_send_beside_the_adapter():
+    records = {"drift": TRUTH, "count": {"n": torch.tensor(3.0)}}
+    spec = task(kind="sign-flip", share=0.2, scale=3.0)
+    index = min(liars(spec.seed, 10, 0.2))
+    honest = min(set(range(10)) - liars(spec.seed, 10, 0.2))
+    assert records_sent_by(spec, honest, PLAN, records) is records
+    assert records_sent_by(task(), index, PLAN, records) is records
+    lie = records_sent_by(spec, index, PLAN, records)
+    assert float(lie["count"]["n"]) == -9.0
+    assert all(torch.equal(lie["drift"][name], -3.0 * t) for name, t in TRUTH.items())
+    together = task(kind="collude", share=0.2, scale=2.0)
+    a, b = (records_sent_by(together, i, PLAN, records) for i in sorted(liars(0, 10, 0.2)))
+    assert all(torch.equal(a["drift"][name], b["drift"][name]) for name in TRUTH)
+    length = sum(float(t.square().sum()) for t in TRUTH.values()) ** 0.5
+    found = sum(float(t.square().sum()) for t in a["drift"].values()) ** 0.5
+    assert found == pytest.approx(2 * length, rel=1e-5)

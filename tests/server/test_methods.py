@@ -15,7 +15,7 @@ from fedft.core import models
 from fedft.core.adapters import peft
 from fedft.core.errors import ConfigError, EnvironmentFailure, Interrupted
 from fedft.core.link import link_pb2 as pb
-from fedft.core.link.shapes import ALL, of_adapter, of_work
+from fedft.core.link.shapes import of_adapter, of_work
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import part_of
 from fedft.server.checkpoints import Checkpoints
@@ -265,7 +265,7 @@ def test_both_ends_of_a_stream_know_what_may_come(lora: dict[str, Any], tiny_tab
     schema = models.schema(config.model, config.lora, 3)
     adapter = models.initial_adapter(schema, config.lora, config.rank, 0)
     everything = {n: tuple(t.shape) for n, t in adapter.tensors().items()}
-    assert of_adapter(schema, adapter.rank, ALL) == everything
+    assert of_adapter(schema, adapter.rank) == everything
     assert of_work(schema, adapter.rank, pb.Content()) == {"arrays": everything, "delta": {}}
     sent = {n: shape for n, shape in everything.items() if part_of(n) in ("A", "head")}
     assert of_adapter(schema, adapter.rank, ("A", "head")) == sent

@@ -2,7 +2,8 @@
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedft.core.errors import UpdateRejected
+from fedft.core.terms import Term
 from fedft.core.types import Adapter, ClientUpdate, Factors, Site, TrainPlan
 from fedft.core.wire import codec
 from fedft.server.validation import Limits, validate
@@ -178,3 +180,68 @@ def test_random_bytes_are_rejected_or_are_numbers(data: st.DataObject) -> None:
         return
     assert update.tensors[NAME].shape == (2, 5)
     assert bool(torch.isfinite(update.tensors[NAME]).all())
+
+
+# ── records beside the adapter ────────────────────────────────────────────────────────────────
+
+
+class Told(Term):
+    kind: Literal["told"] = "told"
+    sends: ClassVar[frozenset[str]] = frozenset({"drift"})
+
+
+def asked() -> TrainPlan:
+    return replace(plan(), terms=(Told(),))
+
+
+def told(**changed: Array | None) -> RecordDict:
+    """A good reply, some tensors of its record replaced, or left out where None."""
+    drift = {
+        name: torch.full(shape, 0.5) for name, shape in asked().schema("sends")["drift"].items()
+    }
+    content = codec.reply_content(asked().sent(), 60, {}, records={"drift": drift})
+    arrays = {**content.array_records["drift"], **changed}
+    content["drift"] = ArrayRecord({name: array for name, array in arrays.items() if array})
+    return content
+
+
+def lied(content: RecordDict, reason: str, limits: Limits | None = None) -> None:
+    validate(told(), asked(), SITE, Limits())  # control
+    with pytest.raises(UpdateRejected) as caught:
+        validate(content, asked(), SITE, limits or Limits())
+    assert caught.value.reason == reason
+
+
+def numbers(value: float = 0.5, shape: tuple[int, ...] = (2, 5), dtype: Any = np.float32) -> Array:
+    return Array(np.full(shape, value, dtype))
+
+
+def test_a_record_is_decoded_whole() -> None:
+    update = validate(told(), asked(), SITE, Limits())
+    assert {r: set(t) for r, t in update.records.items()} == {"drift": set(asked().sent())}
+    assert all(bool((t == 0.5).all()) for t in update.records["drift"].values())
+    assert torch.equal(update.tensors[NAME], asked().sent()[NAME])
+
+
+def test_a_record_is_held_to_its_schema_as_the_adapter_is() -> None:
+    lied(reply(), "schema")  # it is missing
+    twice = told()
+    twice["own-drift"] = twice.array_records["drift"]
+    lied(twice, "schema")
+    with pytest.raises(UpdateRejected, match="exactly the array records"):
+        validate(told(), plan(), SITE, Limits())  # nobody asked for it
+    lied(told(**{NAME: None}), "keys")
+    lied(told(more=numbers()), "keys")
+    lied(told(**{NAME: numbers(shape=(5, 2))}), "shape")
+    lied(told(**{NAME: numbers(dtype=np.int64)}), "dtype")
+    lied(told(**{NAME: Array("float32", (2, 5), codec.NPY, b"\0" * 100_000)}), "size")
+    lied(told(**{NAME: Array("float32", (2, 5), "pickle", b"\0" * 40)}), "format")
+    for value in (float("nan"), float("inf")):
+        lied(told(**{NAME: numbers(value)}), "nan")
+    lied(told(**{NAME: numbers(1e300, dtype=np.float64)}), "nan")  # no number in what rules take
+
+
+def test_a_record_does_not_get_around_the_bound_on_an_update() -> None:
+    limits = Limits(update_norm=10.0)
+    validate(told(), asked(), SITE, limits)
+    lied(told(**{NAME: numbers(100.0)}), "norm", limits)

@@ -7,15 +7,15 @@ in one forward and backward pass.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedft.core.metrics import Tally
 from fedft.core.models import Base
 from fedft.core.sublayers import Layer
-from fedft.core.types import Adapter, Batch, Delta, TrainPlan
+from fedft.core.types import Adapter, Batch, Delta, Records, TrainPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +26,13 @@ class Trained:
         adapter: after training, on the CPU in float32; the parts that did not train are the start's.
         metrics: ``loss``, the mean of the batch losses weighted by examples; ``steps``;
             ``grad_A_norm`` and ``grad_B_norm`` of the first batch, before clipping.
+        records: of the plan's terms: every record that one of them sends or keeps, each as
+            ``plan.schema`` has it, on the CPU in float32.
     """
 
     adapter: Adapter
     metrics: Mapping[str, float]
+    records: Records = field(default_factory=dict[str, Mapping[str, Tensor]])
 
 
 class Engine(Protocol):

@@ -61,7 +61,8 @@ from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.adapters import hydra
-from fedft.core.folding import MATRICES, Folded, squared_distance
+from fedft.core.folding import Folded, squared_distance
+from fedft.core.parts import MATRICES
 from fedft.core.types import Adapter, Delta, Factors, ServerState, TrainPlan
 
 _BLOCK = 2048

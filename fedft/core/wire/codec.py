@@ -1,22 +1,25 @@
 """To and from Flower's records: what is said in types on one side of the wire, in bytes on it.
 
-Three records make up every message:
+These records make up a message:
 
     arrays   ArrayRecord   the tensors of an adapter, by PEFT name
     delta    ArrayRecord   the factored change of the base weights, where there is one
+    NAME     ArrayRecord   one for every record of the plan's terms that travels this way
     config   ConfigRecord  {"plan": JSON, "task": JSON}; a reply has none
 
 A reply carries ``arrays`` and ``metrics`` (MetricRecord with ``num-examples``), which is also what
-Flower's own strategies expect. float32 travels in Flower's NumPy format; bfloat16, which NumPy
+Flower's own strategies expect. What each record consists of is told by
+:class:`~fedft.core.wire.schema.PlanSchema`. float32 travels in Flower's NumPy format; bfloat16, which NumPy
 does not know, travels as raw little-endian bytes under a serialisation type of our own.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,7 +28,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedft.core.algebra import orthonormal_basis
+from fedft.core.errors import MismatchError
+from fedft.core.parts import ALL_PARTS
 from fedft.core.sublayers import Layer, Sublayer
+from fedft.core.terms import terms_from, terms_json
 from fedft.core.types import (
     Adapter,
     Delta,
@@ -33,10 +39,12 @@ from fedft.core.types import (
     Factors,
     LocalTraining,
     Part,
+    Records,
     TrainPlan,
     factor_name,
     module_of,
 )
+from fedft.core.wire.schema import ARRAYS, DELTA, PlanSchema, fault, finite, numbers
 
 WireDtype = Literal["fp32", "bf16"]
 BF16 = "fedft.bfloat16"
@@ -97,14 +105,8 @@ def payload_bytes(record: ArrayRecord) -> int:
 
 def plan_bytes(plan: TrainPlan, dtype: WireDtype = "fp32") -> tuple[int, int]:
     """Bytes of all tensors of a ``train`` message and of the reply to it, from their shapes alone."""
-    delta = [tensor for f in plan.delta.values() for tensor in (f.A, f.B)]
-    down = [*plan.start.tensors(plan.receive).values(), *delta]
-    return _tensor_bytes(down, dtype), _tensor_bytes(plan.sent().values(), dtype)
-
-
-def _tensor_bytes(tensors: Iterable[Tensor], dtype: WireDtype) -> int:
-    size = 4 if dtype == "fp32" else 2
-    return sum(t.numel() * (size if t.is_floating_point() else t.itemsize) for t in tensors)
+    size, schema = 4 if dtype == "fp32" else 2, PlanSchema.of(plan)
+    return size * numbers(schema.down), size * numbers(schema.up)
 
 
 def _encode(tensor: Tensor, dtype: WireDtype) -> Array:
@@ -158,12 +160,19 @@ class Encoder:
     def __init__(self, task: str, dtype: WireDtype = "fp32") -> None:
         self._task = task
         self._dtype: WireDtype = dtype
-        self._records: dict[tuple[int, frozenset[Part]], ArrayRecord] = {}
+        self._records: dict[tuple[object, ...], ArrayRecord] = {}
         self._alive: list[object] = []  # an id is unique only while its object lives
 
     def train(self, plan: TrainPlan) -> RecordDict:
-        """The content of a ``train`` message."""
-        fields = {
+        """The content of a ``train`` message.
+
+        Raises:
+            ValueError: the plan's records are not what its terms say.
+        """
+        wanted = plan.schema("receives")
+        if wrong := fault(plan.records, wanted):
+            raise ValueError(f"the plan for {plan.site!r} {wrong}")
+        fields: dict[str, Any] = {
             "scale": _scale(plan.start),
             "rank": plan.start.rank,
             "train": sorted(plan.train),
@@ -176,7 +185,13 @@ class Encoder:
             "round": plan.round,
             "site": plan.site,
         }
-        return self._content(plan.start, plan.receive, plan.delta, fields)
+        if plan.terms:
+            fields["terms"] = terms_json(plan.terms)
+        content = self._content(plan.start, plan.receive, plan.delta, fields)
+        for record, shapes in wanted.items():
+            tensors = plan.records[record]
+            content[record] = self._named({name: tensors[name] for name in shapes})
+        return content
 
     def evaluate(self, plan: EvalPlan) -> RecordDict:
         """The content of an ``evaluate`` message."""
@@ -192,15 +207,14 @@ class Encoder:
             "round": plan.round,
             "site": plan.site,
         }
-        everything: frozenset[Part] = frozenset({"A", "B", "R", "router", "head"})
-        return self._content(plan.adapter, everything, plan.delta, fields)
+        return self._content(plan.adapter, ALL_PARTS, plan.delta, fields)
 
     def _content(
         self, adapter: Adapter, parts: frozenset[Part], delta: Delta, fields: dict[str, Any]
     ) -> RecordDict:
-        content = RecordDict({"arrays": self._record(adapter, parts)})
+        content = RecordDict({ARRAYS: self._record(adapter, parts)})
         if delta:
-            content["delta"] = self._record(delta, frozenset())
+            content[DELTA] = self._record(delta, frozenset())
         content["config"] = ConfigRecord({"plan": json.dumps(fields), "task": self._task})
         return content
 
@@ -212,6 +226,14 @@ class Encoder:
             )
             self._records[key] = arrays_from(tensors, self._dtype)
             self._alive.append(source)
+        return self._records[key]
+
+    def _named(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
+        """A record of a term; plans that have the same tensors in it share one."""
+        key = tuple((name, id(tensor)) for name, tensor in tensors.items())
+        if key not in self._records:
+            self._records[key] = arrays_from(tensors, self._dtype)
+            self._alive.append(tensors)
         return self._records[key]
 
 
@@ -243,12 +265,15 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         content: as :meth:`Encoder.train` made it.
         initial: the adapter of the common seed at the plan's rank.
         seed: of the run.
+
+    Raises:
+        MismatchError: its terms are not known here, or their records are not what they should be.
     """
     fields = message_fields(content)
     basis = fields["basis"]
     if basis is not None:
         initial = _on_basis(initial, basis)
-    return TrainPlan(
+    plan = TrainPlan(
         start=_start(content, initial, fields),
         delta=_delta(content),
         train=frozenset(fields["train"]),
@@ -258,10 +283,31 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         training=LocalTraining(**fields["training"]),
         layers=_layers(fields["layers"]),
         heads=_indices(fields["heads"]),
+        terms=terms_from(fields.get("terms", [])),
         round=fields["round"],
         site=fields["site"],
         seed=seed,
     )
+    return replace(plan, records=_received(content, plan))
+
+
+def _received(content: RecordDict, plan: TrainPlan) -> dict[str, dict[str, Tensor]]:
+    """The records of the plan's terms that came with it, as they should be."""
+    try:
+        wanted = plan.schema("receives")
+    except ValueError as error:
+        raise MismatchError(f"the plan cannot be used: {error}") from error
+    records = {
+        name: tensors_from(record)
+        for name, record in content.array_records.items()
+        if name not in (ARRAYS, DELTA)
+    }
+    if wrong := fault(records, wanted):
+        raise MismatchError(f"the plan {wrong}")
+    for record, tensors in records.items():
+        if not finite(tensors.values()):
+            raise MismatchError(f"the record {record!r} of the plan contains NaN or Inf")
+    return {name: {n: records[name][n] for n in shapes} for name, shapes in wanted.items()}
 
 
 def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
@@ -282,7 +328,7 @@ def eval_plan(content: RecordDict, initial: Adapter) -> EvalPlan:
 
 
 def _start(content: RecordDict, initial: Adapter, fields: dict[str, Any]) -> Adapter:
-    received = tensors_from(content.array_records["arrays"])
+    received = tensors_from(content.array_records[ARRAYS])
     layers = _layers(fields["layers"])
     held = initial if layers is None else initial.narrowed(layers)
     return adapter_from(received, held, fields["scale"])
@@ -308,7 +354,7 @@ def _on_basis(initial: Adapter, basis: int) -> Adapter:
 
 
 def _delta(content: RecordDict) -> dict[str, Factors]:
-    record = content.array_records.get("delta")
+    record = content.array_records.get(DELTA)
     return delta_from(tensors_from(record)) if record is not None else {}
 
 
@@ -317,10 +363,15 @@ def reply_content(
     examples: int,
     metrics: Mapping[str, float],
     dtype: WireDtype = "fp32",
+    records: Records = MappingProxyType({}),
 ) -> RecordDict:
-    """The content of a reply."""
-    numbers: dict[str, Any] = {"num-examples": examples, **metrics}
-    return RecordDict({"arrays": arrays_from(tensors, dtype), "metrics": MetricRecord(numbers)})
+    """The content of a reply; ``records`` are those of terms that travel up."""
+    values: dict[str, Any] = {"num-examples": examples, **metrics}
+    content = RecordDict({ARRAYS: arrays_from(tensors, dtype)})
+    for name, record in records.items():
+        content[name] = arrays_from(record, dtype)
+    content["metrics"] = MetricRecord(values)
+    return content
 
 
 def on_the_wire(adapter: Adapter, dtype: WireDtype) -> Adapter:

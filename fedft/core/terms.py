@@ -1,0 +1,193 @@
+"""What a plan may ask of local training beyond plain steps, and the tensors that this takes.
+
+A term is said in the vocabulary of optimisation (a proximal term, control variates); no rule's name
+is on the wire. Beside the adapter it may use named records of tensors, each PEFT name → tensor:
+
+    receives   records that travel down with the plan
+    sends      records that travel up with the reply
+    keeps      records that stay at the client from one round to the next
+
+:meth:`Term.shapes` says what each record consists of. It is the only place that does: the wire, its
+checks, the count of bytes, the checkpoint and a client's own state all go by it.
+
+To add a term, write a class here and add it to :data:`TERMS`; what a client does for it is one file
+in ``fedft/clients/methods``.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+from pydantic import ValidationError
+
+from fedft.core.complaints import complaints
+from fedft.core.errors import MismatchError
+from fedft.core.parts import PREFIX
+from fedft.core.strict import Table
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""PEFT name → shape of a tensor."""
+
+Way = Literal["receives", "sends", "keeps"]
+"""Where a record goes: down, up, or nowhere."""
+
+WAYS: tuple[Way, ...] = ("receives", "sends", "keeps")
+
+RESERVED = frozenset({"arrays", "delta", "config", "metrics"})
+"""Names of the records that every message may have; no term's record is called so."""
+
+MOST_TERMS = 16
+"""Terms of one plan."""
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+
+class Term(Table):
+    """Base of every term. A subclass gives ``kind`` a literal type and a default.
+
+    Attributes:
+        kind: names the term on the wire, such as ``control-variates``.
+        receives: names of the records that travel down.
+        sends: names of those that travel up.
+        keeps: names of those that stay at the client. A record may be both sent and kept, and a
+            name may travel in both directions; what is kept and what comes down have different names.
+    """
+
+    kind: str
+    receives: ClassVar[frozenset[str]] = frozenset()
+    sends: ClassVar[frozenset[str]] = frozenset()
+    keeps: ClassVar[frozenset[str]] = frozenset()
+
+    def shapes(self, record: str, start: Shapes, trained: Collection[str]) -> Shapes:
+        """What a record consists of. Default: a tensor for each one that trains, of its shape.
+
+        Args:
+            record: its name.
+            start: the shapes of all tensors of the adapter that the client starts from.
+            trained: the names of those that train in this plan.
+        """
+        return {name: shape for name, shape in start.items() if name in trained}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for record in cls.receives | cls.sends | cls.keeps:
+            if record in RESERVED or not _NAME.fullmatch(record):
+                raise TypeError(
+                    f"{cls.__name__}: {record!r} cannot name a record; take up to 40 small letters, "
+                    f"digits and hyphens, and none of {', '.join(sorted(RESERVED))}"
+                )
+        if both := cls.receives & cls.keeps:
+            raise TypeError(
+                f"{cls.__name__}: {min(both)!r} is received and kept; give the two different names"
+            )
+
+    def named(self, way: Way) -> frozenset[str]:
+        """The records that go this way."""
+        return {"receives": self.receives, "sends": self.sends, "keeps": self.keeps}[way]
+
+
+TERMS: tuple[type[Term], ...] = ()
+"""The terms that fedft knows: a row each."""
+
+
+def kind_of(term: type[Term]) -> str:
+    """What the class is called on the wire."""
+    return str(term.model_fields["kind"].default)
+
+
+def known(kind: str) -> type[Term]:
+    """The class of a kind. Looks in :data:`TERMS` only: nothing that a server names is imported.
+
+    Raises:
+        MismatchError: there is none.
+    """
+    for term in TERMS:
+        if kind_of(term) == kind:
+            return term
+    raise MismatchError(
+        f"the plan asks for {kind[:80]!r}, which is no term of local training that is known here",
+        fix="Install the version of fedft that the server runs.",
+    )
+
+
+def terms_json(terms: Sequence[Term]) -> list[dict[str, Any]]:
+    """The terms as JSON data, for a plan."""
+    return [term.model_dump(mode="json") for term in terms]
+
+
+def terms_from(data: object) -> tuple[Term, ...]:
+    """The inverse, of data that may come from anybody.
+
+    Raises:
+        MismatchError: they are none, or of a kind that is not known here.
+    """
+    if not isinstance(data, list) or len(cast(list[object], data)) > MOST_TERMS:
+        raise MismatchError(f"the terms of a plan are a list of at most {MOST_TERMS}")
+    return tuple(map(_term, cast(list[object], data)))
+
+
+def _term(data: object) -> Term:
+    fields = cast(dict[str, object], data) if isinstance(data, dict) else {}
+    kind = fields.get("kind")
+    if not isinstance(kind, str):
+        raise MismatchError("a term of a plan is a table that says its kind")
+    try:
+        return known(kind).model_validate(fields)
+    except ValidationError as error:
+        fault = complaints(error)[0]
+        where = ".".join((kind, *fault.path))[:80]
+        raise MismatchError(
+            f"a term of the plan cannot be used: {where} = {fault.shown}: {fault.rule}"
+        ) from error
+
+
+def records_of(
+    terms: Sequence[Term], way: Way, start: Shapes, trained: Collection[str]
+) -> dict[str, Shapes]:
+    """Every record of some terms that goes one way, and what it consists of.
+
+    Args:
+        terms: of one plan.
+        way: which records are meant.
+        start: the shapes of all tensors of the adapter.
+        trained: the names of those that train.
+
+    Raises:
+        ValueError: two terms have a record of the same name.
+    """
+    found: dict[str, Shapes] = {}
+    for term in terms:
+        for record in sorted(term.named(way)):
+            if record in found:
+                raise ValueError(f"two terms of one plan both have a record {record!r}")
+            found[record] = dict(term.shapes(record, start, trained))
+    return found
+
+
+def entry(record: str, name: str) -> str:
+    """The name of one tensor of a record among tensors of other records, ``record/name``.
+
+    So a rule names what it keeps in its slots, and a client's state what it keeps beside its parts
+    of the adapter. A PEFT name has a dot before any slash: it is never taken for an entry.
+    """
+    return f"{record}/{name}"
+
+
+def is_entry(name: str) -> bool:
+    """Whether a name is one that :func:`entry` gives to a tensor of the adapter in some record."""
+    record, _, tensor = name.partition("/")
+    return bool(_NAME.fullmatch(record)) and tensor.startswith(PREFIX)
+
+
+def entries(record: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a record under their names among those of others."""
+    return {entry(record, name): tensor for name, tensor in tensors.items()}
+
+
+def taken(record: str, named: Mapping[str, _T]) -> dict[str, _T]:
+    """The inverse of :func:`entries`: one record's tensors from among those of others."""
+    prefix = entry(record, "")
+    return {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
