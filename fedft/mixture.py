@@ -27,10 +27,10 @@ def load_mixture(
     """
     from fedft.clients.engines.hydra import mixture
     from fedft.core import models
-    from fedft.core.adapters import files, hydra
+    from fedft.core.adapters import hydra
     from fedft.core.spec import LoraSpec, ModelSpec
 
-    adapter, about = files.load_mixture(Path(folder))
+    adapter, about = hydra.load_mixture(Path(folder))
     spec = ModelSpec(source=base or about["base"], task=about["task"])
     lora = LoraSpec(
         method="hydralora",

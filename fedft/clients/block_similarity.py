@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedft.clients.engines.base import Engine
 from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.core import similarity, sublayers
-from fedft.core.adapters.lora import effective
+from fedft.core.adapters.scale import effective
 from fedft.core.errors import MismatchError
 from fedft.core.precise import widened
 from fedft.core.sublayers import HALVES, Layer, Sublayer

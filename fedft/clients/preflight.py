@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedft.clients.engines.base import Engine, Trained
 from fedft.core import models, seeds
+from fedft.core.adapters import family_of
 from fedft.core.checkpoint import first_sentence, lacks_memory, stamp
 from fedft.core.data.source import Data
 from fedft.core.errors import FedftError, MismatchError
@@ -184,7 +185,7 @@ def _start(bench: Bench) -> Adapter:
     """The common adapter; of another method of peft one of small numbers, for its zeros may divide."""
     lora, seed = bench.task.lora, bench.task.seed
     initial = bench.initial(lora.rank)
-    if not lora.whole:
+    if not family_of(lora).draws(lora):
         return initial
     generator = seeds.torch_generator(seed, "preflight")
     return initial.replaced(

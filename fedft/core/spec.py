@@ -93,11 +93,6 @@ class LoraSpec(Table):
     options: dict[str, _Option] = Field(default={})
 
     @property
-    def whole(self) -> bool:
-        """Whether the adapter is tensors of a peft method that are carried whole, not factors."""
-        return self.form not in ("lora", "hydralora")
-
-    @property
     def form(self) -> str:
         """What a rule is asked about: ``lora`` is plain factors, of one rank in every layer."""
         plain = self.method == "lora" and not self.options
@@ -113,16 +108,12 @@ class LoraSpec(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.method == "hydralora") != (self.heads is not None):
+        if self.heads is not None and self.method != "hydralora":
             raise ValueError(
-                "method = 'hydralora' needs the number of its heads, such as heads = 4"
-                if self.heads is None
-                else f"heads = {self.heads} belongs to method = 'hydralora', not to {self.method!r}"
+                f"heads = {self.heads} belongs to method = 'hydralora', not to {self.method!r}"
             )
         if self.init != "default" and self.form != "lora":
             raise ValueError(f"init = {self.init!r} belongs to method = 'lora', not {self.form!r}")
-        if self.options and not self.whole:
-            raise ValueError(f"options are those of a peft method, not of {self.method!r}")
         for key in ("target-modules", "exclude-modules"):
             _check_pattern(key, getattr(self, key.replace("-", "_")))
         return self

@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedft.core.adapters.tuners import tuner_of
+from fedft.core.adapters import family_of
 from fedft.core.errors import ConfigError
 from fedft.core.spec import (
     AttackSpec,
@@ -213,10 +213,7 @@ class RunConfig(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if self.lora.whole:
-            from fedft.core.adapters import peft  # peft takes a second to import
-
-            peft.config_of(self.lora, targets=None, seed=0)
+        family_of(self.lora).check(self.lora)
         rounds, fleet = self.rounds, self.fleet
         if rounds.per_round + rounds.spares > fleet.clients:
             spares = f" with spares = {rounds.spares}" if rounds.spares else ""
@@ -274,7 +271,7 @@ class RunConfig(Table):
                 'trained one by one; set cohort = 1 or "auto"'
             )
         held = f"load-in = {self.model.load_in!r}" if self.model.load_in else self.engine.precision
-        if lora.whole and tuner_of(lora.method).from_weights and held not in ("fp32", "tf32"):
+        if family_of(lora).from_weights(lora) and held not in ("fp32", "tf32"):
             raise ValueError(
                 f"[lora] method = {lora.method!r} works out frozen tensors from the base weights, and sites "
                 f"that hold them in {held} get others; set [engine] precision = 'fp32'"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedft.core import models
+from fedft.core.adapters import family_of
 from fedft.core.data.source import Data, check_test, prepare
 from fedft.core.errors import ConfigError
 from fedft.core.text.special_tokens import SpecialTokens
@@ -58,7 +59,7 @@ def check_rank(config: RunConfig, shapes: models.Schema) -> None:
     Raises:
         ConfigError: naming the layer.
     """
-    if config.lora.whole:
+    if not family_of(config.lora).bounded:
         return
     for module, (d_out, d_in) in shapes.modules.items():
         if config.rank > min(d_out, d_in):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import RecordDict
 
+from fedft.core.adapters import family_of
 from fedft.core.digest import adapter_digest
 from fedft.core.errors import (
     ConfigError,
@@ -258,7 +259,7 @@ def _verified(
         return None
     from fedft.server.verify import verify  # peft takes a second to import
 
-    gated = config.lora.method == "hydralora"  # what of it stock peft can load is another model
+    stock = family_of(config.lora).stock
     with tempfile.TemporaryDirectory() as spare:
         folder = run.adapter(state.round)
         if not folder.exists():
@@ -273,7 +274,7 @@ def _verified(
             folder=setting.folder,
             classes=len(setting.data.classes),
             head=setting.shapes.saved,
-            test=setting.data.test.subset(np.arange(0)) if gated else setting.data.test,
+            test=setting.data.test if stock else setting.data.test.subset(np.arange(0)),
             precision=setting.task.precision,
             special=setting.special,
             stop=federation.stop,

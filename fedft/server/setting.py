@@ -9,6 +9,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedft.core import models
+from fedft.core.adapters import family_of
 from fedft.core.data import partition
 from fedft.core.data.partition import Manifest
 from fedft.core.data.source import Data
@@ -230,7 +231,7 @@ def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
     """
     lora = config.lora
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
-    if not lora.whole and lora.init == "default":
+    if not family_of(lora).draws(lora):
         return config.strategy.init(initial)
     from fedft.core.models.start import drawn  # peft takes a second to import
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedft.core import models
-from fedft.core.adapters.lora import effective
+from fedft.core.adapters.scale import effective
 from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Factors, block_of

@@ -9,7 +9,7 @@ import torch
 
 from fedft.api import Run
 from fedft.clients.engines.cohort import CohortEngine
-from fedft.core.adapters.lora import effective
+from fedft.core.adapters.scale import effective
 from fedft.core.errors import Interrupted
 from fedft.core.types import ServerState, TrainPlan
 from fedft.server.checkpoints import Checkpoints

@@ -18,8 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedft.clients.engines.peft_engine import WholeEngine
 from fedft.core import models
-from fedft.core.adapters import peft
-from fedft.core.adapters.files import save_whole
+from fedft.core.adapters import Export, family_of, peft
 from fedft.core.adapters.tuners import TUNERS, canonical
 from fedft.core.errors import ConfigError, EnvironmentFailure
 from fedft.core.models.start import drawn, frozen_tensors
@@ -119,10 +118,12 @@ def outcome(
     adapter: Adapter = start.replaced(
         {n: t + 0.05 * torch.randn(t.shape, generator=numbers) for n, t in start.tensors().items()}
     )
-    about: Any = {"head": models.schema(model, lora, 3).saved, "beside": {}}
-    frozen, targets = frozen_tensors(model, lora, 0)
-    about |= {"targets": targets, "frozen": frozen, "base": model.source, "seed": 0}
-    save_whole(folder, adapter, model=model, lora=lora, **about)
+    shapes = models.schema(model, lora, 3)
+    made = Export(
+        *(adapter, {}, model, lora, shapes.saved, {}, 3, 0, shapes.transposed),
+        frozen=lambda: frozen_tensors(model, lora, 0),
+    )
+    family_of(lora).save(folder, made)
     base = models.load_base(model, lora, 3)
     engine = WholeEngine(base, lora, 0)
     engine.evaluate(adapter, {}, [])

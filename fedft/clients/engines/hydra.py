@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedft.clients.engines.loop import LoopEngine
-from fedft.core.adapters.lora import scale_of
+from fedft.core.adapters.scale import scale_of
 from fedft.core.models import Base, weight_shape
 from fedft.core.spec import LoraSpec
 from fedft.core.types import Adapter, TrainPlan, factor_name, head_name

@@ -4,7 +4,7 @@
 # safetensors is typed in part.
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedft.core.adapters import hydra, peft
-from fedft.core.adapters.lora import effective, scale_of
+from fedft.core.adapters.scale import effective
 from fedft.core.algebra import pad
 from fedft.core.checkpoint import Head
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import MIB, Files, disk, open_plain, read_plain, write_file
-from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
 
 PEFT_TASK: dict[str, str | None] = {
@@ -86,124 +84,20 @@ def save_adapter(
         "modules_to_save": sorted(tops if head is None else head.modules) or None,
         "inference_mode": True,
     }
-    _write(folder, {**plain.map_factors(folded).tensors(), **_prefixed(beside)}, config)
+    write(folder, {**plain.map_factors(folded).tensors(), **prefixed(beside)}, config)
 
 
-def _prefixed(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def prefixed(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Tensors of the model by the names that PEFT gives them."""
     return {PREFIX + name: tensor for name, tensor in (tensors or {}).items()}
 
 
-def save_whole(
-    folder: Path,
-    adapter: Adapter,
-    *,
-    model: ModelSpec,
-    lora: LoraSpec,
-    base: str,
-    seed: int,
-    targets: Sequence[str],
-    frozen: Mapping[str, Tensor],
-    head: Head,
-    beside: Mapping[str, Tensor],
-) -> None:
-    """Write an adapter of another peft method, with peft's own configuration of it.
-
-
-    Args:
-        folder: created if needed.
-        adapter: whose tensors are carried whole.
-        model: the `[model]` table.
-        lora: the `[lora]` table.
-        base: name or folder of the base model, for the reader.
-        seed: run seed.
-        targets: paths of the adapted layers.
-        frozen: what the method needs and does not train, such as VeRA's projections.
-        head: as for :func:`save_adapter`.
-        beside: likewise.
+def write(folder: Path, named: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors by PEFT name, and peft's configuration of them.
 
     Raises:
         EnvironmentFailure: the disk refused.
     """
-    own = peft.config_of(lora, targets, seed).to_dict()
-    config = {
-        **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},
-        "task_type": PEFT_TASK[model.task],
-        "base_model_name_or_path": base,
-        "revision": model.revision,
-        "modules_to_save": sorted(head.modules) or None,
-        "inference_mode": True,
-    }
-    _write(folder, {**adapter.head, **frozen, **_prefixed(beside)}, config)
-
-
-MIXTURE = "mixture"
-"""File name, without its ending, of all heads and routers of a HydraLoRA adapter."""
-
-
-def save_mixture(
-    folder: Path,
-    adapter: Adapter,
-    *,
-    model: ModelSpec,
-    lora: LoraSpec,
-    base: str,
-    head: Head,
-    beside: Mapping[str, Tensor],
-    classes: int,
-) -> None:
-    """Write a HydraLoRA adapter: what stock peft can load of it, and all of it.
-
-    ``folder`` itself is a LoRA adapter with the uniform mean of the heads, ``head-<i>`` one with
-    head i alone; ``mixture.safetensors`` and ``mixture.json`` hold every head and the routers, for
-    :func:`fedft.load_mixture`. No LoRA adapter can hold gates that depend on the input.
-
-    Args:
-        folder: created if needed.
-        adapter: of HydraLoRA.
-        model: the `[model]` table.
-        lora: the `[lora]` table.
-        base: name or folder of the base model, for the reader.
-        head: as for :func:`save_adapter`.
-        beside: likewise.
-        classes: number of classes.
-
-    Raises:
-        EnvironmentFailure: the disk refused.
-    """
-    scale, count = scale_of(lora, adapter.rank), hydra.head_count(adapter)
-    about: dict[str, Any] = {"task": model.task, "base": base, "revision": model.revision}
-    extra: dict[str, Any] = {"head": head, "beside": beside}
-    save_adapter(folder, hydra.mixed(adapter, scale, [1 / count] * count), {}, **about, **extra)
-    for i in range(count):
-        alone = hydra.mixed(adapter, scale, [float(i == j) for j in range(count)])
-        save_adapter(folder / f"head-{i}", alone, {}, **about, **extra)
-    config = {**about, "heads": count, "rank": adapter.rank, "scale": scale, "classes": classes}
-    tensors = {name: t.contiguous() for name, t in adapter.head.items()}
-    write_file(folder / f"{MIXTURE}.safetensors", save(tensors, {"format": "pt"}))
-    write_file(folder / f"{MIXTURE}.json", json.dumps(config, indent=2).encode() + b"\n")
-
-
-def load_mixture(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """Read what :func:`save_mixture` wrote: the adapter, and ``task, base, revision, heads, rank, scale, classes``.
-
-    Raises:
-        MismatchError: it is no folder of a HydraLoRA adapter.
-    """
-    try:
-        config = _read_json(folder / f"{MIXTURE}.json")
-        adapter = Adapter({}, _read_tensors(folder / f"{MIXTURE}.safetensors"))
-        scaled = float(config["scale"]) > 0 and hydra.head_count(adapter) == config["heads"] > 0
-    except _UNREADABLE as error:
-        raise MismatchError(
-            f"{folder} holds no readable HydraLoRA mixture: {error}",
-            fix="Export it from a run with [lora] method = 'hydralora'.",
-        ) from error
-    if not scaled:
-        raise MismatchError(f"{folder}: mixture.json does not describe mixture.safetensors")
-    return adapter, config
-
-
-def _write(folder: Path, named: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in named.items()}
     with disk(f"create {folder}"):
         Files().mkdir(folder)
@@ -229,14 +123,14 @@ def load_adapter(folder: Path) -> Adapter:
             f"{folder} has no {WEIGHTS}", fix="Name the folder of an exported adapter."
         )
     try:
-        scale = _scale(_read_json(folder / CONFIG))
-        tensors = _read_tensors(folder / WEIGHTS)
+        scale = _scale(read_json(folder / CONFIG))
+        tensors = read_tensors(folder / WEIGHTS)
         modules = dict.fromkeys(module_of(n) for n in tensors if part_of(n) == "A")
         factors = {
             m: Factors(tensors[factor_name(m, "A")], tensors[factor_name(m, "B")], scale)
             for m in modules
         }
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise MismatchError(
             f"{folder} is no readable LoRA adapter: {error}",
             fix="Export it again, or name the folder of another.",
@@ -244,20 +138,21 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(factors, {n: t for n, t in tensors.items() if part_of(n) == "head"})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a plain file in its folder."""
     found = json.loads(read_plain(path, largest=16 * MIB, within=path.parent))
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return found
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The library maps the file, and compares what its header claims with how long it is."""
     open_plain(path, within=path.parent).close()
     return load_file(path)
 
 
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError),
     SafetensorError,
 )

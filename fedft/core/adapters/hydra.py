@@ -11,13 +11,25 @@ An adapter of this kind carries its tensors whole, under the names ``….lora_A.
 router says, so there is none, and the method is plain LoRA.
 """
 
+# pyright: standard
+# safetensors is typed in part.
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from fedft.core import seeds
+from fedft.core.adapters.base import Export, Family, Modules, Shapes
+from fedft.core.adapters.files import UNREADABLE, read_json, read_tensors, save_adapter
+from fedft.core.adapters.scale import scale_of
 from fedft.core.algebra import uniform_rows
+from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.files import write_file
+from fedft.core.spec import LoraSpec
 from fedft.core.types import (
     Adapter,
     Factors,
@@ -112,3 +124,95 @@ def cosines(adapter: Adapter) -> Tensor:
         gram += rows @ rows.T
     norms = gram.diagonal().sqrt()
     return gram / torch.outer(norms, norms).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+# ── the family ────────────────────────────────────────────────────────────────────────────────
+
+MIXTURE = "mixture"
+"""File name, without its ending, of all heads and routers of a HydraLoRA adapter."""
+
+
+class HydraLoRA(Family):
+    """See the module."""
+
+    name = "hydralora"
+    stock = False  # no LoRA adapter can hold gates that depend on the input
+    note = (
+        "What PEFT loads is the mean of the heads; "
+        "`fedft.load_mixture(FOLDER)` gives the whole mixture."
+    )
+
+    def check(self, lora: LoraSpec) -> None:
+        """It needs the number of its heads, and has no options of peft.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        if lora.heads is None:
+            raise ConfigError(
+                "[lora] method = 'hydralora' needs the number of its heads",
+                fix="Set it, such as heads = 4.",
+            )
+        if lora.options:
+            raise ConfigError(
+                "[lora] options are those of a peft method, not of 'hydralora'",
+                fix="Leave them out.",
+            )
+
+    def shapes(self, model: nn.Module, lora: LoraSpec, modules: Modules) -> Shapes:
+        """A, the router and every B of each layer."""
+        return shapes(modules, lora.rank, _heads(lora))
+
+    def initial(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
+        """See :func:`initial`."""
+        return initial(shapes, seed)
+
+    def save(self, folder: Path, export: Export) -> None:
+        """Write what stock peft can load of it, and all of it.
+
+        ``folder`` itself is a LoRA adapter with the uniform mean of the heads, ``head-<i>`` one with
+        head i alone; ``mixture.safetensors`` and ``mixture.json`` hold every head and the routers,
+        for :func:`fedft.load_mixture`.
+        """
+        adapter, model = export.adapter, export.model
+        scale, count = scale_of(export.lora, adapter.rank), head_count(adapter)
+        about: dict[str, Any] = {
+            "task": model.task,
+            "base": model.source,
+            "revision": model.revision,
+        }
+        extra: dict[str, Any] = {"head": export.head, "beside": export.beside}
+        save_adapter(folder, mixed(adapter, scale, [1 / count] * count), {}, **about, **extra)
+        for i in range(count):
+            alone = mixed(adapter, scale, [float(i == j) for j in range(count)])
+            save_adapter(folder / f"head-{i}", alone, {}, **about, **extra)
+        sizes = {"heads": count, "rank": adapter.rank, "scale": scale, "classes": export.classes}
+        tensors = {name: t.contiguous() for name, t in adapter.head.items()}
+        write_file(folder / f"{MIXTURE}.safetensors", save(tensors, {"format": "pt"}))
+        text = json.dumps(about | sizes, indent=2)
+        write_file(folder / f"{MIXTURE}.json", text.encode() + b"\n")
+
+
+def _heads(lora: LoraSpec) -> int:
+    assert lora.heads is not None, "checked with the table"
+    return lora.heads
+
+
+def load_mixture(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+    """Read what :meth:`HydraLoRA.save` wrote: the adapter, and ``task, base, revision, heads, rank, scale, classes``.
+
+    Raises:
+        MismatchError: it is no folder of a HydraLoRA adapter.
+    """
+    try:
+        config = read_json(folder / f"{MIXTURE}.json")
+        adapter = Adapter({}, read_tensors(folder / f"{MIXTURE}.safetensors"))
+        scaled = float(config["scale"]) > 0 and head_count(adapter) == config["heads"] > 0
+    except UNREADABLE as error:
+        raise MismatchError(
+            f"{folder} holds no readable HydraLoRA mixture: {error}",
+            fix="Export it from a run with [lora] method = 'hydralora'.",
+        ) from error
+    if not scaled:
+        raise MismatchError(f"{folder}: mixture.json does not describe mixture.safetensors")
+    return adapter, config

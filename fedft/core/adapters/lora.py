@@ -1,23 +1,47 @@
-"""LoRA: the scale of its update, and a whole model change as one plain adapter."""
+"""Plain LoRA: factors A and B of one rank in every adapted layer.
 
-from fedft.core.algebra import stack
+PiSSA and OLoRA are LoRA whose factors start at the base weights.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fedft.core.adapters.base import Export, Family, Modules, Shapes
+from fedft.core.adapters.files import save_adapter
 from fedft.core.spec import LoraSpec
-from fedft.core.types import Adapter, Delta
 
 
-def scale_of(lora: LoraSpec, rank: int) -> float:
-    """LoRA's s: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-    return lora.alpha / (rank**0.5 if lora.rslora else rank)
+class LoRA(Family):
+    """See the module."""
 
+    name = "lora"
 
-def effective(adapter: Adapter, delta: Delta) -> Adapter:
-    """``delta`` and ``adapter`` as one adapter of plain LoRA factors on the untouched base.
+    def check(self, lora: LoraSpec) -> None:
+        """Nothing that the table itself does not hold to."""
 
-    The factors are stacked, so the product is exact; scales are folded and become 1.
-    """
-    if not delta:
-        return adapter.map_factors({m: f.folded() for m, f in adapter.factors.items()})
-    factors = {
-        m: stack([f, delta[m]]) if m in delta else f.folded() for m, f in adapter.factors.items()
-    }
-    return adapter.map_factors(factors)
+    def draws(self, lora: LoraSpec) -> bool:
+        """With PiSSA and OLoRA."""
+        return lora.init != "default"
+
+    def shapes(self, model: nn.Module, lora: LoraSpec, modules: Modules) -> Shapes:
+        """Layers and a rank say it all."""
+        return {}
+
+    def initial(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
+        """Factors are not carried whole."""
+        return {}
+
+    def save(self, folder: Path, export: Export) -> None:
+        """One adapter, the change of the base weights folded in."""
+        save_adapter(
+            folder,
+            export.adapter,
+            export.delta,
+            task=export.model.task,
+            base=export.model.source,
+            revision=export.model.revision,
+            head=export.head,
+            beside=export.beside,
+            transposed=export.transposed,
+        )

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from fedft.core import names as spelling
 from fedft.core import seeds
+from fedft.core.adapters.base import Export, Family, Modules, Shapes
+from fedft.core.adapters.files import PEFT_TASK, prefixed, write
 from fedft.core.adapters.tuners import PROMPTS, REFUSED, TUNERS, canonical, check_option, tuner_of
 from fedft.core.errors import ConfigError, EnvironmentFailure, FedftError
 from fedft.core.spec import LoraSpec
@@ -284,3 +287,52 @@ def _realise(layer: nn.Module) -> None:
         for parameter in layer.parameters():
             numbers = torch.Generator().manual_seed(0)
             parameter.normal_(std=0.02, generator=numbers)
+
+
+class Peft(Family):
+    """Whatever peft trains in the adapted layers, carried whole and averaged entry by entry."""
+
+    name = "peft"
+    bounded = False  # a method of peft bounds its own rank, if it has one
+
+    def check(self, lora: LoraSpec) -> None:
+        """Peft has the method, and it takes its options.
+
+        Raises:
+            ConfigError: see :func:`config_of`.
+            EnvironmentFailure: a package that the method needs is not installed.
+        """
+        config_of(lora, targets=None, seed=0)
+
+    def draws(self, lora: LoraSpec) -> bool:
+        """By peft, always."""
+        return True
+
+    def from_weights(self, lora: LoraSpec) -> bool:
+        """As the table of methods says."""
+        return tuner_of(lora.method).from_weights
+
+    def shapes(self, model: nn.Module, lora: LoraSpec, modules: Modules) -> Shapes:
+        """As peft makes them, on a model without weights."""
+        return shapes(model, lora, modules)
+
+    def initial(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
+        """Zeros; all tensors are drawn at the server and travel."""
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def save(self, folder: Path, export: Export) -> None:
+        """Write peft's own configuration of the method, and all that the method needs.
+
+        What it needs and does not train, such as VeRA's projections, is written too.
+        """
+        frozen, targets = export.frozen()
+        own = config_of(export.lora, targets, export.seed).to_dict()
+        config = {
+            **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},
+            "task_type": PEFT_TASK[export.model.task],
+            "base_model_name_or_path": export.model.source,
+            "revision": export.model.revision,
+            "modules_to_save": sorted(export.head.modules) or None,
+            "inference_mode": True,
+        }
+        write(folder, {**export.adapter.head, **frozen, **prefixed(export.beside)}, config)

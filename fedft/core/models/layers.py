@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedft.core import seeds
-from fedft.core.adapters import hydra
-from fedft.core.adapters.lora import scale_of
+from fedft.core.adapters import family_of
+from fedft.core.adapters.scale import scale_of
 from fedft.core.adapters.tuners import chosen, norms, tuner_of
 from fedft.core.algebra import uniform_rows
 from fedft.core.checkpoint import (
@@ -73,13 +73,9 @@ def schema_of(model: nn.Module, lora: LoraSpec, head: Head | None = None) -> Sch
     modules = {path: weight_shape(m) for path, m in adapted.items()}
     size = sum(math.prod(shape) for name, shape in named.items() if PREFIX + name not in heads)
     indices = [i for path, _ in linears(model) if (i := block_of(path)) is not None]
-    tensors: Mapping[str, tuple[int, ...]] = {}
-    if lora.heads is not None:
-        tensors = hydra.shapes(modules, lora.rank, lora.heads)
-    elif lora.whole:
-        from fedft.core.adapters import peft  # peft takes a second to import
-
-        tensors = peft.shapes(model, lora, modules)
+    family = family_of(lora)
+    family.check(lora)
+    tensors = family.shapes(model, lora, modules)
     blocks = max(indices, default=-1) + 1
     names = target_names(model, lora, _adaptable(model, lora, head))
     transposed = transposes(adapted.values())
@@ -230,11 +226,7 @@ def initial_adapter(shapes: Schema, lora: LoraSpec, rank: int, seed: int) -> Ada
     at the server (:func:`fedft.core.models.start.drawn`), and all of them travel.
     """
     if shapes.tensors:
-        whole = (
-            hydra.initial(shapes.tensors, seed)
-            if lora.heads is not None
-            else {name: torch.zeros(shape) for name, shape in shapes.tensors.items()}
-        )
+        whole = family_of(lora).initial(shapes.tensors, seed)
         return Adapter({}, whole | _initial_head(shapes, seed))
     factors = {
         module: Factors(
