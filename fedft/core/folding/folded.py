@@ -1,125 +1,18 @@
-"""The replies of one round, folded one by one: the server never needs to hold them all.
-
-What rules and meters ask of the replies of a round are sums over the sites. Each is brought up to
-date by one reply, which can then be dropped:
-
-    mean       x_bar += (w / W) (x - x_bar), W the weight so far with w in it (West, 1979): exact
-               where all replies are equal, and as accurate as the two-pass formula
-    between    M_2 += w (W - w) / W ||x - x_bar||^2, with x_bar as it was before (West, 1979)
-    dW         sum_k n_k s_k B_k A_k / sum_k n_k of every layer: its rank grows with the sites, so it
-               is stacked while that is smaller than the dense matrix; see :class:`MeanUpdate`
-
-Memory, whatever the number of sites: three times one reply, in float64, and of every adapted layer
-at most the dense matrix and as much again.
-
-Everything is taken in float64. The order of the replies decides the last bits: whoever folds keeps
-to one that has nothing to do with when they arrive.
-
-D. H. D. West, Updating mean and variance estimates: an improved method, Communications of the ACM
-22(9), 1979.
-"""
+"""The replies of one round, folded one by one, as far as somebody asks for what comes of them."""
 
 # torch is typed in part; its values are annotated where they enter.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 
-import torch
 from torch import Tensor
 
+from fedft.core.folding.products import MeanUpdate
 from fedft.core.means import Flat, RunningMean, squared_distance
 from fedft.core.parts import MATRICES
 from fedft.core.types import Adapter, ClientUpdate, Factors, Part, factor_name, module_of, part_of
-
-# ── the mean update of a layer ────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, eq=False)
-class _Term:
-    """``weight * B A``, [d_out, r] and [r, d_in]."""
-
-    A: Tensor
-    B: Tensor
-    weight: float
-
-    def merged(self, other: "_Term") -> "_Term | None":
-        """The sum of two that share a factor, at no higher rank; None where they do not."""
-        if torch.equal(self.A, other.A):
-            return _Term(self.A, _sum(self.B, self.weight, other.B, other.weight), 1.0)
-        if torch.equal(self.B, other.B):
-            return _Term(_sum(self.A, self.weight, other.A, other.weight), self.B, 1.0)
-        return None
-
-    def owned(self) -> "_Term":
-        """The same, sharing no memory: a view would keep a whole reply alive."""
-        return replace(self, A=self.A.clone(), B=self.B.clone())
-
-
-class MeanUpdate:
-    """``dW = sum_k w_k s_k B_k A_k / sum_k w_k`` of one layer, one site at a time.
-
-    Its rank grows with the sites: the products are stacked as they come, not multiplied out, up to
-    where the stack would take more numbers than the dense matrix, at rank
-    d_in d_out / (d_in + d_out). There it is added to one, by a single matrix product, and a new
-    stack begins. Memory is the dense matrix in float64 and one stack, in the dtype that was sent,
-    at most.
-
-    A product that shares A, or B, with the one before it is added to that one's other factor: under
-    FFA-LoRA or RoLoRA the rank stays r.
-
-    Attributes:
-        weight: the sum of the weights.
-    """
-
-    def __init__(self) -> None:
-        self.weight = 0.0
-        self._terms: list[_Term] = []
-        self._rank = 0
-        self._dense: Tensor | None = None  # [d_out, d_in] float64, not yet divided by the weight
-
-    def add(self, x: Factors, weight: float) -> None:
-        """Fold one site's factors, of a weight above zero."""
-        self.weight += weight
-        down = x.A if x.R is None else x.R.double() @ x.A.double()
-        term = _Term(down, x.B, weight * x.scale)
-        both = self._terms[-1].merged(term) if self._terms else None
-        if both is not None:
-            self._terms[-1] = both
-            return
-        self._terms.append(term.owned())
-        self._rank += x.rank
-        d_out, d_in = x.shape
-        if self._rank * (d_out + d_in) >= d_out * d_in:
-            A, B = self._stacked(1.0)
-            self._dense = B @ A if self._dense is None else self._dense.addmm_(B, A)
-            self._terms, self._rank = [], 0
-
-    def value(self) -> Factors | Tensor:
-        """The mean update in float64: factors of scale 1 while these are smaller, else [d_out, d_in]."""
-        if self._dense is not None and not self._terms:
-            return self._dense / self.weight
-        A, B = self._stacked(1 / self.weight)
-        if self._dense is None:
-            return Factors(A, B, 1.0)
-        return torch.addmm(self._dense, B, A, beta=1 / self.weight)
-
-    def _stacked(self, share: float) -> tuple[Tensor, Tensor]:
-        """A [sum_k r_k, d_in] and B [d_out, sum_k r_k] in float64, the weights times ``share`` in A."""
-        weights = torch.tensor([share * t.weight for t in self._terms], dtype=torch.float64)
-        ranks = torch.tensor([term.A.shape[0] for term in self._terms])
-        A = torch.cat([term.A for term in self._terms]).double()
-        B = torch.cat([term.B for term in self._terms], dim=1).double()
-        return A * weights.repeat_interleave(ranks)[:, None], B
-
-
-def _sum(x: Tensor, v: float, y: Tensor, w: float) -> Tensor:
-    """``v x + w y`` in float64."""
-    return (x.double() if v == 1 else v * x.double()).add(y, alpha=w)
-
-
-# ── a round ───────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +88,12 @@ class _Average:
 class Folded:
     """The replies of one round, folded one by one.
 
+    Args:
+        personal: the parts that stay at the sites (``strategy.personal``).
+        products: whether the mean of the products B_k A_k is asked for; without, :meth:`mean_updates`
+            and :meth:`starts` are empty.
+        squares: whether the sums of squares are; without, :attr:`moved` and :attr:`spread` are None.
+
     Attributes:
         hidden: the factors that stay at the sites (FedSA-LoRA keeps B). The server never learns the
             products B_k A_k then, and keeps no mean update.
@@ -202,11 +101,14 @@ class Folded:
         examples: of all of them.
     """
 
-    def __init__(self, personal: Iterable[Part] = ()) -> None:
+    def __init__(
+        self, personal: Iterable[Part] = (), *, products: bool = True, squares: bool = True
+    ) -> None:
         self.hidden = frozenset(personal) & MATRICES
+        self._products, self._squares = products and not self.hidden, squares
         self.sites: list[tuple[str, int]] = []
         self.examples = 0
-        self._sent, self._kept = RunningMean(spread=True), RunningMean()
+        self._sent, self._kept = RunningMean(spread=squares), RunningMean()
         self._updates: dict[str, MeanUpdate] = {}
         self._frame: _Frame | None = None
         self._starts: dict[tuple[int, tuple[str, ...]], _Start] = {}
@@ -224,10 +126,11 @@ class Folded:
         frame = self._framed(update)
         frame.origin.weight += n
         reply = self._sent.add(update.tensors, n)
-        self._moved += n * squared_distance(reply.take(frame.sent), frame.sent.values)
+        if self._squares:
+            self._moved += n * squared_distance(reply.take(frame.sent), frame.sent.values)
         if frame.kept:
             self._kept.add(frame.kept, n)
-        if not self.hidden:
+        if self._products:
             self._add_products(frame, update, n)
         for name, record in update.records.items():
             self._records.setdefault(name, RunningMean()).add(record, n)
@@ -294,12 +197,12 @@ class Folded:
     @property
     def moved(self) -> float | None:
         """``sum_k p_k ||theta_k - theta_start||^2`` over what was sent, heads left out."""
-        return self._moved / self.examples if self._factors_sent else None
+        return self._moved / self.examples if self._factors_sent and self._squares else None
 
     @property
     def spread(self) -> float | None:
         """``sum_k p_k ||theta_k - theta_bar||^2`` over the same; None for mixed ranks."""
-        comparable = self._factors_sent and not self._sent.mixed
+        comparable = self._factors_sent and self._squares and not self._sent.mixed
         return self._sent.squares / self.examples if comparable else None
 
     @property
