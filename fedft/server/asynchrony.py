@@ -82,7 +82,7 @@ def one_update(federation: Federation, state: ServerState) -> Completed:
     ages = [update.staleness for update in replies]
     facts = {"staleness": {"mean": sum(ages) / len(ages), "max": max(ages)}}
     cohort = [job.site for job in arrived]
-    intake = Intake(federation.strategy).add(replies)
+    intake = Intake(federation.strategy, federation.kinds).add(replies)
     closing = concluded(federation, state, intake, cohort, watch, ledger, facts)
     completed = closing.completed()
     # A line belongs to the update that commits it, whatever version its site started from.

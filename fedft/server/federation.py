@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedft.core.meters import DEFAULT, Meter, Spectrum, chosen
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
 from fedft.server.clock import SimulatedClock
@@ -74,6 +75,7 @@ class Federation:
             place; in a simulation an exception is a mistake of ours, and ends the run.
         pace: of the slowest client that is waited for where no deadline is set; None waits for all.
         watch: is told whom the run waits for; None tells nobody.
+        meters: what every round is measured by.
     """
 
     strategy: Strategy
@@ -97,6 +99,13 @@ class Federation:
     real: bool = False
     pace: Pace | None = None
     watch: Watch | None = None
+    meters: tuple[type[Meter], ...] = chosen(DEFAULT)
+
+    @property
+    def kinds(self) -> tuple[type[Meter], ...]:
+        """The meters, and that of ``[rounds] spectrum = true``."""
+        wanted = self.settings.spectrum and Spectrum not in self.meters
+        return (*self.meters, Spectrum) if wanted else self.meters
 
     def patience_s(self, work: Iterable[tuple[int, int]]) -> float | None:
         """Seconds of this machine's time for which replies are waited; None is as long as it takes.

@@ -1,7 +1,8 @@
 """What the server keeps of a round's replies: as little as its rule and the meters ask for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from fedft.core import meters
 from fedft.core.folding import Folded
 from fedft.core.types import Adapter, ClientUpdate
 from fedft.strategies import Strategy
@@ -16,13 +17,22 @@ class Intake:
 
     Args:
         strategy: the rule.
+        kinds: the meters; None takes the default ones.
 
     Attributes:
-        folded: what the meters read.
+        folded: what the rule and the meters read: no more than one of them needs.
+        panel: the meters of the round.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.folded = Folded(strategy.personal)
+    def __init__(
+        self, strategy: Strategy, kinds: Sequence[type[meters.Meter]] | None = None
+    ) -> None:
+        self.panel = meters.Panel(meters.chosen(meters.DEFAULT) if kinds is None else kinds)
+        self.folded = Folded(
+            strategy.personal,
+            products=self.panel.needs("products"),
+            squares=self.panel.needs("each"),
+        )
         self._strategy = strategy
         self._kept: list[ClientUpdate] = []
 
@@ -34,6 +44,7 @@ class Intake:
         """Take replies in, in an order that has nothing to do with when they arrived."""
         for update in updates:
             self.folded.add(update)
+            self.panel.add(update)
             if not self._strategy.mean_only:
                 self._kept.append(update)
         return self

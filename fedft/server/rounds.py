@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedft.core import meters
 from fedft.core.errors import FedftError, QuorumFailure
 from fedft.core.types import ServerState, Site, TrainPlan
 from fedft.server import evaluation
@@ -98,15 +97,16 @@ class Closing:
 
     def _measured(self) -> Mapping[str, Any]:
         """The meters, and what pruning has to say."""
-        federation, folded = self.federation, self.intake.folded
+        federation = self.federation
         sites = planned(self.cohort, self.ledger)
         following = _next_starts(federation, self.after, sites)
-        measured = dict[str, Any](
-            meters.measure(self.before, folded, self.after, following=following)
+        measured = self.intake.panel.line(
+            self.before,
+            self.intake.folded,
+            self.after,
+            following=following,
+            evaluated=self.evaluation is not None,
         )
-        if self.evaluation is not None and federation.settings.spectrum:
-            held = self.before.adapter.factors
-            measured["spectrum"] = meters.spectrum(folded, held=held)
         if federation.pruning is not None:
             measured["pruning"] = federation.pruning.facts(self.before, sites)
         return measured
@@ -255,12 +255,13 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
     """Take in answers, and ask further cohorts until one of them meets the quorum."""
     settings, state = federation.settings, opening.state
     sent, stays, watch, ledger = opening.sent, opening.stays, opening.watch, opening.ledger
-    intake = Intake(federation.strategy)
+    intake = Intake(federation.strategy, federation.kinds)
     for attempt in range(settings.retries + 1):
         if attempt > 0:
             sent, stays = _ask(federation, state, attempt, stays, watch, ledger)
         with watch.phase("train"):
-            intake = Intake(federation.strategy).add(received(federation, sent, ledger))
+            intake = Intake(federation.strategy, federation.kinds)
+            intake.add(received(federation, sent, ledger))
         if len(intake) >= _needed(federation):
             return intake, sent.cohort, attempt + 1
     if federation.clock is not None and settings.deadline_s is not None:

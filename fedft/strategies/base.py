@@ -76,7 +76,7 @@ class Strategy(BaseModel, ABC):
 
         Such a rule counts what lies beyond a site's rank as zero at that site. Its page says how
         much is lost, and the meters report it in every round
-        (:attr:`fedft.core.meters.LayerBias.forgotten`). This is the one place where it is declared:
+        (:attr:`fedft.core.meters.gaps.LayerBias.forgotten`). This is the one place where it is declared:
         the tests hold every other rule to losing nothing.
         """
         return False

@@ -1,16 +1,12 @@
-"""What aggregation gets wrong, measured every round: bias, initialisation lag and client drift.
+"""The mean update that the clients asked for, beside what was applied in its place.
 
-Averaging LoRA factors is not averaging updates. With p_k = n_k / sum_j n_j over the sites that
-took part, the mean update that the sites asked for is
+With p_k = n_k / sum_j n_j over the sites that took part, the mean update that the sites asked for is
 
     dW = sum_k p_k s_k B_k A_k
 
 and what the server's new state applies in its place, over the base weights the sites started on, is
 
     M = (delta_new - delta_old) + s B A
-
-    bias      ||dW - M|| / ||dW||,   cos(dW, M),   ||M|| / ||dW||          Frobenius, per layer
-    overall   the same, with sums of squares (and of inner products) over the layers
 
 At mixed ranks a site gets a part of the server's s B A, and what it returns stands for that part
 alone. What the sites asked for is then what the server had, plus the mean of the changes that they
@@ -19,19 +15,7 @@ made to what they were sent, s_k B0_k A0_k:
     dW = s B A + sum_k p_k (s_k B_k A_k - s_k B0_k A0_k) = sum_k p_k s_k B_k A_k + L
     L  = sum_k p_k (s B A - s_k B0_k A0_k)                                 what sites were not sent
 
-    forgotten = <dW - M, L> / (||L|| ||dW||)
-
-the part of the relative bias that lies along L: its square is a part of the square of the bias. A
-rule that takes the sites' products for all there is loses L, and reads ||L|| / ||dW||; one that
-loses nothing reads zero. Less than zero: the new state has more of L than before. A site of the
-server's own rank was sent all: L is zero at one rank, and dW as above, bit for bit.
-
-M is a rule's whole answer: for FedAvg-LoRA the product of the averaged factors, for FLoRA and
-FedEx-LoRA also what was merged into the base. A rule that weighs sites or ranks otherwise (HetLoRA,
-raFLoRA) or steps (FedAdam) is held to the same dW, so that its deliberate departure reads as bias too.
-
-What comes of the sites is read from the round's :class:`~fedft.core.folding.Folded` alone: the
-meters see no reply.
+A site of the server's own rank was sent all: L is zero at one rank, and dW as above, bit for bit.
 
 Precision: ||dW - M||^2 is never computed as ||dW||^2 - 2 <dW, M> + ||M||^2, whose rounding hides
 everything below 1e-8. Few sites leave dW as a stack of factors: both products are then expressed in
@@ -43,9 +27,6 @@ Cost per layer, with R the ranks of dW and M together and d the smaller of d_in 
 [d, R] and one product [min(d, R), R] x [R, d'], in blocks of columns; where dW is dense, M's own
 product and one pass over the matrix, in blocks of rows. Where all A_k (or all B_k) agree, as under
 FFA-LoRA, R falls to r.
-
-Definitions of lag and drift are this project's own where the papers give none; see
-:class:`Lag` and :class:`Drift`.
 """
 
 # torch is typed in part; its values are annotated where they enter.
@@ -54,19 +35,30 @@ Definitions of lag and drift are this project's own where the papers give none; 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
-from typing import NotRequired, TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from fedft.core import algebra
-from fedft.core.adapters import hydra
-from fedft.core.folding import Folded, squared_distance
-from fedft.core.parts import MATRICES
-from fedft.core.types import Adapter, Delta, Factors, ServerState, TrainPlan
+from fedft.core.means import squared_distance
+from fedft.core.meters.base import Round
+from fedft.core.types import Adapter, Delta, Factors
 
 _BLOCK = 2048
 """Columns (rows, of a dense matrix) of the difference held at a time: bounds the memory."""
+
+
+class Updates(Protocol):
+    """What is known of the mean of the products; see :class:`~fedft.core.folding.Folded`."""
+
+    def mean_updates(self) -> Iterator[tuple[str, Factors | Tensor]]:
+        """(module, the mean of s_k B_k A_k) in the order of the model."""
+        ...
+
+    def starts(self) -> dict[str, list[tuple[Factors, float]]]:
+        """Module → what the sites that sent it started from, and the share of each."""
+        ...
 
 
 class LayerBias(TypedDict):
@@ -86,155 +78,17 @@ class LayerBias(TypedDict):
     forgotten: float | None
 
 
-class Bias(LayerBias):
+class OverallBias(LayerBias):
     """The bias over all layers, and by module path."""
 
     layers: dict[str, LayerBias]
 
 
-class Lag(TypedDict):
-    """What the round boundary does to the state of training.
-
-    Attributes:
-        function_jump: ||W_start(next round) - (W + dW)|| / ||dW||, root-mean-square over the sites
-            by p_k: how far the function a site resumes from is off what the sites asked for.
-            Equals the relative bias where every site starts from the server's state; differs where
-            a site gets a truncation of it.
-        dead_start: mean over sites by p_k of ||grad_A|| / ||grad_B|| on the first batch, as they
-            report it. Zero where B = 0, since A then has no gradient.
-        displacement: ||theta_start(next) - theta_bar|| / ||theta_bar||, theta the factors of all
-            layers end to end and theta_bar their mean over the sites. None for mixed ranks, where
-            the two have no common coordinates.
-    """
-
-    function_jump: float | None
-    dead_start: float | None
-    displacement: float | None
-
-
-class Drift(TypedDict):
-    """How far the sites moved, in squared Frobenius norm over the factors they sent.
-
-    Attributes:
-        total: sum_k p_k ||theta_k - theta_start||^2.
-        between: sum_k p_k ||theta_k - theta_bar||^2, the part on which they disagree. The rest of
-            the total is their common movement. None for mixed ranks.
-    """
-
-    total: float | None
-    between: float | None
-
-
-class Heads(TypedDict):
-    """HydraLoRA's heads after the round.
-
-    Attributes:
-        used: how many are not zero.
-        cosine: mean cosine between every two of these, each taken over all layers; None for one.
-    """
-
-    used: int
-    cosine: float | None
-
-
-class Meters(TypedDict):
-    """One round's meters: plain numbers, ready for ``rounds.jsonl``."""
-
-    bias: Bias
-    lag: Lag
-    drift: Drift
-    heads: NotRequired[Heads]
-
-
-def measure(
-    before: ServerState,
-    folded: Folded,
-    after: ServerState,
-    *,
-    following: Mapping[str, TrainPlan] | None = None,
-) -> Meters:
-    """All meters of one round. Reads its arguments only.
-
-    Where a factor stays at the sites (FedSA-LoRA keeps B), the server never learns the products
-    B_k A_k: bias and function jump are then None, not a guess; displacement and drift cover the
-    parts that were sent.
-
-    Args:
-        before: the state the sites were sent.
-        folded: what came back.
-        after: what the rule made of it.
-        following: what the same sites would be sent next, by site name. Needed only where a site
-            starts from something else than ``after`` (mixed ranks). None takes ``after`` for all.
-    """
-    bias_, jump = _empty_bias(), None
-    if folded.sites and not folded.hidden:
-        plans = _distinct(folded.sites, following or {})
-        starts = [(plan.start, plan.delta) for plan, _ in plans]
-        first, *others = _gaps(
-            folded,
-            before.adapter.factors,
-            [_applied(before.delta, *new) for new in [(after.adapter, after.delta), *starts]],
-        )
-        bias_ = _read(first)
-        jump = _function_jump(others, plans) if plans else bias_["relative"]
-    lag = Lag(
-        function_jump=jump,
-        dead_start=folded.dead_start,
-        displacement=_displacement(folded.mean_factors(), after.adapter),
-    )
-    drift = Drift(total=folded.moved, between=folded.spread)
-    measured = Meters(bias=bias_, lag=lag, drift=drift)
-    if hydra.head_count(after.adapter) > 1:
-        measured["heads"] = _separation(after.adapter)
-    return measured
-
-
-def bias(
-    folded: Folded,
-    applied: Mapping[str, Sequence[Factors]],
-    *,
-    held: Mapping[str, Factors] | None = None,
-) -> Bias:
-    """The bias of any applied update against ``sum_k p_k s_k B_k A_k``, plus what sites were not sent.
-
-    Args:
-        folded: what the sites returned; all of their factors must be known to the server.
-        applied: module path → terms whose sum takes the place of the mean update. Modules that
-            no site sent are ignored; one that is missing here counts as an applied zero.
-        held: module path → what the server had. None takes it that the sites were sent all of it.
-    """
-    (gaps,) = _gaps(folded, held or {}, [applied])
-    return _read(gaps)
-
-
-def spectrum(
-    folded: Folded, *, held: Mapping[str, Factors] | None = None
-) -> dict[str, list[float]]:
-    """Singular values of dW by module path, descending; at one rank at most sum_k r_k are not zero.
-
-    Empty where a factor stays at the sites: the server never knows dW then.
-
-    Args:
-        folded: what the sites returned.
-        held: as for :func:`bias`.
-    """
-    return {
-        module: _singular_values(x, unsent).tolist()
-        for module, x, unsent in _asked(folded, held or {})
-    }
-
-
-def _singular_values(x: Factors | Tensor, unsent: Factors) -> Tensor:
-    if isinstance(x, Tensor):
-        return torch.linalg.svdvals(x + unsent.product() if unsent.rank else x)
-    return algebra.singular_values(algebra.stack([x, unsent]) if unsent.rank else x)
-
-
-# ── bias ──────────────────────────────────────────────────────────────────────────────────────
+# ── gaps ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class _Gap:
+class Gap:
     """Squared norms and inner products of an ideal and an applied update; they add up.
 
     Attributes:
@@ -252,8 +106,8 @@ class _Gap:
     unsent: float = 0.0
     lost: float = 0.0
 
-    def __add__(self, other: "_Gap") -> "_Gap":
-        return _Gap(
+    def __add__(self, other: "Gap") -> "Gap":
+        return Gap(
             self.ideal + other.ideal,
             self.applied + other.applied,
             self.inner + other.inner,
@@ -263,10 +117,11 @@ class _Gap:
         )
 
     def ratios(self) -> LayerBias:
+        """The bias that the sums stand for."""
         return LayerBias(
-            relative=_ratio(self.error, self.ideal),
+            relative=ratio(self.error, self.ideal),
             cosine=_cosine(self.inner, self.ideal, self.applied),
-            norm_ratio=_ratio(self.applied, self.ideal),
+            norm_ratio=ratio(self.applied, self.ideal),
             forgotten=self._forgotten(),
         )
 
@@ -276,7 +131,7 @@ class _Gap:
         return self.lost / sqrt(self.unsent) / sqrt(self.ideal) if self.unsent > 0 else 0.0
 
 
-def _ratio(numerator: float, denominator: float) -> float | None:
+def ratio(numerator: float, denominator: float) -> float | None:
     """Root of a quotient of squared norms; None where it has no finite value."""
     return sqrt(numerator / denominator) if denominator > 0 and isfinite(numerator) else None
 
@@ -286,25 +141,27 @@ def _cosine(inner: float, x: float, y: float) -> float | None:
     return min(1.0, max(-1.0, inner / sqrt(x) / sqrt(y))) if defined else None
 
 
-def _empty_bias() -> Bias:
-    return Bias(relative=None, cosine=None, norm_ratio=None, forgotten=None, layers={})
+def no_bias() -> OverallBias:
+    """Where nothing is known."""
+    return OverallBias(relative=None, cosine=None, norm_ratio=None, forgotten=None, layers={})
 
 
-def _read(gaps: Mapping[str, _Gap]) -> Bias:
+def bias_from(gaps: Mapping[str, Gap]) -> OverallBias:
+    """Of each layer, and of all of them: sums of squares and of inner products over the layers."""
     layers = {module: gap.ratios() for module, gap in gaps.items()}
-    return Bias(**sum(gaps.values(), _Gap()).ratios(), layers=layers)
+    return OverallBias(**sum(gaps.values(), Gap()).ratios(), layers=layers)
 
 
-def _gaps(
-    folded: Folded,
+def compared(
+    updates: Updates,
     held: Mapping[str, Factors],
     targets: Sequence[Mapping[str, Sequence[Factors]]],
-) -> list[dict[str, _Gap]]:
+) -> list[dict[str, Gap]]:
     """For each target, module path → its gap. One layer in float64 at a time: that is the memory."""
-    gaps: list[dict[str, _Gap]] = [{} for _ in targets]
-    for module, x, unsent in _asked(folded, held):
+    gaps: list[dict[str, Gap]] = [{} for _ in targets]
+    for module, x, unsent in _asked(updates, held):
         for found, target in zip(gaps, targets, strict=True):
-            y = _sum(target.get(module, ()), unsent.shape)
+            y = summed(target.get(module, ()), unsent.shape)
             found[module] = (
                 _dense_gap(x, unsent, y) if isinstance(x, Tensor) else _gap(x, unsent, y)
             )
@@ -312,16 +169,16 @@ def _gaps(
 
 
 def _asked(
-    folded: Folded, held: Mapping[str, Factors]
+    updates: Updates, held: Mapping[str, Factors]
 ) -> Iterator[tuple[str, Factors | Tensor, Factors]]:
     """(module, the mean of what the sites sent, what they were not sent): dW is the sum."""
-    starts = folded.starts()
-    for module, x in folded.mean_updates():
+    starts = updates.starts()
+    for module, x in updates.mean_updates():
         unsent = _unsent(held.get(module), starts.get(module, ()))
-        yield module, x, _sum(unsent, (x.shape[0], x.shape[1]))
+        yield module, x, summed(unsent, (x.shape[0], x.shape[1]))
 
 
-def _gap(x: Factors, unsent: Factors, y: Factors) -> _Gap:
+def _gap(x: Factors, unsent: Factors, y: Factors) -> Gap:
     """How far ``x + unsent`` is from ``y``, products of scale 1: squares that do not cancel.
 
     For an orthonormal Q that spans the stacked left factors, ||Q^T X|| = ||X||, and Q^T [B_x B_y]
@@ -332,33 +189,33 @@ def _gap(x: Factors, unsent: Factors, y: Factors) -> _Gap:
         x, unsent, y = _transposed(x), _transposed(unsent), _transposed(y)
     left = _isometric(torch.cat([x.B, unsent.B, y.B], dim=1))
     sent = x.rank + unsent.rank
-    total = _Gap()
+    total = Gap()
     for start in range(0, x.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         X = left[:, : x.rank] @ x.A[:, block]  # [min(d, r_x + r_unsent + r_y), block]
         L = left[:, x.rank : sent] @ unsent.A[:, block] if unsent.rank else None
-        total += _compared(X, L, left[:, sent:] @ y.A[:, block])
+        total += _pair(X, L, left[:, sent:] @ y.A[:, block])
     return total
 
 
-def _dense_gap(x: Tensor, unsent: Factors, y: Factors) -> _Gap:
+def _dense_gap(x: Tensor, unsent: Factors, y: Factors) -> Gap:
     """The same for a mean update that is known entry by entry, [d_out, d_in]."""
-    total = _Gap()
+    total = Gap()
     for start in range(0, x.shape[0], _BLOCK):
         rows = slice(start, start + _BLOCK)
         L = unsent.B[rows] @ unsent.A if unsent.rank else None
-        total += _compared(x[rows], L, y.B[rows] @ y.A)
+        total += _pair(x[rows], L, y.B[rows] @ y.A)
     return total
 
 
-def _compared(X: Tensor, L: Tensor | None, Y: Tensor) -> _Gap:
+def _pair(X: Tensor, L: Tensor | None, Y: Tensor) -> Gap:
     """Of ``X + L`` and ``Y``; L is None where sites were sent all."""
     x, y = (X if L is None else X + L).reshape(-1), Y.reshape(-1)
-    gap = _Gap(_square(x), _square(y), float(x.dot(y)), squared_distance(x, y))
+    gap = Gap(square(x), square(y), float(x.dot(y)), squared_distance(x, y))
     if L is None:
         return gap
     lacking = L.reshape(-1)
-    return replace(gap, unsent=_square(lacking), lost=float((x - y).dot(lacking)))
+    return replace(gap, unsent=square(lacking), lost=float((x - y).dot(lacking)))
 
 
 def _isometric(x: Tensor) -> Tensor:
@@ -366,7 +223,8 @@ def _isometric(x: Tensor) -> Tensor:
     return torch.linalg.qr(x, mode="r").R if x.shape[1] < x.shape[0] else x
 
 
-def _square(x: Tensor) -> float:
+def square(x: Tensor) -> float:
+    """``||x||^2`` of a vector."""
     return float(x.dot(x))
 
 
@@ -380,12 +238,67 @@ def _double(x: Factors) -> Factors:
     return folded.folded()
 
 
-def _sum(terms: Sequence[Factors], shape: tuple[int, int]) -> Factors:
+def summed(terms: Sequence[Factors], shape: tuple[int, int]) -> Factors:
     """The exact sum in float64; an empty one is a product of rank 0 of ``shape`` (d_out, d_in)."""
     if terms:
         return algebra.stack([_double(term) for term in terms])
     A, B = torch.zeros(0, shape[1]), torch.zeros(shape[0], 0)
     return _double(Factors(A, B, 1.0))
+
+
+# ── what is read from them ──────────────────────────────────────────────────────────────────
+
+
+def to_after(round_: Round) -> dict[str, Gap]:
+    """Module path → the gap between what the sites asked for and what the rule made of it.
+
+    Several meters read it: ask for it by :meth:`~fedft.core.meters.base.Round.once`.
+    """
+    before, after = round_.before, round_.after
+    applied = applied_terms(before.delta, after.adapter, after.delta)
+    (found,) = compared(round_.replies, before.adapter.factors, [applied])
+    return found
+
+
+def bias(
+    updates: Updates,
+    applied: Mapping[str, Sequence[Factors]],
+    *,
+    held: Mapping[str, Factors] | None = None,
+) -> OverallBias:
+    """The bias of any applied update against ``sum_k p_k s_k B_k A_k``, plus what sites were not sent.
+
+    Args:
+        updates: what the sites returned; all of their factors must be known to the server.
+        applied: module path → terms whose sum takes the place of the mean update. Modules that
+            no site sent are ignored; one that is missing here counts as an applied zero.
+        held: module path → what the server had. None takes it that the sites were sent all of it.
+    """
+    (found,) = compared(updates, held or {}, [applied])
+    return bias_from(found)
+
+
+def spectra(
+    updates: Updates, *, held: Mapping[str, Factors] | None = None
+) -> dict[str, list[float]]:
+    """Singular values of dW by module path, descending; at one rank at most sum_k r_k are not zero.
+
+    Empty where a factor stays at the sites: the server never knows dW then.
+
+    Args:
+        updates: what the sites returned.
+        held: as for :func:`bias`.
+    """
+    return {
+        module: _singular_values(x, unsent).tolist()
+        for module, x, unsent in _asked(updates, held or {})
+    }
+
+
+def _singular_values(x: Factors | Tensor, unsent: Factors) -> Tensor:
+    if isinstance(x, Tensor):
+        return torch.linalg.svdvals(x + unsent.product() if unsent.rank else x)
+    return algebra.singular_values(algebra.stack([x, unsent]) if unsent.rank else x)
 
 
 # ── what the sites get ────────────────────────────────────────────────────────────────────────
@@ -421,7 +334,7 @@ def _leads(start: Factors, whole: Factors) -> bool:
     return all(torch.allclose(x, y, rtol=_ROUNDING, atol=0.0) for x, y in pairs)
 
 
-def _applied(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:
+def applied_terms(before: Delta, adapter: Adapter, after: Delta) -> dict[str, list[Factors]]:
     """The terms of M by module path: what was merged into the base, and the new product."""
     modules = dict.fromkeys([*adapter.factors, *after, *before])
     return {
@@ -448,84 +361,3 @@ def _change(before: Factors | None, after: Factors | None) -> list[Factors]:
     if grew:
         return [Factors(after.A[r:], after.B[:, r:], after.scale)] if after.rank > r else []
     return [after, algebra.negated(before)]
-
-
-# ── initialisation lag ────────────────────────────────────────────────────────────────────────
-
-
-def _function_jump(
-    gaps: Sequence[Mapping[str, _Gap]], plans: Sequence[tuple[TrainPlan, float]]
-) -> float | None:
-    """Root-mean-square over the sites of the relative distance of their next start from W + dW.
-
-    Only layers that a site holds count: of the others it has no function.
-    """
-    if any(plan.keep & MATRICES for plan, _ in plans):
-        return None
-    held = [
-        (weight, gap)
-        for found, (plan, weight) in zip(gaps, plans, strict=True)
-        for module, gap in found.items()
-        if module in plan.start.factors
-    ]
-    return _ratio(sum(w * gap.error for w, gap in held), sum(w * gap.ideal for w, gap in held))
-
-
-def _distinct(
-    sites: Sequence[tuple[str, int]], following: Mapping[str, TrainPlan]
-) -> list[tuple[TrainPlan, float]]:
-    """Plans that start alike, once each, with the weight of their sites: they cost a QR apiece."""
-    groups: list[tuple[TrainPlan, float]] = []
-    known = [(following[name], examples) for name, examples in sites if name in following]
-    total = sum(examples for _, examples in known)
-    for plan, examples in known:
-        p = examples / total
-        for index, (seen, weight) in enumerate(groups):
-            if _same_start(plan, seen):
-                groups[index] = (seen, weight + p)
-                break
-        else:
-            groups.append((plan, p))
-    return groups
-
-
-def _same_start(x: TrainPlan, y: TrainPlan) -> bool:
-    return _same(x.start.factors, y.start.factors) and _same(x.delta, y.delta)
-
-
-def _same(x: Delta, y: Delta) -> bool:
-    if x is y:
-        return True
-    return x.keys() == y.keys() and all(
-        f is y[module]
-        or (
-            f.scale == y[module].scale
-            and torch.equal(f.B, y[module].B)
-            and torch.equal(f.folded_A(), y[module].folded_A())
-        )
-        for module, f in x.items()
-    )
-
-
-def _displacement(means: Mapping[str, Tensor | None], start: Adapter) -> float | None:
-    """Relative distance of the server's new factors from the mean of those that came back."""
-    following = start.tensors(MATRICES)
-    moved = length = 0.0
-    for name, mean in means.items():
-        target = following.get(name)
-        if target is None or mean is None or mean.shape != target.shape:
-            return None
-        flat = mean.reshape(-1)
-        moved += squared_distance(target.double().reshape(-1), flat)
-        length += _square(flat)
-    return _ratio(moved, length)
-
-
-# ── HydraLoRA ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _separation(adapter: Adapter) -> Heads:
-    cosine = hydra.cosines(adapter)
-    used = [i for i in range(len(cosine)) if cosine[i, i] > 0]
-    pairs = [float(cosine[i, j]) for i in used for j in used if i < j]
-    return Heads(used=len(used), cosine=sum(pairs) / len(pairs) if pairs else None)

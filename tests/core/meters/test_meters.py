@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedft.core import algebra, meters
 from fedft.core.folding import fold
+from fedft.core.meters import gaps
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -115,7 +116,7 @@ def test_a_layer_is_read_alike_in_blocks_of_any_size(
     updates = cohort(start, sites)
     folded, after = fold(updates), FedAvgLoRA().aggregate(ServerState(start), updates)
     whole = meters.measure(ServerState(start), folded, after)["bias"]
-    monkeypatch.setattr(meters, "_BLOCK", 5)  # leaves a narrower block at the end of most
+    monkeypatch.setattr(gaps, "_BLOCK", 5)  # leaves a narrower block at the end of most
     parted = meters.measure(ServerState(start), folded, after)["bias"]
     for module in SHAPES:
         assert parted["layers"][module] == pytest.approx(whole["layers"][module], rel=1e-12)
@@ -157,7 +158,7 @@ def test_any_shapes_and_mixed_ranks_equal_the_dense_twin(
         end = adapter(seed + 50 + k, rank, scale=16 / rank, shapes=shapes)
         updates.append(update(f"s{k}", start, end, examples=k + 1))
     applied = adapter(seed + 99, applied_rank, shapes=shapes).factors["w"]
-    measured = meters.bias(fold(updates), {"w": [applied]})
+    measured = gaps.bias(fold(updates), {"w": [applied]})
     expected = dense_bias(updates, {"w": dense(applied)})
     for key, value in expected.items():
         assert measured[key] == pytest.approx(value, rel=1e-9, abs=1e-12)
@@ -233,7 +234,7 @@ def test_a_known_tiny_bias_is_read_right(size: float, sites: int) -> None:
         off = replace(off, scale=off.scale * size * algebra.norm(exact) / algebra.norm(off))
         applied[m] = [exact, off]
     # The float32 stack is itself off by about 1e-7, which sets the tolerance of the smallest.
-    measured = meters.bias(fold(updates), applied)
+    measured = gaps.bias(fold(updates), applied)
     assert measured["relative"] == pytest.approx(size, rel=1e-2 if size < 1e-5 else 1e-3)
     for layer in measured["layers"].values():
         assert layer["relative"] == pytest.approx(size, rel=1e-2 if size < 1e-5 else 1e-3)
@@ -251,7 +252,7 @@ def test_float64_factors_are_resolved_far_below_the_naive_formula(k: int) -> Non
     exact = algebra.stack([u.adapter.factors["w"] for u in updates], p)
     off = adapter(70, 1, shapes=shapes, dtype=torch.float64).factors["w"]
     off = replace(off, scale=off.scale * 1e-11 * algebra.norm(exact) / algebra.norm(off))
-    assert meters.bias(fold(updates), {"w": [exact, off]})["relative"] == pytest.approx(
+    assert gaps.bias(fold(updates), {"w": [exact, off]})["relative"] == pytest.approx(
         1e-11, rel=0.01
     )
 
@@ -364,9 +365,9 @@ def test_mixed_ranks_are_read_as_they_are_defined(
         for key, value in one_layer.items():
             assert measured["layers"][module][key] == pytest.approx(value, rel=1e-8, abs=1e-10)
     folded = fold(updates)
-    told = meters.bias(folded, {m: [f] for m, f in after.factors.items()}, held=before.factors)
+    told = gaps.bias(folded, {m: [f] for m, f in after.factors.items()}, held=before.factors)
     assert told == measured
-    spectra = meters.spectrum(folded, held=before.factors)
+    spectra = gaps.spectra(folded, held=before.factors)
     for module in shapes:
         parts = [u for u in updates if any(f".{module}." in f".{n}" for n in u.tensors)]
         p = weights(parts)
@@ -387,7 +388,7 @@ def test_at_one_rank_nothing_can_be_forgotten_and_no_figure_changes(sites: int) 
     after = FedAvgLoRA().aggregate(ServerState(start), updates)
     folded, products = fold(updates), {m: [f] for m, f in after.adapter.factors.items()}
     measured = meters.measure(ServerState(start), folded, after)["bias"]
-    assert measured == meters.bias(folded, products)
+    assert measured == gaps.bias(folded, products)
     assert measured["forgotten"] == 0.0
     assert {layer["forgotten"] for layer in measured["layers"].values()} == {0.0}
     # Stale sites of an asynchronous rule, too, whose start is not what the server has now.
@@ -567,7 +568,7 @@ def test_zero_update_has_no_relative_bias() -> None:
 @many
 def test_spectrum_is_that_of_the_dense_mean(sites: int) -> None:
     updates = cohort(adapter(0), sites)
-    for module, values in meters.spectrum(fold(updates)).items():
+    for module, values in gaps.spectra(fold(updates)).items():
         expected = torch.linalg.svdvals(dense_mean(updates, module))
         got = torch.tensor(values, dtype=torch.float64)
         q = min(len(values), len(expected))
