@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedft.report.formats import forgotten_text
+from fedft.report.meter_figures import of_run
 from fedft.report.records import read
-from fedft.report.run_figures import run_bias
 from tests.test_report import render, summarise, write_run
 
 
@@ -25,8 +25,7 @@ def test_a_run_that_forgets_says_how_much(tmp_path: Path) -> None:
     run = with_forgotten(tmp_path / "run", 0.25)
     html = render(tmp_path, run)
     assert "<dt>Forgotten</dt><dd>0.25<small>" in html
-    figure = run_bias(read(run))
-    assert figure is not None
+    figure = next(f for f in of_run(read(run)) if f.name == "bias")
     assert "Forgotten of it: 0.25 in the mean." in figure.svg
     assert "forgotten" in figure.svg
     assert "what clients of low rank were not sent" in figure.caption

@@ -1,21 +1,18 @@
 """The figures of a comparison: which data they show, and in words what they show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from fedft.report import charts
+from fedft.report import charts, meter_figures
 from fedft.report.charts import INK, RULE, Line, Style
 from fedft.report.figures import (
     Figure,
     band_note,
+    bands,
     cumulative,
-    floored,
-    heat,
     in_two_sizes,
-    layer_bias,
     legend,
     level,
     phases,
@@ -25,7 +22,7 @@ from fedft.report.figures import (
 )
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Group, Metric, baseline_name, baseline_of
-from fedft.report.records import Record, clean, mapping
+from fedft.report.records import Record, clean
 from fedft.report.submodels import score_by_size
 from fedft.report.timing import score_by_time
 
@@ -41,13 +38,13 @@ def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
         score_bands(groups, metric, look),
         score_by_time(groups, metric, look),
         score_by_size(groups, metric, look),
-        bias_bands(groups, look),
+        *meter_figures.compared(groups, look, leading=True),
         score_by_bytes(groups, metric, look),
         bias_by_gain(groups, metric, look),
-        layer_heat(groups),
+        *meter_figures.heats(groups),
         site_scores(spread, metric),
         seconds_bars(groups),
-        jump_bands(groups, look),
+        *meter_figures.compared(groups, look, leading=False),
     )
     return [figure for figure in candidates if figure is not None]
 
@@ -56,7 +53,7 @@ def score_bands(
     groups: Sequence[Group], metric: Metric, look: Mapping[str, Style]
 ) -> Figure | None:
     """The metric per round for every rule."""
-    lines = _bands(groups, look, lambda run: run.series(*metric.keys))
+    lines = bands(groups, look, lambda run: run.series(*metric.keys))
     if not lines:
         return None
     alt = f"{metric.title} per round. At the end: {_endings(lines, metric)}."
@@ -68,30 +65,6 @@ def score_bands(
         charts.name_ends(ax, lines)
 
     return in_two_sizes("score-bands", title, caption, alt, draw)
-
-
-def bias_bands(groups: Sequence[Group], look: Mapping[str, Style]) -> Figure | None:
-    """Relative bias per round for every rule."""
-    return _log_bands(
-        groups,
-        look,
-        ("bias", "relative"),
-        title="Aggregation bias per round",
-        ylabel="Relative bias",
-        caption="|ΔW − applied| / |ΔW| over all layers: what the rule's new state misses of the mean update.",
-    )
-
-
-def jump_bands(groups: Sequence[Group], look: Mapping[str, Style]) -> Figure | None:
-    """Displacement of the factors at the round boundary, for every rule."""
-    return _log_bands(
-        groups,
-        look,
-        ("lag", "displacement"),
-        title="Initialisation lag per round",
-        ylabel="Displacement of the factors",
-        caption="|θ start − θ mean| / |θ mean|: how far the next start is from the mean of the sites' factors.",
-    )
 
 
 def score_by_bytes(
@@ -208,21 +181,6 @@ def _side_by_side(biases: Sequence[float]) -> list[float]:
     ]
 
 
-def layer_heat(groups: Sequence[Group]) -> Figure | None:
-    """Relative bias by layer and rule, mean over rounds and seeds."""
-    columns: dict[str, dict[str, float]] = {}
-    for group in groups:
-        seen: dict[str, list[float]] = {}
-        for run in group.runs.values():
-            for line in run.rounds:
-                layers = layer_bias(mapping(mapping(line.get("bias")).get("layers")))
-                for module, value in layers.items():
-                    seen.setdefault(module, []).append(value)
-        if seen:
-            columns[group.label] = {m: fmean(values) for m, values in seen.items()}
-    return heat(columns, name="layer-heat", title="Bias by layer", xlabel="", slanted=True)
-
-
 def seconds_bars(groups: Sequence[Group]) -> Figure | None:
     """Where the time goes, by rule."""
     names = phases([run for group in groups for run in group.runs.values()])
@@ -262,71 +220,6 @@ def seconds_bars(groups: Sequence[Group]) -> Figure | None:
 def _both_ways(record: Record) -> dict[int, float]:
     up, down = record.series("bytes", "up"), record.series("bytes", "down")
     return {r: up.get(r, 0.0) + down.get(r, 0.0) for r in sorted(up.keys() | down.keys())}
-
-
-def _bands(
-    groups: Sequence[Group],
-    look: Mapping[str, Style],
-    series: Callable[[Record], Mapping[int, float]],
-    back: Callable[[float], float] = float,
-) -> list[Line]:
-    """Mean and interval over the seeds, round by round, of what ``back`` then undoes."""
-    lines: list[Line] = []
-    for group in groups:
-        runs = [series(run) for run in group.runs.values()]
-        rounds = sorted(set().union(*runs))
-        found = [(r, group.interval(run[r] for run in runs if r in run)) for r in rounds]
-        kept = [(r, value) for r, value in found if value is not None]
-        if kept:
-            banded = any(value.half is not None for _, value in kept)
-            lines.append(
-                Line(
-                    group.label,
-                    look[group.label],
-                    [float(r) for r, _ in kept],
-                    [back(value.mean) for _, value in kept],
-                    [back(value.low) for _, value in kept] if banded else None,
-                    [back(value.high) for _, value in kept] if banded else None,
-                )
-            )
-    return lines
-
-
-def _log_bands(
-    groups: Sequence[Group],
-    look: Mapping[str, Style],
-    keys: tuple[str, str],
-    *,
-    title: str,
-    ylabel: str,
-    caption: str,
-) -> Figure | None:
-    """A ratio per round with bands: geometric means, since ratios are compared by factors."""
-
-    def logs(run: Record) -> dict[int, float]:
-        return {r: log(value) for r, value in floored(run.series(*keys)).items()}
-
-    lines = _bands(groups, look, logs, _bounded_exp)
-    if not lines:
-        return None
-    name = "-".join(keys)
-    alt = f"{title}, in the last round: " + ", ".join(
-        f"{ln.label} {bias_text(ln.y[-1]).replace('exact', 'zero to rounding')}" for ln in lines
-    )
-
-    def draw(ax: "Axes") -> None:
-        charts.plot(ax, lines)
-        charts.ratio(ax, "y", [v for ln in lines for v in ln.y], EXACT, ylabel)
-        charts.whole_rounds(ax)
-        charts.name_ends(ax, lines)
-
-    note = f"{caption} Geometric mean. {band_note(groups)}"
-    return in_two_sizes(name, title, note, f"{alt}.", draw)
-
-
-def _bounded_exp(value: float) -> float:
-    """Back from the logarithm; a band over few seeds can be wider than any number."""
-    return exp(min(max(value, log(EXACT)), 300.0))
 
 
 def _endings(lines: Sequence[Line], metric: Metric) -> str:

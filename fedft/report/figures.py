@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import fmean, median, quantiles
+from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 from fedft.report import charts
 from fedft.report.charts import INK, MUTED, PALETTE, Line, Style
-from fedft.report.formats import EXACT, bias_text, score
+from fedft.report.formats import EXACT, score
 from fedft.report.groups import Group, Metric
 from fedft.report.records import Record, clean, mapping, number, round_number
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 _PHASES = ("plan", "train", "aggregate", "evaluate", "commit")
-
-_CELLS = 3000
-"""A heat map of more cells is embedded as an image."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,44 @@ def score_axis(ax: "Axes", metric: Metric) -> None:
         charts.formatted(ax.yaxis, charts.percent)
 
 
+def bands(
+    groups: Sequence[Group],
+    look: Mapping[str, Style],
+    series: Callable[[Record], Mapping[int, float]],
+    back: Callable[[float], float] = float,
+) -> list[Line]:
+    """Mean and interval over the seeds, round by round, of what ``back`` then undoes."""
+    lines: list[Line] = []
+    for group in groups:
+        runs = [series(run) for run in group.runs.values()]
+        rounds = sorted(set().union(*runs))
+        found = [(r, group.interval(run[r] for run in runs if r in run)) for r in rounds]
+        kept = [(r, value) for r, value in found if value is not None]
+        if kept:
+            banded = any(value.half is not None for _, value in kept)
+            lines.append(
+                Line(
+                    group.label,
+                    look[group.label],
+                    [float(r) for r, _ in kept],
+                    [back(value.mean) for _, value in kept],
+                    [back(value.low) for _, value in kept] if banded else None,
+                    [back(value.high) for _, value in kept] if banded else None,
+                )
+            )
+    return lines
+
+
+def level_axis(
+    ax: "Axes", name: str, low: float | None, high: float | None, *, percent: bool = False
+) -> None:
+    """A linear y axis, within the limits that are given."""
+    ax.set_ylabel(name)
+    if percent:
+        charts.formatted(ax.yaxis, charts.percent)
+    ax.set_ylim(bottom=low, top=high)
+
+
 def floored(values: Mapping[int, float]) -> dict[int, float]:
     """Values to be drawn on a logarithmic axis."""
     return {r: max(value, EXACT) for r, value in values.items()}
@@ -174,93 +209,3 @@ def five_numbers(values: Sequence[float]) -> tuple[float, float, float, float, f
         return only, only, only, only, only
     cuts = quantiles(values, n=20, method="inclusive")
     return cuts[0], cuts[4], cuts[9], cuts[14], cuts[18]
-
-
-def layer_bias(layers: Mapping[str, object]) -> dict[str, float]:
-    """Module path → relative bias, from ``bias.layers`` of a round."""
-    found = {clean(m, 80): number(mapping(value), "relative") for m, value in layers.items()}
-    return {module: value for module, value in found.items() if value is not None}
-
-
-def _place(module: str) -> list[int]:
-    """The numbers in a module's path: of its block, if it is in one."""
-    return [int(part) for part in module.split(".") if part.isdigit()]
-
-
-def short_names(modules: Sequence[str]) -> list[str]:
-    """Module paths without the components that all of them share: ``layer.0.query`` → ``0.query``."""
-    paths = [module.split(".") for module in modules]
-    if len(paths) < 2 or len({len(path) for path in paths}) > 1:
-        return list(modules)
-    varying = [k for k in range(len(paths[0])) if len({path[k] for path in paths}) > 1]
-    return [".".join(path[k] for k in varying) for path in paths]
-
-
-def heat(
-    columns: Mapping[str, Mapping[str, float]], *, name: str, title: str, xlabel: str, slanted: bool
-) -> Figure | None:
-    """Relative bias as darkness: layers from the first at the top, columns side by side.
-
-    What is exact stays white, so that the shades are left for what differs.
-    """
-    seen = dict.fromkeys(module for column in columns.values() for module in column)
-    # Rounds in which nobody held the first blocks come first where sites hold some blocks only.
-    modules = sorted(seen, key=_place)
-    values = [v for column in columns.values() for v in column.values()]
-    biased = [v for v in values if v > EXACT]
-    if not biased:
-        return None
-    means = {m: fmean(c[m] for c in columns.values() if m in c) for m in modules}
-    worst = max(means, key=lambda m: means[m])
-    alt = (
-        f"{title}: relative bias of {len(modules)} layers in {len(columns)} columns, between "
-        f"{bias_text(min(values))} and {bias_text(max(values))}; in the mean largest in {worst}."
-    )
-    caption = ["Darker is more."] + ["White: exact."] * (len(biased) < len(values))
-    caption += ["Blank: nobody trained it."] * (len(values) < len(modules) * len(columns))
-    caption += ["Mean over rounds and seeds."] * slanted
-    with charts.canvas(4.7, min(7.5, max(3.4, 1.3 + 0.19 * len(modules)))) as (figure, ax):
-        _shades(figure, ax, [[c.get(m) for c in columns.values()] for m in modules], biased)
-        every = -(-len(modules) // 36)
-        rows, short = range(0, len(modules), every), short_names(modules)
-        ax.set_yticks([k + 0.5 for k in rows], [clean(short[k], 34) for k in rows], fontsize=7.5)
-        columns_shown = range(0, len(columns), 1 if slanted else -(-len(columns) // 10))
-        turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        names = [clean(list(columns)[k], 36) for k in columns_shown]
-        ax.set_xticks([k + 0.5 for k in columns_shown], names, **turn)  # type: ignore[arg-type]
-        ax.set_xlabel(xlabel)
-        drawing = charts.svg(figure, name, alt)
-        return Figure(name, title, " ".join(caption), drawing)
-
-
-def _shades(
-    figure: "Canvas", ax: "Axes", grid: Sequence[Sequence[float | None]], biased: Sequence[float]
-) -> None:
-    """The cells of a heat map and its scale: logarithmic where the values span a decade."""
-    import matplotlib
-    from matplotlib.colors import LogNorm, Normalize
-
-    low, high = min(biased), max(biased)
-    wide = high > 10 * low
-    nan = float("nan")
-    cells = [[nan if v is None or v <= EXACT else v for v in row] for row in grid]
-    mesh = ax.pcolormesh(
-        range(len(grid[0]) + 1),
-        range(len(grid) + 1),
-        cells,
-        norm=LogNorm(low, high) if wide else Normalize(0, high),
-        cmap=matplotlib.colormaps["YlGnBu"],
-        edgecolors="white",
-        linewidth=0.4,
-        rasterized=len(grid) * len(grid[0]) > _CELLS,
-    )
-    ax.invert_yaxis()
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=ax, pad=0.02, aspect=30)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.grid(visible=False)
-    if wide:
-        charts.logarithmic(bar.ax, "y", None, "Relative bias")
-    else:
-        bar.ax.set_ylabel("Relative bias")

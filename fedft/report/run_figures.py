@@ -1,19 +1,16 @@
 """The figures of a single run: which data they show, and in words what they show."""
 
 from collections.abc import Callable, Mapping
-from statistics import fmean, median
+from statistics import median
 
-from fedft.report import charts
+from fedft.report import charts, meter_figures
 from fedft.report.charts import INK, PALETTE, Style
 from fedft.report.figures import (
     Figure,
     cumulative,
     curve,
     five_numbers,
-    floored,
-    heat,
     last,
-    layer_bias,
     legend,
     phases,
     replies,
@@ -21,7 +18,7 @@ from fedft.report.figures import (
     site_scores,
     wheel,
 )
-from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
+from fedft.report.formats import bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Metric
 from fedft.report.records import Record, clean, mapping, number, round_number
 from fedft.report.submodels import run_submodels
@@ -44,10 +41,7 @@ def of_run(record: Record, metric: Metric) -> list[Figure]:
         run_loss(record),
         client_losses(record),
         client_examples(record),
-        run_bias(record),
-        run_lag(record),
-        run_layers(record),
-        run_drift(record),
+        *meter_figures.of_run(record),
         run_bytes(record),
         run_seconds(record),
         site_scores([("all sites", [record])], metric),
@@ -217,112 +211,6 @@ def client_examples(record: Record) -> Figure | None:
         ax.set_ylabel("Examples")
         ax.margins(x=0.01)
         return Figure("examples", "Examples a site", "", charts.svg(figure, "examples", alt))
-
-
-def run_bias(record: Record) -> Figure | None:
-    """Relative bias per round, and of it what was forgotten, where anything was."""
-    values, lost = record.series("bias", "relative"), record.series("bias", "forgotten")
-    if not values:
-        return None
-    lines = [curve("bias", _BLUE, floored(values))]
-    cosine, ratio = record.mean("bias", "cosine"), record.mean("bias", "norm_ratio")
-    mean = fmean(values.values())
-    alt = (
-        f"Relative aggregation bias per round: {bias_text(mean)} in the mean, "
-        f"{bias_text(max(values.values()))} at most."
-    )
-    more = [
-        f"mean {name} {value:.4f}"
-        for name, value in (("cosine", cosine), ("norm ratio", ratio))
-        if value is not None
-    ]
-    caption = "|ΔW − applied| / |ΔW| over all layers" + (f"; {', '.join(more)}." if more else ".")
-    if any(value > EXACT for value in lost.values()):
-        lines.append(curve("forgotten", _RED, floored(lost)))
-        alt += f" Forgotten of it: {bias_text(fmean(lost.values()))} in the mean."
-        caption += (
-            " Forgotten: the part of it along what clients of low rank were not sent, and the new "
-            "model has lost."
-        )
-    with charts.canvas() as (figure, ax):
-        charts.plot(ax, lines)
-        everything = [y for line in lines for y in line.y]
-        charts.ratio(ax, "y", everything, EXACT, "Relative bias")
-        charts.whole_rounds(ax)
-        if len(lines) > 1:
-            legend(figure, ax)
-        return Figure("bias", "Aggregation bias", caption, charts.svg(figure, "bias", alt))
-
-
-def run_lag(record: Record) -> Figure | None:
-    """The three meters of the round boundary."""
-    named = [
-        ("Function jump", _BLUE, record.series("lag", "function_jump")),
-        ("Displacement", _RED, record.series("lag", "displacement")),
-        ("Dead-start ratio", _GREEN, record.series("lag", "dead_start")),
-    ]
-    named = [(label, style, values) for label, style, values in named if values]
-    if not named:
-        return None
-    everything = [value for *_, values in named for value in floored(values).values()]
-    alt = "Initialisation lag, means over the rounds: " + ", ".join(
-        f"{label.lower()} {bias_text(fmean(values.values())).replace('exact', 'zero')}"
-        for label, _, values in named
-    )
-    with charts.canvas() as (figure, ax):
-        charts.plot(ax, [curve(label, style, floored(values)) for label, style, values in named])
-        charts.ratio(ax, "y", everything, EXACT, "Ratio")
-        charts.whole_rounds(ax)
-        legend(figure, ax)
-        return Figure(
-            "lag",
-            "Initialisation lag",
-            "What the round boundary does: distance of the next start from where the sites arrived, in "
-            "function and in factors, and |∇A| / |∇B| on the first batch.",
-            charts.svg(figure, "lag", f"{alt}."),
-        )
-
-
-def run_drift(record: Record) -> Figure | None:
-    """Squared movement of the sites per round."""
-    total, between = record.series("drift", "total"), record.series("drift", "between")
-    lines = [
-        curve(label, style, values)
-        for label, style, values in (("Total", _BLUE, total), ("Between sites", _RED, between))
-        if values
-    ]
-    if not lines:
-        return None
-    alt = "Client drift, last round: " + ", ".join(
-        f"{ln.label.lower()} {ln.y[-1]:.3g}" for ln in lines
-    )
-    with charts.canvas() as (figure, ax):
-        charts.plot(ax, lines)
-        charts.whole_rounds(ax)
-        ax.set_ylabel("Squared distance")
-        ax.set_ylim(bottom=0)
-        legend(figure, ax)
-        return Figure(
-            "drift",
-            "Client drift",
-            "Squared distance of the sites' factors from their start, and the part on which they disagree.",
-            charts.svg(figure, "drift", f"{alt}."),
-        )
-
-
-def run_layers(record: Record) -> Figure | None:
-    """Relative bias by layer and round."""
-    by_round = {
-        str(round_number(line)): layer_bias(mapping(mapping(line.get("bias")).get("layers")))
-        for line in record.rounds
-    }
-    return heat(
-        {round_: layers for round_, layers in by_round.items() if layers},
-        name="layers",
-        title="Bias by layer and round",
-        xlabel="Round",
-        slanted=False,
-    )
 
 
 def _stacked(

@@ -1,9 +1,11 @@
 """The summary table of a comparison, for the terminal, Markdown, LaTeX and JSON."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from fedft.report import meter_figures
 from fedft.report.formats import (
     EXACT,
     bias_text,
@@ -57,6 +59,7 @@ class Row:
         submodels: number of parts held → what the submodel scores; empty without pruning.
         bias: relative aggregation bias, mean over the rounds; None where it cannot be known.
         forgotten: the part of it along what sites of low rank were not sent, the same mean.
+        meters: title of a column that a meter asks for → the mean over the rounds.
         epsilon: unit of a privacy promise → the largest ε of the runs, None where one has no bound;
             empty without a promise.
         traffic: bytes up and down, a run.
@@ -77,6 +80,7 @@ class Row:
     submodels: Mapping[int, Part]
     bias: Interval | None
     forgotten: Interval | None
+    meters: Mapping[str, Interval | None]
     epsilon: Mapping[str, float | None]
     traffic: Interval | None
     seconds: Interval | None
@@ -101,6 +105,7 @@ class Table:
         target: the best level of the metric that every run reached; None without a fleet's clock.
         parts: what the sizes of submodels count.
         privacy: what the ε are about; empty without any.
+        shown: title of a meter's column → how it shows its value.
     """
 
     metric: Metric
@@ -110,6 +115,7 @@ class Table:
     target: float | None = None
     parts: str = "block"
     privacy: str = ""
+    shown: Mapping[str, Callable[[Interval | None], str]] = field(default_factory=dict[str, Any])
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -184,6 +190,7 @@ class Table:
             columns += [
                 ("Forgotten", lambda r: forgotten_text(r.forgotten.mean if r.forgotten else None))
             ]
+        columns += [self._meter(title) for title in self.shown if self._read(title)]
         columns += [self._epsilon(unit) for unit in UNITS if self._promised(unit)]
         if self.target is not None:
             title = f"Time to {score(self.target, m.percent)}"
@@ -198,6 +205,12 @@ class Table:
             ("Time a run", lambda r: _seconds(r.seconds)),
         ]
         return columns
+
+    def _read(self, title: str) -> bool:
+        return any(row.meters.get(title) for row in self.rows)
+
+    def _meter(self, title: str) -> _Column:
+        return title, lambda row: self.shown[title](row.meters.get(title))
 
     def _promised(self, unit: str) -> bool:
         return any(unit in row.epsilon for row in self.rows)
@@ -255,7 +268,8 @@ def tabulate(records: Sequence[Record], confidence: float | None = None) -> Tabl
     target = common_target(records, metric)
     rows = tuple(_row(g, baseline_of(g, groups), metric, target) for g in groups)
     name, parts = baseline_name(groups), parts_of(records)
-    return Table(metric, rows, name, groups[0].confidence, target, parts, terms(records))
+    shown = meter_figures.columns(groups)
+    return Table(metric, rows, name, groups[0].confidence, target, parts, terms(records), shown)
 
 
 def _row(one: Group, baseline: Group | None, metric: Metric, target: float | None) -> Row:
@@ -277,6 +291,7 @@ def _row(one: Group, baseline: Group | None, metric: Metric, target: float | Non
         },
         bias=one.interval(one.means("bias", "relative").values()),
         forgotten=one.interval(one.means("bias", "forgotten").values()),
+        meters=meter_figures.cells(one),
         epsilon=largest(runs),
         traffic=one.interval(b for b in map(traffic, runs) if b is not None),
         seconds=one.interval(s for s in (run.seconds() for run in runs) if s is not None),
