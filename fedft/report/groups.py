@@ -171,11 +171,11 @@ def _completed(configs: Sequence[Json]) -> Sequence[Json]:
 
 
 def _settings(config: Json) -> dict[str, str]:
-    """What identifies a configuration. Engine settings do not change results, and seeds are paired."""
+    """What identifies a configuration. Engines and meters change no result, and seeds are paired."""
     return {
         key: clean(value, 40)
         for key, value in flatten(config).items()
-        if key != "seed" and not key.startswith("engine.")
+        if key != "seed" and not key.startswith(("engine.", "evaluation.meters"))
     }
 
 

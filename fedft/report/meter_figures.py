@@ -1,22 +1,19 @@
 """The figures of the meters, of one run and of several, drawn from what each meter says of itself.
 
-No meter is known here. How ours are drawn stands in their files; of others a run directory holds the
-descriptions (``meters.json``), which are read as a stranger's text: see
-:func:`fedft.core.meters.plots.plot_from`.
+No meter is known here; see :mod:`fedft.report.drawn` for where the descriptions come from.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import exp, log
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from fedft.core.meters import METERS
-from fedft.core.meters.plots import Curve, Heat, Plot, plot_from
+from fedft.core.meters.plots import Curve, Heat, Plot
 from fedft.report import charts
 from fedft.report.charts import PALETTE, Style
+from fedft.report.drawn import Drawn, drawn
 from fedft.report.figures import (
     Figure,
     band_note,
@@ -30,7 +27,7 @@ from fedft.report.figures import (
 from fedft.report.formats import EXACT, bias_text, score, significant, spread
 from fedft.report.groups import Group
 from fedft.report.heat_maps import Shades, heat
-from fedft.report.records import Json, Record, clean, lookup, mapping, number, round_number
+from fedft.report.records import Record, round_number
 from fedft.report.statistics import Interval
 
 if TYPE_CHECKING:
@@ -41,87 +38,7 @@ _STYLES = (
     Style(PALETTE[1], (0, (4, 2)), "s", hollow=True),
     Style(PALETTE[2], (0, (2, 1)), "^", hollow=False),
 )
-_KEY = re.compile(r"[a-z][a-z0-9_-]{0,39}")
-_NESTED = "meters"
-_MOST = 40
-"""Meters of which a report draws the figures."""
-
 _BETTER = {"higher": " Higher is better.", "lower": " Lower is better.", None: ""}
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One plot, and where its numbers stand.
-
-    Attributes:
-        name: unique on the page.
-        path: of the reading, in a line of ``rounds.jsonl``.
-        plot: how it is drawn.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    plot: Plot
-
-    def series(self, record: Record, one: Curve) -> dict[int, float]:
-        """Round → number."""
-        return record.series(*self.path, *one.keys)
-
-    def layers(self, line: Json, shown: Heat) -> dict[str, float]:
-        """Module path → number, of one round."""
-        found = mapping(lookup(line, *self.path, *shown.keys))
-        values = {clean(m, 80): number({m: value}, m, *shown.value) for m, value in found.items()}
-        return {module: value for module, value in values.items() if value is not None}
-
-
-def drawn(records: Sequence[Record]) -> list[Drawn]:
-    """What there is to draw of some runs: our meters in their order, then those of others by name."""
-    found = [
-        one
-        for kind in METERS
-        for one in _plots(kind.key, kind.plots, () if kind.top else (_NESTED,))
-    ]
-    known = {kind.key for kind in METERS}
-    others: dict[str, list[Plot]] = {}
-    for record in records:
-        for key, described in record.plots.items():
-            if key not in known and _KEY.fullmatch(key) and isinstance(described, list):
-                plots = [plot for plot in map(plot_from, described[:_MOST]) if plot is not None]
-                others.setdefault(key, [_cleaned(plot) for plot in plots])
-    for key in sorted(others)[:_MOST]:
-        found += _plots(key, others[key], (_NESTED,))
-    return found
-
-
-def _cleaned(plot: Plot) -> Plot:
-    """With the texts of a stranger as plain printable text."""
-    heat_ = plot.heat
-    return replace(
-        plot,
-        title=clean(plot.title),
-        quantity=clean(plot.quantity, 60),
-        caption=clean(plot.caption, 300),
-        quoted=tuple((clean(label, 36), keys) for label, keys in plot.quoted),
-        curves=tuple(
-            replace(
-                c,
-                label=clean(c.label, 36),
-                note=clean(c.note, 300),
-                name=clean(c.name, 60),
-                title=clean(c.title),
-                caption=clean(c.caption, 300),
-                column=clean(c.column, 40),
-            )
-            for c in plot.curves
-        ),
-        heat=heat_ and replace(heat_, title=clean(heat_.title), quantity=clean(heat_.quantity, 60)),
-    )
-
-
-def _plots(key: str, plots: Sequence[Plot], within: tuple[str, ...]) -> Iterator[Drawn]:
-    for k, plot in enumerate(plots):
-        name = "-".join([*(["meter"] if within else []), key, *([str(k + 1)] if k else [])])
-        yield Drawn(name, (*within, key), plot)
 
 
 # ── one run ───────────────────────────────────────────────────────────────────────────────────

@@ -248,7 +248,8 @@ def _count(value: object, noun: str) -> str:
 
 def _environment(environment: Json) -> str:
     """Versions and hashes. The command line stays out: it names this machine's folders."""
-    flat = {k: v for k, v in flatten(environment).items() if k != "argv" and v is not None}
+    hidden = ("argv", "meters")
+    flat = {k: v for k, v in flatten(environment).items() if k not in hidden and v is not None}
     if not flat:
         return "<p class='small'>Not recorded.</p>"
     return "<dl class='facts'>{}</dl>".format(

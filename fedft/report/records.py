@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
@@ -64,7 +64,6 @@ class Record:
     clients: tuple[Json, ...]
     summary: Json | None
     arms: tuple[str, ...] = ()
-    plots: Json = field(default_factory=dict[str, object])
 
     @property
     def arm(self) -> str:
@@ -137,15 +136,7 @@ def read(path: Path) -> Record:
         clients=tuple(run.clients()),
         summary=run.summary() if run.finished else None,
         arms=_arms(path.resolve().parent / _PLAN),
-        plots=_plots(path / "meters.json"),
     )
-
-
-def _plots(file: Path) -> Json:
-    try:
-        return mapping(json.loads(read_plain(file, largest=MIB)))
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def _arms(plan: Path) -> tuple[str, ...]:

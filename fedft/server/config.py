@@ -33,6 +33,7 @@ from fedft.server.fleet import (
     check_devices,
     whole,
 )
+from fedft.server.measuring import EvaluationSpec
 from fedft.server.pruning import PruningSpec, unprunable
 from fedft.strategies import (
     AnyStrategy,
@@ -208,6 +209,7 @@ class RunConfig(Table):
     training: TrainingSpec = TrainingSpec()
     strategy: AnyStrategy = FedAvgLoRA()
     pruning: PruningSpec = PruningSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     engine: EngineSpec = EngineSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 

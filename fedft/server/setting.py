@@ -178,6 +178,7 @@ def _facts(config: RunConfig, data: Data, special: SpecialTokens | None) -> dict
         "examples": {"train": len(data.train), "test": len(data.test)},
         "skipped": dict(data.skipped),
         "notes": list(data.notes),
+        **config.evaluation.described(),
         **text,
     }
 
@@ -263,6 +264,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         pruning=pruning,
         frozen=config.frozen,
         stop=stop,
+        meters=config.evaluation.kinds,
     )
 
 

@@ -40,10 +40,8 @@ def find(name: str) -> type[Meter]:
     if name in known:
         return known[name]
     near = get_close_matches(name, known, n=1)
-    guess = f"did you mean {near[0]!r}? Known" if near else "known"
-    raise ConfigError(
-        f"no meter is called {name!r}", fix=f"{guess}: {', '.join(known)}".capitalize()
-    )
+    guess = f"Did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"no meter is called {name[:80]!r}", fix=f"{guess}Known: {', '.join(known)}")
 
 
 def chosen(names: Sequence[str]) -> tuple[type[Meter], ...]:

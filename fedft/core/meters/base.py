@@ -222,11 +222,8 @@ def check_meter(kind: object, name: str) -> type[Meter]:
                 f"the meter {name} has {attribute} = {value!r}",
                 fix=f"Choose one of {', '.join(map(repr, known))}.",
             )
-    plots: object = kind.plots
-    if not (
-        isinstance(plots, tuple)
-        and all(isinstance(x, Plot) for x in cast("tuple[object, ...]", plots))
-    ):
+    plots: Any = kind.plots
+    if not (isinstance(plots, tuple) and all(isinstance(x, Plot) for x in plots)):
         raise ConfigError(
             f"the meter {name} has plots that are none",
             fix="Give a tuple of fedft.core.meters.Plot.",

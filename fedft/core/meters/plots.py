@@ -1,9 +1,9 @@
 """How a meter is drawn, as plain data: reports draw any meter from it, and import none.
 
 A report reads run directories that other machines made, maybe with meters that this one has not
-installed. A run that measures more than the first meters therefore writes the descriptions down
-beside its record (``meters.json``), and :func:`plot_from` reads them with the distrust that a
-stranger's file deserves.
+installed. A run that measures more than the first meters therefore writes the descriptions into its
+``environment.json``, and :func:`plot_from` reads them with the distrust that a stranger's file
+deserves.
 """
 
 from collections.abc import Mapping
