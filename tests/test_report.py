@@ -19,9 +19,9 @@ import tomli_w
 
 from fedft.core.errors import ConfigError, FedftError, IntegrityError
 from fedft.report import charts, summarise, write_report
-from fedft.report.heat_maps import heat, short_names
 from fedft.report.formats import bias_text, bytes_text, seconds_text, significant
 from fedft.report.groups import Group
+from fedft.report.heat_maps import heat, short_names
 from fedft.report.records import clean, load
 from fedft.report.statistics import interval, paired, t_cdf, t_quantile
 

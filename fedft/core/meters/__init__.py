@@ -44,6 +44,30 @@ def find(name: str) -> type[Meter]:
     raise ConfigError(f"no meter is called {name[:80]!r}", fix=f"{guess}Known: {', '.join(known)}")
 
 
+def check_foreign(kind: object, name: str) -> type[Meter]:
+    """The class, if it is a meter that others may bring along.
+
+    Args:
+        kind: what a name led to.
+        name: as the user wrote it, for the error.
+
+    Raises:
+        ConfigError: it is no meter, or takes a place that is not free.
+    """
+    meter = check_meter(kind, name)
+    if meter.key in {own.key for own in METERS}:
+        raise ConfigError(
+            f"the meter {name} has key = {meter.key!r}, which is the key of one of fedft's own",
+            fix="Give the class another key.",
+        )
+    if meter.top:
+        raise ConfigError(
+            f"the meter {name} has top = True: only fedft's first meters stand in the line itself",
+            fix="Leave it out; the reading stands under meters.",
+        )
+    return meter
+
+
 def chosen(names: Sequence[str]) -> tuple[type[Meter], ...]:
     """The meters of some names, in the order given.
 
@@ -95,6 +119,7 @@ __all__ = [
     "Replies",
     "Round",
     "Spectrum",
+    "check_foreign",
     "check_meter",
     "chosen",
     "find",
