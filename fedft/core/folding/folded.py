@@ -180,6 +180,10 @@ class Folded:
                     found.setdefault(module, []).append((start.adapter.factors[module], share))
         return found
 
+    def means(self) -> dict[str, Tensor]:
+        """Name → mean in float64 of every tensor that was sent; those of mixed shapes left out."""
+        return {name: mean.clone() for name, (mean, _) in self._sent.means().items()}
+
     def mean_factors(self) -> dict[str, Tensor | None]:
         """Name → mean in float64 of each factor of the layers that were sent; hidden ones left out.
 

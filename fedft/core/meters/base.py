@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedft.core.folding import Folded
-    from fedft.core.types import Adapter, ClientUpdate, Factors, Part, ServerState, TrainPlan
+    from fedft.core.types import ClientUpdate, Factors, Part, ServerState, TrainPlan
 
 Needs = Literal["sum", "products", "each"]
 """What a meter needs of the replies; see the head of this module."""
@@ -85,16 +85,12 @@ class Replies:
         """
         return self._folded.mean_factors()
 
-    def mean(self, start: "Adapter") -> "dict[str, Tensor]":
-        """Name → mean of everything that was sent, in the dtype that was sent.
+    def mean(self) -> "dict[str, Tensor]":
+        """Name → mean in float64 of every tensor that was sent, task heads included.
 
-        Args:
-            start: what the clients started from, at the rank of the server.
-
-        Raises:
-            ValueError: no client counts, or the ranks are mixed.
+        A tensor of mixed ranks is left out; empty where no client counts.
         """
-        return dict(self._folded.mean_update(start).tensors)
+        return self._folded.means()
 
     # products
 

@@ -182,12 +182,12 @@ class Mean(Meter):
     key = "mean_of_replies"
 
     def value(self, round_: Round) -> dict[str, Any]:
-        replies, start = round_.replies, round_.before.adapter
+        replies = round_.replies
         factors = {
             n: None if t is None else t.flatten().tolist()
             for n, t in replies.mean_factors().items()
         }
-        sent = {name: tensor.flatten().tolist() for name, tensor in replies.mean(start).items()}
+        sent = {name: tensor.flatten().tolist() for name, tensor in replies.mean().items()}
         told = {"loss": replies.loss, "dead_start": replies.dead_start}
         return {"factors": factors, "sent": sent, "examples": replies.examples, **told}
 
