@@ -97,7 +97,7 @@ def _fill(
     federation: Federation, flight: "Flight", watch: Stopwatch, ledger: Ledger
 ) -> tuple[list[Job], list[ClientUpdate]]:
     """The jobs whose replies fill the buffer, and what came of them."""
-    size, settings = federation.strategy.buffer or 1, federation.settings
+    size, settings = federation.strategy.buffer_size or 1, federation.settings
     arrived: list[Job] = []
     updates: list[ClientUpdate] = []
     for _ in range(settings.retries + 1):

@@ -302,7 +302,7 @@ class RunConfig(Table):
                 "[engine] gradient-checkpointing: [training] dp takes each example's gradient by hooks "
                 "that a layer must not run into twice; leave one of the two out"
             )
-        if rule.buffer is not None and self.training.dp is not None:
+        if rule.buffer_size is not None and self.training.dp is not None:
             raise ValueError(
                 f"[training] dp: {rule.name} is asynchronous, and its jobs are not entered in the account; "
                 "choose a rule of rounds"
@@ -360,7 +360,7 @@ class RunConfig(Table):
 
     def _check_asynchronous(self) -> None:
         """Refuse what an asynchronous rule has no use for, or cannot do without."""
-        rounds, buffer, name = self.rounds, self.strategy.buffer, self.strategy.name
+        rounds, buffer, name = self.rounds, self.strategy.buffer_size, self.strategy.name
         if buffer is None:
             return
         if not self.fleet.timed:

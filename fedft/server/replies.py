@@ -45,7 +45,7 @@ class Intake:
         for update in updates:
             self.folded.add(update)
             self.panel.add(update)
-            if not self._strategy.mean_only:
+            if not self._strategy.uses_mean_only:
                 self._kept.append(update)
         return self
 
@@ -55,6 +55,6 @@ class Intake:
         Args:
             start: the adapter of the server, from which the sites started.
         """
-        if self._strategy.mean_only and len(self) > 0:
+        if self._strategy.uses_mean_only and len(self) > 0:
             return [self.folded.mean_update(start)]
         return self._kept

@@ -322,7 +322,7 @@ def _until_patience(
     patience = federation.settings.patience
     if patience is not None and progress.stale >= patience:
         return
-    steps = rounds if federation.strategy.buffer is None else updates
+    steps = rounds if federation.strategy.buffer_size is None else updates
     for completed in steps(federation, state):
         yield completed
         progress = progress.after(completed, federation.kind)

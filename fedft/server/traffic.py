@@ -42,7 +42,7 @@ def counted(config: RunConfig) -> dict[str, int]:
     Spares are asked, and nobody waits for their replies. A round of an asynchronous rule is one
     server update: what counts are the jobs that end in it, however many others are at work.
     """
-    replies = config.strategy.buffer or config.rounds.per_round
+    replies = config.strategy.buffer_size or config.rounds.per_round
     return {"up": replies, "down": replies + config.rounds.spares}
 
 

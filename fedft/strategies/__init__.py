@@ -91,9 +91,9 @@ def check_method(strategy: Rule, method: str) -> None:
     Raises:
         ConfigError: naming the rules that can.
     """
-    if strategy.takes(method):
+    if strategy.supports(method):
         return
-    able = [str(rule.model_fields["name"].default) for rule in RULES if rule().takes(method)]
+    able = [str(rule.model_fields["name"].default) for rule in RULES if rule().supports(method)]
     raise ConfigError(
         f"{strategy.name} cannot aggregate adapters of method = {method!r}: "
         "its equation is about other tensors",

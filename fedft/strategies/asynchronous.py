@@ -81,9 +81,9 @@ def check_inner(name: str, inner: Strategy) -> None:
     Raises:
         ValueError: ``inner`` re-draws tensors, takes mixed ranks, or is asynchronous itself.
     """
-    if inner.buffer is not None:
+    if inner.buffer_size is not None:
         raise ValueError(f"{name} goes over a synchronous rule: its inner rule is asynchronous")
-    if inner.steady != ALL_PARTS or inner.mixed_ranks:
+    if inner.comparable != ALL_PARTS or inner.mixed_ranks:
         raise ValueError(
             f"{name} adds stale changes entry by entry, and its inner rule re-draws factors or mixes "
             "ranks; choose one that does not, such as fedavg-lora, ffa-lora, lora-fair or fedex-lora"

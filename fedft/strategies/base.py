@@ -45,6 +45,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
+from fedft.strategies.renamed import answer_to_old_names
 from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
 
@@ -58,6 +59,11 @@ class Strategy(BaseModel, ABC):
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **more: Any) -> None:
+        super().__pydantic_init_subclass__(**more)
+        answer_to_old_names(cls)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +97,7 @@ class Strategy(BaseModel, ABC):
         return frozenset()
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         """The parts whose entries mean the same from one round to the next.
 
         What a rule re-draws or writes in a new basis every round is not among them: a difference
@@ -100,7 +106,7 @@ class Strategy(BaseModel, ABC):
         return ALL_PARTS
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         """Whether the new state depends on the replies through the mean of what they sent alone.
 
         The mean, or another summary of the replies (a median, a noisy mean), can then take their
@@ -110,7 +116,7 @@ class Strategy(BaseModel, ABC):
         return False
 
     @property
-    def buffer(self) -> int | None:
+    def buffer_size(self) -> int | None:
         """Replies that make a server update while other sites are still at work (FedBuff's K).
 
         None waits for the whole cohort of a round.
@@ -126,7 +132,7 @@ class Strategy(BaseModel, ABC):
         """
         return ""
 
-    def takes(self, method: str) -> bool:
+    def supports(self, method: str) -> bool:
         """Whether the rule can aggregate adapters of this `[lora] method`.
 
         One whose equation is about factors takes ``lora`` alone. One that takes the mean of every
@@ -185,6 +191,9 @@ class Strategy(BaseModel, ABC):
             state: as it was broadcast, with ``round`` already counted up to the round in hand.
             updates: at least one, each with at least one example, in the order of site names.
         """
+
+
+answer_to_old_names(Strategy)
 
 
 # ── means ─────────────────────────────────────────────────────────────────────────────────────

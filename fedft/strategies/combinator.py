@@ -38,16 +38,16 @@ class Combinator(Strategy, ABC):
         return self.inner.personal
 
     @property
-    def steady(self) -> frozenset[Part]:
-        return self.inner.steady
+    def comparable(self) -> frozenset[Part]:
+        return self.inner.comparable
 
     @property
-    def mean_only(self) -> bool:
-        return self.inner.mean_only
+    def uses_mean_only(self) -> bool:
+        return self.inner.uses_mean_only
 
     @property
-    def buffer(self) -> int | None:
-        return self.inner.buffer
+    def buffer_size(self) -> int | None:
+        return self.inner.buffer_size
 
     @property
     def guards(self) -> str:
@@ -57,8 +57,8 @@ class Combinator(Strategy, ABC):
     def label(self) -> str:
         return f"{super().label} over {self.inner.label}"
 
-    def takes(self, method: str) -> bool:
-        return self.inner.takes(method)
+    def supports(self, method: str) -> bool:
+        return self.inner.supports(method)
 
     def init(self, adapter: Adapter) -> ServerState:
         return self.inner.init(adapter)

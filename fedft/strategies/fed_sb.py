@@ -54,7 +54,7 @@ class FedSB(Strategy):
     seed: int = 0
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         return frozenset({"R", "head"})
 
     def init(self, adapter: Adapter) -> ServerState:

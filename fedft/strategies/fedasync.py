@@ -42,16 +42,16 @@ class FedAsync(Combinator):
     staleness: Staleness = Staleness()
 
     @model_validator(mode="after")
-    def _inner_is_steady(self) -> "FedAsync":
+    def _inner_is_comparable(self) -> "FedAsync":
         check_inner(self.name, self.inner)
         return self
 
     @property
-    def buffer(self) -> int | None:
+    def buffer_size(self) -> int | None:
         return 1
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

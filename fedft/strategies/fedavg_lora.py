@@ -32,10 +32,10 @@ class FedAvgLoRA(Strategy):
     name: Literal["fedavg-lora"] = "fedavg-lora"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return True
 
-    def takes(self, method: str) -> bool:
+    def supports(self, method: str) -> bool:
         return method != "hydralora"  # whose router it would not train
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

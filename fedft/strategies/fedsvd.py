@@ -32,11 +32,11 @@ class FedSVD(Strategy):
     name: Literal["fedsvd"] = "fedsvd"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return True
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         return frozenset({"head"})
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

@@ -31,7 +31,7 @@ class FFALoRA(Strategy):
     name: Literal["ffa-lora"] = "ffa-lora"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return True
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

@@ -56,7 +56,7 @@ class FlexLoRA(Strategy):
         return self.beyond_rank == "zero"
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         return frozenset({"head"})
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

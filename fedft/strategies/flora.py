@@ -52,7 +52,7 @@ class FLoRA(Strategy):
         return True
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         return frozenset({"head"})
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

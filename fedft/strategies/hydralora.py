@@ -83,7 +83,7 @@ class HydraLoRA(Strategy):
     freeze_a: bool = False
     head: Literal["shared", "local"] = "shared"
 
-    def takes(self, method: str) -> bool:
+    def supports(self, method: str) -> bool:
         return method == "hydralora"
 
     @property
@@ -97,7 +97,7 @@ class HydraLoRA(Strategy):
         return own[self.mode] | task
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         everything: frozenset[Part] = frozenset({"A", "B", "router", "head"})
         return everything if self.mode == "global" else frozenset({"A", "head"})
 

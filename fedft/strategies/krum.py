@@ -50,7 +50,7 @@ class Central(Combinator, ABC):
         return f"{self.label} picks clients by the change of their adapters"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ class NormClip(Combinator):
         return f"{self.label} bounds the change of the adapter"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

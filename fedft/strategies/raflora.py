@@ -42,7 +42,7 @@ class RaFLoRA(Strategy):
         return True
 
     @property
-    def steady(self) -> frozenset[Part]:
+    def comparable(self) -> frozenset[Part]:
         return frozenset({"head"})
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

@@ -31,7 +31,7 @@ class RoLoRA(Strategy):
     name: Literal["rolora"] = "rolora"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return True
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

@@ -113,7 +113,7 @@ def _adapted(
     updates: Sequence[ClientUpdate],
     second: Callable[[Tensor, Tensor], Tensor],
 ) -> ServerState:
-    """One adaptive step of every steady tensor; ``second`` moves the second moment."""
+    """One adaptive step of every comparable tensor; ``second`` moves the second moment."""
     after = rule.inner.combine(state, updates)
     stepped: dict[str, Tensor] = {}
     slots = dict(after.slots)
@@ -135,7 +135,7 @@ def _moves(
     return [
         (name, old[name], new[name].double() - old[name].double())
         for name in sent
-        if part_of(name) in rule.steady and name in old and old[name].shape == new[name].shape
+        if part_of(name) in rule.comparable and name in old and old[name].shape == new[name].shape
     ]
 
 

@@ -29,12 +29,12 @@ class Summary(Combinator, ABC):
         return f"{self.label} makes one summary of the changes of the adapter"
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
     @model_validator(mode="after")
     def _inner_takes_a_summary(self) -> Self:
-        if not self.inner.mean_only:
+        if not self.inner.uses_mean_only:
             raise ValueError(
                 f"inner: {self.inner.name} needs the replies one by one, and this rule gives it one "
                 "summary of them; choose fedavg-lora, ffa-lora, rolora or fedsvd, or one of "

@@ -252,7 +252,7 @@ def adapter(model: Path, rank: int = 3) -> Adapter:
     return models.initial_adapter(shapes, lora, rank, 0)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r().takes("lora")])
+@pytest.mark.parametrize("rule", [r for r in RULES if r().supports("lora")])
 def test_the_plans_of_every_rule_pass(rule: type[Strategy], tiny_model: Path) -> None:
     """As strict as a client is with a plan, and as it is without options."""
     made = rule()

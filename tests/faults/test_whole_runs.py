@@ -137,7 +137,9 @@ CLOCKED = {name: {"clients": 10, "speeds": [100.0]} for name in ("fedasync", "fe
 """Fleets of the rules that need to know who is how fast."""
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r().takes("lora")], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if r().supports("lora")], ids=lambda r: r.__name__
+)
 def test_stock_peft_scores_as_the_run_did(
     tiny_table: Table,
     tmp_path: Path,

@@ -42,7 +42,7 @@ OWN_RANK = 2
 def rules_of_real_clients() -> list[str]:
     """Rules that a server can run at all: not those of the simulated clock, or of a fixed roster."""
     names = zip(rule_names(), RULES, strict=True)
-    return [name for name, rule in names if rule().buffer is None and name != "central-dp"]
+    return [name for name, rule in names if rule().buffer_size is None and name != "central-dp"]
 
 
 @pytest.fixture(autouse=True)

@@ -362,7 +362,7 @@ class OneByOne(FedAvgLoRA):
     """The same rule, but it says that it needs every reply."""
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
 

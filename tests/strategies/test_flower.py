@@ -125,7 +125,7 @@ def run(
     rule: Strategy, rounds: int = 4, nodes: int = 3, faults: Faults | None = None, **kwargs: Any
 ):
     start = initial()
-    if rule.takes("hydralora"):
+    if rule.supports("hydralora"):
         g = torch.Generator().manual_seed(1)
         zeros = start.pop(B)
         start |= {head: zeros.clone() for head in HEADS}

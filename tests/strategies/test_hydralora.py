@@ -169,8 +169,8 @@ def test_one_private_head_is_fedsa_lora() -> None:
 
 
 def test_what_the_rules_take() -> None:
-    assert HydraLoRA().takes("hydralora") and not HydraLoRA().takes("lora")
-    assert FedAvgLoRA().takes("dora") and not FedAvgLoRA().takes("hydralora")
+    assert HydraLoRA().supports("hydralora") and not HydraLoRA().supports("lora")
+    assert FedAvgLoRA().supports("dora") and not FedAvgLoRA().supports("hydralora")
 
 
 # ── groups ────────────────────────────────────────────────────────────────────────────────────

@@ -274,7 +274,7 @@ def hydra_adapter(plain: Adapter) -> Adapter:
 def initial(rule: Strategy, dtype: torch.dtype) -> ServerState:
     """The state before the first round."""
     plain = first_adapter(dtype)
-    return rule.init(plain if rule.takes("lora") else hydra_adapter(plain))
+    return rule.init(plain if rule.supports("lora") else hydra_adapter(plain))
 
 
 def fleet(rule: Strategy, count: int = 4) -> list[Site]:
@@ -480,8 +480,8 @@ def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [r for r in TABLE.values() if r.rule.mean_only],
-    ids=[k for k, r in TABLE.items() if r.rule.mean_only],
+    [r for r in TABLE.values() if r.rule.uses_mean_only],
+    ids=[k for k, r in TABLE.items() if r.rule.uses_mean_only],
 )
 @dtypes
 @pytest.mark.parametrize("count", [1, 2, 40])

@@ -161,7 +161,7 @@ def test_mixed_holdings_do_not_depend_on_the_order_and_keep_every_shape(rule: St
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in RULES_UNDER_TEST if r.mean_only], ids=lambda r: r.model_dump()["name"]
+    "rule", [r for r in RULES_UNDER_TEST if r.uses_mean_only], ids=lambda r: r.model_dump()["name"]
 )
 def test_the_mean_of_mixed_holdings_stands_for_all_replies(rule: Strategy) -> None:
     """Bit for bit, although each tensor is a mean over other sites."""

@@ -144,7 +144,7 @@ class Folded:
         return self._loss.value
 
     def mean_update(self, start: Adapter) -> ClientUpdate:
-        """The one reply that a rule with ``mean_only`` is handed in place of all of them.
+        """The one reply that a rule with ``uses_mean_only`` is handed in place of all of them.
 
         Records beside the adapter are averaged as its tensors are, each over those who sent it.
 
