@@ -190,6 +190,10 @@ class Meter(ABC):
         """
 
 
+def _is_plot(value: object) -> bool:
+    return isinstance(value, Plot)
+
+
 def check_meter(kind: object, name: str) -> type[Meter]:
     """The class, if it is a meter.
 
@@ -219,7 +223,7 @@ def check_meter(kind: object, name: str) -> type[Meter]:
                 fix=f"Choose one of {', '.join(map(repr, known))}.",
             )
     plots: Any = kind.plots
-    if not (isinstance(plots, tuple) and all(isinstance(x, Plot) for x in plots)):
+    if not (isinstance(plots, tuple) and all(map(_is_plot, plots))):
         raise ConfigError(
             f"the meter {name} has plots that are none",
             fix="Give a tuple of fedft.core.meters.Plot.",

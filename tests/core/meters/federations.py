@@ -113,6 +113,12 @@ def _mixed() -> Case:
     return Case(ServerState(whole), updates, ServerState(adapter(91, 4), 1))
 
 
+def _lower() -> Case:
+    whole = adapter(0, 4)
+    updates = tuple(reply(k, leading(whole, 2)) for k in range(3))
+    return Case(ServerState(whole), updates, ServerState(adapter(93, 4), 1))
+
+
 def _pruned() -> Case:
     start = adapter(0)
     held = (None, "layer.0.query", "layer.1.value", "layer.0.query")
@@ -145,6 +151,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "nobody came": lambda: _plain(0),
     "merged into the base": _merged,
     "mixed ranks": _mixed,
+    "all of one lower rank": _lower,
     "layer-pruned": _pruned,
     "B stays": _kept,
     "experts": _experts,
@@ -240,7 +247,7 @@ def _displacement(case: Case) -> float | None:
             if not holders or part in case.personal:
                 continue
             own = [getattr(u.adapter.factors[m], part) for u in holders]
-            if len({x.shape for x in own}) > 1:
+            if {x.shape for x in own} != {new.shape}:  # of lower ranks, all of them or some
                 return None
             mean = sum((p * x for p, x in zip(_shares(holders), own, strict=True)), 0 * new)
             moved += float((new - mean).square().sum())

@@ -172,7 +172,7 @@ def sum_of(case: Case) -> Case:
     return replace(case, updates=(replace(mean, metrics=numbers),))
 
 
-ONE_RANK = [name for name in CASES if name not in ("nobody came", "mixed ranks", "layer-pruned")]
+ONE_RANK = [n for n in CASES if n not in ("nobody came", "mixed ranks", "layer-pruned")]
 """Where the replies have a sum, of tensors that all clients sent."""
 
 
