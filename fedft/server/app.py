@@ -26,6 +26,7 @@ from fedft.server.grids.inline import InlineGrid
 from fedft.server.grids.superlink import SuperLinkGrid
 from fedft.server.run import simulate
 from fedft.server.setting import CLIENT_APP
+from fedft.strategies.beside import first_plan
 
 app = ServerApp()
 
@@ -87,7 +88,9 @@ class Lines:
     def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
         """See :class:`fedft.server.observer.Observer`."""
         print(f"fedft: {config.rounds.count} rounds of {config.strategy.name} → {run.path}")
-        if parts := ", ".join(sorted(config.strategy.personal)):
+        terms = first_plan(config.strategy).terms
+        kept = config.strategy.personal.union(*(term.keeps for term in terms))
+        if parts := ", ".join(sorted(kept)):
             self.note(f"sites keep {parts} in Flower's nodes; fedft resume would begin them anew")
 
     def completed(self, record: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from fedft.core import models, seeds, trial
 from fedft.core.errors import FedftError
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import Expected, Ticket
-from fedft.core.link.shapes import of_work
+from fedft.core.link.shapes import of_records, of_work
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import TaskSpec
 from fedft.core.wire import codec
@@ -55,7 +55,9 @@ class Stub:
         return Offer(self.examples, self.rank, self.memory_mib, hashes)
 
     def expected(self, plan: str, header: pb.Content) -> Expected:
-        return of_work(self.shapes, int(json.loads(plan)["rank"]), header)
+        fields = json.loads(plan)
+        records = of_records(self.shapes, fields, "receives")
+        return of_work(self.shapes, int(fields["rank"]), header, records)
 
     def work(self, ticket: Ticket, plan: str, content: RecordDict) -> RecordDict | Failure:
         self.done.append(ticket)
@@ -78,7 +80,11 @@ class Stub:
             name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
             for name, tensor in plan.sent().items()
         }
-        return codec.reply_content(sent, self.examples, {"loss": 1.0})
+        records = {
+            record: {name: torch.ones(shape) for name, shape in shapes.items()}
+            for record, shapes in plan.schema("sends").items()
+        }
+        return codec.reply_content(sent, self.examples, {"loss": 1.0}, records=records)
 
     def _compared(self, content: RecordDict) -> RecordDict:
         L = self.shapes.blocks * (
