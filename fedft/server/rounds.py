@@ -11,7 +11,7 @@ start from. What they answer is not looked at before the last round is committed
 come of it, and a run that is killed in between goes on as if the next round had not been opened.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -258,12 +258,17 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
     intake = Intake(federation.strategy, federation.kinds)
     for attempt in range(settings.retries + 1):
         if attempt > 0:
+            failed = sent
             sent, stays = _ask(federation, state, attempt, stays, watch, ledger)
+            if federation.real:
+                _forget(federation, failed, {site.name for site, _ in sent.asked.values()})
         with watch.phase("train"):
             intake = Intake(federation.strategy, federation.kinds)
             intake.add(received(federation, sent, ledger))
         if len(intake) >= _needed(federation):
             return intake, sent.cohort, attempt + 1
+        if not federation.real:
+            _forget(federation, sent)
     if federation.clock is not None and settings.deadline_s is not None:
         check_reachable(stays, settings.deadline_s)
     reasons = ", ".join(f"{len(sites)} {reason}" for reason, sites in ledger.failures.items())
@@ -274,6 +279,20 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
         f"first: {first})",
         fix="The model is as it was after the last completed round.",
     )
+
+
+def _forget(federation: Federation, failed: Sent, again: Collection[str] = ()) -> None:
+    """Tell the clients of an attempt that failed that it did not count: what it left there neither.
+
+    Args:
+        federation: as it is.
+        failed: the attempt.
+        again: names of real clients that are asked again. They give the result that they have, and
+            what they keep is that of the same round.
+    """
+    for id_, (site, _) in failed.asked.items():
+        if site.name not in again:
+            federation.grid.refuse(id_, "too few others answered: this attempt does not count")
 
 
 def _needed(federation: Federation) -> int:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedft.api import Run
-from fedft.core.errors import Interrupted
-from fedft.server import setting
+from fedft.core.errors import Interrupted, UpdateRejected
+from fedft.core.types import TrainPlan
+from fedft.server import exchange, setting
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
@@ -155,3 +156,50 @@ def test_dp_sgd_refuses_records_by_name(tiny_table: Table, monkeypatch: pytest.M
         parse_config(table)
     monkeypatch.undo()
     parse_config(table)
+
+
+@pytest.mark.parametrize("engine", [{"cohort": 1}, {"backend": "processes", "workers": 2}])
+def test_what_a_refused_reply_left_at_its_client_does_not_count(
+    engine: dict[str, Any], tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a real client, which is told; else its records and the server's would fall apart."""
+    if "backend" in engine:  # whose workers are to know the term, too
+        monkeypatch.setattr(setting, "CLIENT_APP", "tests.server.drift_app:app")
+    honest = exchange.validate
+
+    def strict(content: Any, plan: TrainPlan, site: Any, limits: Any) -> Any:
+        update = honest(content, plan, site, limits)
+        if plan.round in (2, 3) and site.name.endswith(("1", "4", "6")):
+            raise UpdateRejected("norm", "as it happens")
+        return update
+
+    monkeypatch.setattr(exchange, "validate", strict)
+    table = tiny_table(engine=engine, rounds={"quorum": 1, "count": 5, "per-round": 6})
+    run = run_of(parse_config(table), tmp_path / "run")
+    assert any(line["failures"] for line in run.rounds)
+    holds_by_hand(run)
+
+
+def test_an_attempt_that_does_not_count_leaves_nothing_at_clients(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, refused = exchange.validate, 3
+
+    def strict(content: Any, plan: TrainPlan, site: Any, limits: Any) -> Any:
+        nonlocal refused
+        if plan.round == 2 and refused:
+            refused -= 1
+            raise UpdateRejected("norm", "as it happens")
+        return honest(content, plan, site, limits)
+
+    monkeypatch.setattr(exchange, "validate", strict)
+    table = tiny_table(rounds={"quorum": 2, "retries": 2, "count": 4})
+    run = run_of(parse_config(table), tmp_path / "run")
+    assert [line["attempts"] for line in run.rounds] == [1, 2, 1, 1]
+    attempts = [x for x in lines(run) if x["round"] == 2 and x["status"] == "ok"]
+    assert len(attempts) == 5, "one of the attempt that did not count, four of the one that did"
+    counted = [x for x in lines(run) if x is not attempts[0] and x != attempts[0]]
+    anchor, counts = drift.twin(counted)
+    found, kept = state_of(run)
+    assert all(torch.allclose(t, torch.full_like(t, anchor), rtol=1e-5) for t in found.values())
+    assert {s: int(next(iter(t.values())).max()) for s, t in kept.items()} == counts

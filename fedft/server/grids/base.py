@@ -84,6 +84,9 @@ class JobGrid(Grid, ABC):
         self._states: dict[int, RecordDict] = {}
         self._ahead: dict[int, RecordDict] = {}  # left by what was delivered and not pulled yet
         self._touched: set[int] = set()
+        # by message that was pulled since the last push: node, its new state, its old one, and
+        # whether that was to be committed
+        self._replaced: dict[str, tuple[int, RecordDict, RecordDict | None, bool]] = {}
         self._closed = False
 
     # --- what a kind of grid does in its own way ---
@@ -138,6 +141,7 @@ class JobGrid(Grid, ABC):
             ValueError: a node occurs twice in a cohort, or a message is already under way.
         """
         self._check_usable()
+        self._replaced.clear()
         cohorts = [tuple(job) for job in jobs]
         self._check_cohorts(cohorts)
         ids: list[str] = []
@@ -212,8 +216,16 @@ class JobGrid(Grid, ABC):
     def refuse(self, message_id: str, reason: str) -> None:
         """Says that the reply to a message, which was pulled, was of no use.
 
-        A simulated client does nothing with it.
+        What it left at its node does not count either: the node has the state from before again, as
+        a real client has. To be said before anything else is pushed.
         """
+        if message_id not in self._replaced:
+            return
+        node, state, before, touched = self._replaced.pop(message_id)
+        if self._states.get(node) is state:
+            self._keep_state(node, before or RecordDict())
+            if not touched:
+                self._touched.discard(node)
 
     def _deliver(self, message: Message, answer: Answer, times: int = 1) -> None:
         """Books the answer to a message, unless nobody waits for it any more."""
@@ -229,8 +241,11 @@ class JobGrid(Grid, ABC):
     def _take(self, message_id: str) -> list[Message]:
         """A reply that is ready, and what its node left behind."""
         delivery = self._ready.pop(message_id)
-        if delivery.state is not None:
-            self._keep_state(delivery.node, delivery.state)
+        if (state := delivery.state) is not None:
+            node = delivery.node
+            before = self._states.get(node)
+            self._replaced[message_id] = node, state, before, node in self._touched
+            self._keep_state(node, state)
         self._forget_ahead(delivery)
         return [delivery.reply] * delivery.times
 
@@ -282,12 +297,14 @@ class JobGrid(Grid, ABC):
     def states_committed(self, nodes: Iterable[int]) -> None:
         """Says that the present states of these nodes are on disk."""
         self._touched.difference_update(nodes)
+        self._replaced.clear()
 
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
         """Puts the states of a checkpoint in place of all present ones. They count as committed."""
         self._states = {node: state for node, state in states.items() if state}
         self._ahead.clear()
         self._touched.clear()
+        self._replaced.clear()
 
     def _keep_state(self, node: int, state: RecordDict) -> None:
         self._touched.add(node)
