@@ -17,7 +17,7 @@ from fedft.core.terms import Term
 from fedft.core.types import Adapter, ClientUpdate, Factors, Site, TrainPlan
 from fedft.core.wire import codec
 from fedft.core.wire.compress import Bf16
-from fedft.core.wire.dtypes import BF16
+from fedft.core.wire.dtypes import BF16, NPY
 from fedft.server.validation import Limits, validate
 
 SITE = Site("site-1", examples=60)
@@ -236,7 +236,7 @@ def test_a_record_is_held_to_its_schema_as_the_adapter_is() -> None:
     lied(told(more=numbers()), "keys")
     lied(told(**{NAME: numbers(shape=(5, 2))}), "shape")
     lied(told(**{NAME: numbers(dtype=np.int64)}), "dtype")
-    lied(told(**{NAME: Array("float32", (2, 5), codec.NPY, b"\0" * 100_000)}), "size")
+    lied(told(**{NAME: Array("float32", (2, 5), NPY, b"\0" * 100_000)}), "size")
     lied(told(**{NAME: Array("float32", (2, 5), "pickle", b"\0" * 40)}), "format")
     for value in (float("nan"), float("inf")):
         lied(told(**{NAME: numbers(value)}), "nan")
