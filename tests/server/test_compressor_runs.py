@@ -12,7 +12,7 @@ from torch import Tensor
 from fedft.api import Run
 from fedft.clients import app
 from fedft.clients.worker import task_of
-from fedft.core.errors import ConfigError, MismatchError, UpdateRejected
+from fedft.core.errors import ConfigError, Interrupted, MismatchError, UpdateRejected
 from fedft.core.link.codes import word_of
 from fedft.core.link.framing import check, describe
 from fedft.core.terms import entry
@@ -139,8 +139,6 @@ def test_what_clients_keep_counts(
 
 
 def cut_short(table: Mapping[str, Any], tmp_path: Path, stop_after: Callable[[int], Any]) -> Run:
-    from fedft.core.errors import Interrupted
-
     whole = run_of(table, tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
@@ -287,6 +285,22 @@ def test_the_old_name_is_read_and_the_new_one_written(tiny_table: Table) -> None
     assert configured(parse_config(tiny_table()), {"engine.wire": "bf16"}) == new
     with pytest.raises(ConfigError, match="wire = 'fp32' is the old name of compressor"):
         parse_config(tiny_table(engine={"wire": "fp32", "compressor": "int8"}))
+
+
+def test_a_run_of_an_older_version_is_gone_on_with(
+    tiny_table: Table, tmp_path: Path, stop_after: Callable[[int], Any]
+) -> None:
+    """Its configuration has the old name, and no other of this kind."""
+    table = tiny_table(engine={"compressor": "bf16"}, rounds={"count": 2, "evaluate-every": 2})
+    whole = run_of(table, tmp_path / "whole")
+    stop = stop_after(1)
+    with pytest.raises(Interrupted):
+        simulate(parse_config(table), tmp_path / "cut", observer=stop, stop=stop)
+    file = tmp_path / "cut" / "config.toml"
+    assert file.read_text().count('compressor = "bf16"') == 1
+    file.write_text(file.read_text().replace('compressor = "bf16"', 'wire = "bf16"'))
+    cut = Run(resume(tmp_path / "cut", changed=parse_config(table)).path)
+    assert cut.metrics["history_sha256"] == whole.metrics["history_sha256"]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

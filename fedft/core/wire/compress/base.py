@@ -146,6 +146,7 @@ def finite(x: Tensor, key: Key) -> Tensor:
     if not largest <= torch.finfo(torch.float32).max:
         raise MismatchError(
             f"{key.site or 'the server'} cannot send {key.tensor}: it contains NaN, Inf or a number "
-            "beyond float32; lower [training] lr"
+            "beyond float32",
+            fix="Lower [training] lr: the training of this client diverged.",
         )
     return x
