@@ -83,7 +83,7 @@ def test_rounding_is_noise_and_not_another_result(tiny_table: Table, tmp_path: P
     }
     hashes = {run.metrics["adapter_sha256"] for run in runs.values()}
     assert len(hashes) == 2
-    a, b = (Adapter(run.adapter("last").factors()).tensors() for run in runs.values())
+    a, b = (run.adapter("last").factors().tensors() for run in runs.values())
     start = _start(tiny_table)
     moved = sum(float((a[n] - start[n]).square().sum()) for n in a) ** 0.5
     apart = sum(float((a[n] - b[n]).square().sum()) for n in a) ** 0.5
