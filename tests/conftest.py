@@ -37,6 +37,16 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """A fresh interpreter that forks; what it was warmed with by one test, the next one finds."""
+    from tests.forks import Forks
+
+    host = Forks()
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-block BERT with random weights and a word-level tokenizer, as a local folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers

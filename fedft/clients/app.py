@@ -7,7 +7,7 @@ held-out examples. Nothing in a message is executed: it names numbers and parts,
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -26,6 +26,8 @@ from fedft.core.errors import FedftError, MismatchError
 from fedft.core.terms import entries, taken
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, Records, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.changes import LEFT, Packing
+from fedft.core.wire.compress import Key
 from fedft.core.wire.schema import fault
 
 logger = logging.getLogger(__name__)
@@ -59,17 +61,22 @@ class SiteApp(ClientApp):
             results = bench.engine.train([p for _, p, _ in ready], [b for _, _, b in ready])
             seconds = (time.monotonic() - start) / len(ready)
             for (position, plan, own), result in zip(ready, results, strict=True):
-                index = _index(bench, contexts[position])
+                context, message = contexts[position], messages[position]
+                index = _index(bench, context)
                 records = _records_sent(plan, result)
-                _keep(contexts[position], plan, result)
-                content = codec.reply_content(
-                    sent_by(bench.task, index, plan, plan.reply(result.adapter)),
-                    _examples(bench, contexts[position], plan, own),
-                    {**result.metrics, "seconds": seconds},
-                    bench.task.wire,
-                    records_sent_by(bench.task, index, plan, records),
-                )
-                replies[position] = Message(content, reply_to=messages[position])
+                try:
+                    content, left = codec.packed_reply(
+                        sent_by(bench.task, index, plan, plan.reply(result.adapter)),
+                        _examples(bench, context, plan, own),
+                        {**result.metrics, "seconds": seconds},
+                        _packing(bench, plan, context),
+                        records_sent_by(bench.task, index, plan, records),
+                    )
+                except FedftError as error:  # one whose training diverged costs no other its reply
+                    replies[position] = Message(Error(CLIENT_ERROR, error.what), reply_to=message)
+                    continue
+                _keep(context, plan, result, left)
+                replies[position] = Message(content, reply_to=message)
         return [replies[position] for position in range(len(messages))]
 
 
@@ -218,9 +225,22 @@ def _records_sent(plan: TrainPlan, result: Trained) -> Records:
     return {record: {n: result.records[record][n] for n in shapes} for record, shapes in up.items()}
 
 
-def _keep(context: Context, plan: TrainPlan, result: Trained) -> None:
-    """Put what stays into the site's state; what is of blocks it did not hold this time stays there."""
-    tensors = result.adapter.tensors(plan.keep)
+def _packing(bench: Workbench, plan: TrainPlan, context: Context) -> Packing:
+    """How the reply to a plan is encoded, with what this client's last ones left out."""
+    left: dict[str, Tensor] = {}
+    if bench.compressor.stateful:
+        state = context.state.array_records.get(codec.KEPT, {})
+        left = {name: codec.tensor_from(array) for name, array in taken(LEFT, state).items()}
+    key = Key(plan.seed, plan.round, plan.site)
+    return Packing(bench.compressor, key, plan.start.tensors(), left)
+
+
+def _keep(context: Context, plan: TrainPlan, result: Trained, left: Mapping[str, Tensor]) -> None:
+    """Put into the client's state what stays with it: parts, records, what an encoding left out.
+
+    What is of blocks that it did not hold this time stays there.
+    """
+    tensors = result.adapter.tensors(plan.keep) | entries(LEFT, left)
     for record in plan.schema("keeps"):
         tensors |= entries(record, result.records[record])
     if tensors:

@@ -6,7 +6,7 @@ it was last asked about.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from fedft.core.examples import Rows
 from fedft.core.privacy import entropy
 from fedft.core.spec import TaskSpec
 from fedft.core.types import Adapter, Batch, LocalTraining
+from fedft.core.wire.compress import Compressor, compressor_of
 
 PROBE_ROWS = 64
 """Rows on which a site compares the model's blocks, at most."""
@@ -55,6 +56,11 @@ class Workbench:
     data: Data
     manifest: Manifest
     engine: Engine
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """In which replies to plans to train are sent."""
+        return compressor_of(self.task.wire)
 
     def initial(self, rank: int) -> Adapter:
         """The adapter of the common seed, as the server made it."""

@@ -37,6 +37,7 @@ from fedft.core.link.codes import NUMBERS, coded, under, word_of
 from fedft.core.link.framing import Expected, Ticket, data_schema
 from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
 from fedft.core.spec import Precision, TaskSpec
+from fedft.core.wire.compress import compressor_of
 from fedft.core.wire.schema import ARRAYS, numbers
 
 logger = logging.getLogger(__name__)
@@ -391,7 +392,7 @@ def task_of(task: str) -> TaskSpec:
         MismatchError: it cannot be read.
     """
     try:
-        return TaskSpec.model_validate_json(task)
+        given = TaskSpec.model_validate_json(task)
     # What a server says is not read further than this; a validator can meet any of these in it.
     except (ValueError, TypeError, ArithmeticError, RecursionError, FedftError) as error:
         raise coded(
@@ -401,6 +402,17 @@ def task_of(task: str) -> TaskSpec:
             ),
             "task",
         ) from error
+    try:
+        compressor_of(given.wire)
+    except ConfigError as error:
+        raise coded(
+            MismatchError(
+                f"the server asks for replies in a way that this client does not know: {error.what}",
+                fix="Install the same version of fedft on both sides.",
+            ),
+            "task",
+        ) from error
+    return given
 
 
 def _adapter_size(task: TaskSpec) -> int:

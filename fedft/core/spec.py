@@ -265,7 +265,8 @@ class TaskSpec(Table):
         cohort: sites trained in one pass; 1 is the plain PEFT loop.
         gradient_checkpointing: blocks run again in the backward pass.
         device: torch device of the workers.
-        wire: number format of the tensors in a reply.
+        wire: how the tensors of a reply are encoded: the name of a compressor, or a table with its
+            name and settings; see :func:`fedft.core.wire.compress.compressor_of`.
         manifest: folder of the partition manifest, where this machine can read it.
         fingerprint: of the manifest; a site refuses data that are partitioned otherwise.
         site: name of the one site that all training rows here belong to, in the order of the file;
@@ -289,7 +290,7 @@ class TaskSpec(Table):
     cohort: PositiveInt = 1
     gradient_checkpointing: bool = False
     device: str = "cpu"
-    wire: Literal["fp32", "bf16"] = "fp32"
+    wire: str | dict[str, Any] = "fp32"
     manifest: str | None = None
     fingerprint: str = ""
     site: str | None = None

@@ -20,6 +20,7 @@ from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError
 from fedft.core.types import LocalTraining, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.compress import FP32, Compressor
 from fedft.server.availability import Availability
 from fedft.server.sampling import SimulatedRoster
 
@@ -94,14 +95,14 @@ class SimulatedClock:
     Attributes:
         roster: the registered sites and their devices.
         seed: of the run.
-        wire: number format of tensors on the wire.
+        compressor: in which clients send their replies.
         availability: None where all sites can always be reached.
         deadline_s: seconds a site is given; None is any time.
     """
 
     roster: SimulatedRoster
     seed: int
-    wire: codec.WireDtype = "fp32"
+    compressor: Compressor = FP32
     availability: Availability | None = None
     deadline_s: float | None = None
 
@@ -150,7 +151,7 @@ class SimulatedClock:
     def trip(self, site: Site, plan: TrainPlan) -> Trip:
         """What a plan takes of a site."""
         device = self.roster.fleet.device(site.name)
-        down, up = codec.plan_bytes(plan, self.wire)
+        down, up = codec.plan_bytes(plan, self.compressor)
         return Trip(
             download=_seconds(_BITS * down, device.down_mbps),
             compute=_seconds(examples(plan.training, site.examples), device.samples_per_s),

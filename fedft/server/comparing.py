@@ -44,7 +44,7 @@ def _comparisons(
     cohort = federation.roster.sample(
         federation.seed, round_, attempt, federation.settings.per_round
     )
-    encoder = codec.Encoder(federation.task, federation.wire)
+    encoder = codec.Encoder(federation.task, federation.compressor)
     asked = EvalPlan(
         state.adapter,
         state.delta,

@@ -1,7 +1,8 @@
 """The configuration of a run: one TOML file, validated whole before anything starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import (
@@ -24,6 +25,7 @@ from fedft.core.spec import (
     TrainingSpec,
 )
 from fedft.core.types import Part
+from fedft.core.wire.compress import FP32, AnyCompressor, spelled
 from fedft.server.availability import Availability, read_availability
 from fedft.server.fleet import (
     Device,
@@ -157,7 +159,7 @@ class RoundsSpec(Table):
 
 class EngineSpec(Table):
     """`[engine]`: the machinery of a simulation. Changes speed, not results, but for ``precision``,
-    ``threads``, ``cohort`` and ``wire``, which change the last bits and are recorded with the run.
+    ``threads``, ``cohort`` and ``compressor``, which change the last bits and are recorded with the run.
 
     Attributes:
         backend: ``ray`` for worker processes on Ray, ``processes`` for workers that are forked on
@@ -170,7 +172,9 @@ class EngineSpec(Table):
         precision: of the frozen base; ``auto`` takes what this machine does fast.
         gradient_checkpointing: keep of every block what enters it and run it again in the backward
             pass: less memory, up to half more time, the same numbers. Not with ``[training] dp``.
-        wire: number format of tensors between server and sites.
+        compressor: how tensors are encoded between server and clients, a name or a table with a
+            ``name`` and settings: ``fp32`` and ``bf16`` in both directions, ``int8`` for what
+            clients send. ``wire`` is its old name, which is read for one more release.
         max_update_norm: largest norm of a site's change that is accepted; None accepts any.
         verify: at the end of a run, load the exported adapter in stock peft and compare its scores
             with the run's own on a few test rows; see :mod:`fedft.server.verify`.
@@ -184,9 +188,24 @@ class EngineSpec(Table):
     cohort: PositiveInt | Literal["auto"] = "auto"
     precision: Precision | Literal["auto"] = "fp32"
     gradient_checkpointing: bool = False
-    wire: Literal["fp32", "bf16"] = "fp32"
+    compressor: AnyCompressor = FP32
     max_update_norm: PositiveFloat | None = None
     verify: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, table: Any) -> Any:
+        """``wire``, as ``compressor`` was called; it may be set over a configuration that has both."""
+        if not isinstance(table, Mapping) or "wire" not in table:
+            return table
+        given = dict(cast(Mapping[str, Any], table))
+        wire = given.pop("wire")
+        if given.get("compressor", wire) not in (wire, spelled(FP32)):
+            raise ValueError(
+                f"[engine] wire = {wire!r} is the old name of compressor, which is "
+                f"{given['compressor']!r} here; leave wire out"
+            )
+        return {**given, "compressor": wire}
 
     @model_validator(mode="after")
     def _on_ray_only(self) -> "EngineSpec":
@@ -244,6 +263,7 @@ class RunConfig(Table):
         if self.model.trust_remote_code and self.model.revision is None:
             raise ValueError("[model] trust-remote-code needs a pinned revision")
         self._check_method()
+        self._check_compressor()
         return self
 
     def _check_method(self) -> None:
@@ -340,6 +360,34 @@ class RunConfig(Table):
                 "independently of what it can do; leave them out"
             )
 
+    def _check_compressor(self) -> None:
+        """Refuse an encoding that changes what a rule or an account of privacy relies on."""
+        compressor = self.engine.compressor
+        if compressor.cast:
+            return
+        name = f"[engine] compressor = {compressor.label!r}"
+        if self.training.dp is not None:
+            raise ValueError(
+                f"{name}: under [training] dp a change is mostly noise, which fills every block that is "
+                'compressed, and rounding adds to it what protects nobody; choose "bf16" or "fp32"'
+            )
+        below: Strategy = self.strategy
+        while True:
+            if isinstance(below, CentralDP):
+                raise ValueError(
+                    f"{name}: central-dp bounds the norm of each change, and what rounding adds would "
+                    'take from that bound and protect nobody; choose "bf16" or "fp32"'
+                )
+            if below.chooses:
+                raise ValueError(
+                    f"{name}: {below.name} chooses among the replies, and what is right in their mean "
+                    "alone is the noise of one reply in what it chooses; choose "
+                    '"bf16" or "fp32", or a rule that takes the mean'
+                )
+            if not isinstance(below, Combinator):
+                return
+            below = below.inner
+
     def _check_pruning(self) -> None:
         """What leaving blocks out can be combined with."""
         selection = self.pruning.selection
@@ -424,7 +472,7 @@ class RunConfig(Table):
             "data": self.data,
             "seed": self.seed,
             "clients": self.fleet.clients,
-            "wire": self.engine.wire,
+            "wire": spelled(self.engine.compressor),
             "gradient_checkpointing": self.engine.gradient_checkpointing,
             "attack": self.fleet.attack,
         }

@@ -149,7 +149,7 @@ def _ask_central(
 
     ``layers`` are those of a submodel to score in its place; None is all of them.
     """
-    encoder = codec.Encoder(federation.task, federation.wire)
+    encoder = codec.Encoder(federation.task, federation.compressor)
     whole = submodel(EvalPlan(state.adapter, state.delta, round=state.round), layers)
     plans = [replace(whole, shard=(shard, SHARDS)) for shard in range(SHARDS)]
     nodes = [1 + shard % federation.settings.per_round for shard in range(SHARDS)]
@@ -165,7 +165,7 @@ def _ask_sites(
     Returns:
         The sites that were asked, the ids of the messages, and the seconds to wait for them.
     """
-    encoder = codec.Encoder(federation.task, federation.wire)
+    encoder = codec.Encoder(federation.task, federation.compressor)
     own = EvalPlan(
         state.adapter,
         state.delta,

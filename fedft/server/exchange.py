@@ -99,7 +99,7 @@ def train(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> lis
 
 def send(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> dict[str, Asked]:
     """Send the plans; the sites, and their plans as they read them, by the id of the message."""
-    encoder = codec.Encoder(federation.task, federation.wire)
+    encoder = codec.Encoder(federation.task, federation.compressor)
     made: dict[int, tuple[RecordDict, int]] = {}
     for i, (site, plan) in enumerate(asked):
         with site_errors(federation, partial(unplanned, ledger, plan.round, site)):
@@ -113,7 +113,7 @@ def send(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> dict
         jobs.append(messages(MessageType.TRAIN, asked[0][1].round, contents, nodes))
     ids = federation.grid.push_jobs(jobs)
     starts = {id(plan.start): plan.start for _, plan in asked}
-    read = {key: codec.on_the_wire(start, federation.wire) for key, start in starts.items()}
+    read = {key: codec.on_the_wire(start, federation.compressor) for key, start in starts.items()}
     plans = [(site, replace(plan, start=read[id(plan.start)])) for site, plan in asked]
     order = itertools.chain.from_iterable(groups)
     return {id_: plans[i] for id_, i in zip(ids, order, strict=True)}
@@ -147,7 +147,7 @@ def received(
 def _work(federation: Federation, site: Site, plan: TrainPlan) -> tuple[int, int]:
     """What a plan takes of a site: examples, passes counted, and bytes in both directions."""
     passes = examples(plan.training, site.examples)
-    return passes, sum(codec.plan_bytes(plan, federation.wire))
+    return passes, sum(codec.plan_bytes(plan, federation.compressor))
 
 
 def _accept(
@@ -162,7 +162,7 @@ def _accept(
     id_, refused = reply.metadata.reply_to_message_id, partial(_refused, federation, ledger, plan)
     try:
         with site_errors(federation, partial(refused, id_, "check", code=CHECK_FAILED)):
-            update = validate(reply.content, plan, site, federation.limits)
+            update = validate(reply.content, plan, site, federation.limits, federation.compressor)
     except UpdateRejected as rejected:
         refused(id_, rejected.reason, rejected.what)
     if update is None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fedft.core.meters import DEFAULT, Meter, Spectrum, chosen
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
-from fedft.core.wire import codec
+from fedft.core.wire.compress import FP32, Compressor
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RoundsSpec
 from fedft.server.deadline import Pace
@@ -64,7 +64,7 @@ class Federation:
         seed: of the run.
         kind: the model's task, which decides what is a score.
         cohort: how many sites are trained in one pass.
-        wire: number format of tensors on the wire.
+        compressor: in which clients send their replies; the server sends in the cast to it.
         limits: bounds on replies.
         pruning: which blocks sites hold that cannot hold them all; None where all can.
         frozen: parts that no rule may train: they stay as the seed made them.
@@ -87,7 +87,7 @@ class Federation:
     seed: int
     kind: str
     cohort: int = 1
-    wire: codec.WireDtype = "fp32"
+    compressor: Compressor = FP32
     limits: Limits = field(default_factory=Limits)
     holdout: bool = False
     evaluator: Courier | None = None

@@ -131,7 +131,7 @@ def _client(
     plan = narrowed(plan, layers)
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     check_beside(config.strategy, plan.terms, dp_sgd=config.training.dp is not None)
-    down, up = codec.plan_bytes(plan, config.engine.wire)
+    down, up = codec.plan_bytes(plan, config.engine.compressor)
     trainable = sum(t.numel() for t in plan.start.tensors(trained).values())
     return {
         "rank": rank,

@@ -341,6 +341,7 @@ def _terms(setting: Setting, run: RunDir) -> Terms:
         task=task.model_dump_json(),
         hashes={**hashes, "data_schema": data_schema(task, task.classes)},
         expected=_expectations(setting),
+        compressor=setting.config.engine.compressor,
         objection=lambda site: objection(setting, site),
         history=_history(setting, run),
     )

@@ -257,7 +257,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         seed=config.seed,
         kind=config.model.task,
         cohort=setting.task.cohort,
-        wire=config.engine.wire,
+        compressor=config.engine.compressor,
         limits=Limits(update_norm=config.engine.max_update_norm),
         holdout=config.data.holdout > 0,
         clock=simulated_clock(config, roster),
@@ -281,5 +281,5 @@ def simulated_clock(config: RunConfig, roster: SimulatedRoster) -> SimulatedCloc
     if availability is not None:
         availability.check(roster.manifest)
     return SimulatedClock(
-        roster, config.seed, config.engine.wire, availability, config.rounds.deadline_s
+        roster, config.seed, config.engine.compressor, availability, config.rounds.deadline_s
     )

@@ -17,12 +17,9 @@ from torch import Tensor
 from fedft.core.errors import UpdateRejected
 from fedft.core.terms import Shapes
 from fedft.core.types import ClientUpdate, Site, TrainPlan
-from fedft.core.wire import codec
+from fedft.core.wire.changes import unpacked
+from fedft.core.wire.compress import FP32, Compressor
 from fedft.core.wire.schema import ARRAYS, PlanSchema
-
-_FLOATS = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
-_HEADER = 4096
-"""Bytes of framing that an encoded array may have beyond its numbers."""
 
 REPLY_REFUSED = 110
 """Code of an error reply for a result that a grid refused by its header, before any of its bytes
@@ -53,7 +50,13 @@ class Limits:
     metric: float = 1e12
 
 
-def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -> ClientUpdate:
+def validate(
+    content: RecordDict,
+    plan: TrainPlan,
+    site: Site,
+    limits: Limits,
+    compressor: Compressor = FP32,
+) -> ClientUpdate:
     """Check a reply and decode it.
 
     Args:
@@ -62,6 +65,7 @@ def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -
             reply must consist of, record by record.
         site: as enrolled; it cannot claim more examples than that.
         limits: further bounds.
+        compressor: in which replies of the run are sent; nothing else is decoded.
 
     Raises:
         UpdateRejected: with a one-word reason: ``schema``, ``keys``, ``dtype``, ``shape``, ``size``,
@@ -74,16 +78,26 @@ def validate(content: RecordDict, plan: TrainPlan, site: Site, limits: Limits) -
             "schema", f"{site.name}: a reply has exactly the array records {sorted(expected)}"
         )
     for record, shapes in expected.items():
-        _check_schema(received[record], shapes, site.name)
+        _check_schema(received[record], shapes, site.name, compressor)
     metrics = _metrics(content, site)
+    start = plan.start.tensors()
     decoded = {
-        record: {name: _decode(name, received[record][name], site.name) for name in shapes}
+        record: {
+            name: _decode(
+                name,
+                received[record][name],
+                site.name,
+                compressor,
+                start.get(name) if record == ARRAYS else None,
+            )
+            for name in shapes
+        }
         for record, shapes in expected.items()
     }
     for tensors in decoded.values():
         _check_finite(tensors, site.name)
     tensors = decoded.pop(ARRAYS)
-    _check_norm(tensors, plan.start.tensors(), limits, site.name)
+    _check_norm(tensors, start, limits, site.name)
     for record in decoded.values():
         _check_norm(record, {}, limits, site.name)
     return ClientUpdate(
@@ -113,7 +127,9 @@ def comparison(content: RecordDict, blocks: int) -> tuple[Tensor, Tensor, int] |
     return (similarity, importance, rows) if alike and bool(importance.isfinite().all()) else None
 
 
-def _check_schema(arrays: ArrayRecord, expected: Shapes, site: str) -> None:
+def _check_schema(
+    arrays: ArrayRecord, expected: Shapes, site: str, compressor: Compressor = FP32
+) -> None:
     if set(arrays) != set(expected):
         extra, missing = set(arrays) - set(expected), set(expected) - set(arrays)
         raise UpdateRejected(
@@ -121,33 +137,23 @@ def _check_schema(arrays: ArrayRecord, expected: Shapes, site: str) -> None:
         )
     for name, shape in expected.items():
         array = arrays[name]
-        if array.dtype not in _FLOATS:
-            raise UpdateRejected("dtype", f"{site}: {name} is {array.dtype[:20]!r}, not a float")
         if tuple(array.shape) != shape:
             raise UpdateRejected("shape", f"{site}: {name} is {tuple(array.shape)}, not {shape}")
-        _check_size(name, array, math.prod(shape), site)
+        size = len(array.data)
+        compressor.admit(f"{site}: {name}", array.dtype, array.stype, shape, size)
 
 
-def _check_size(name: str, array: Array, elements: int, site: str) -> None:
-    numbers = elements * _FLOATS[array.dtype]
-    slack = 0 if array.stype == codec.BF16 else _HEADER
-    if not numbers <= len(array.data) <= numbers + slack:
-        raise UpdateRejected("size", f"{site}: {name} has {len(array.data)} bytes for {numbers}")
-    known = array.stype == codec.BF16 or (
-        array.stype == codec.NPY and array.data.startswith(codec.NPY_MAGIC)
-    )
-    if not known:
-        raise UpdateRejected("format", f"{site}: {name} is in no known serialisation format")
-
-
-def _decode(name: str, array: Array, site: str) -> Tensor:
+def _decode(
+    name: str,
+    array: Array,
+    site: str,
+    compressor: Compressor = FP32,
+    start: Tensor | None = None,
+) -> Tensor:
     try:
-        tensor = codec.tensor_from(array)
+        return unpacked(array, compressor, start)
     except Exception as error:  # any failure to decode hostile bytes is the same refusal
         raise UpdateRejected("format", f"{site}: {name} cannot be decoded: {error}") from error
-    if tuple(tensor.shape) != tuple(array.shape) or not tensor.is_floating_point():
-        raise UpdateRejected("format", f"{site}: {name} does not contain what it declares")
-    return tensor.float()
 
 
 def _metrics(content: RecordDict, site: Site) -> dict[str, float]:

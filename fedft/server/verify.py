@@ -125,7 +125,7 @@ def _of_run(
     count: int,
     stop: Callable[[], bool],
 ) -> Iterator[Tally]:
-    encoder = codec.Encoder(task, "fp32")
+    encoder = codec.Encoder(task)
     plans = [
         EvalPlan(state.adapter, state.delta, round=state.round, shard=(s, count)) for s in shards
     ]

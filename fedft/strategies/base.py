@@ -116,6 +116,15 @@ class Strategy(BaseModel, ABC):
         return False
 
     @property
+    def chooses(self) -> bool:
+        """Whether the rule itself picks replies, or values of single replies, in place of their mean.
+
+        Noise that cancels in the mean does not cancel there, so that only a compressor that draws
+        none can be used.
+        """
+        return False
+
+    @property
     def buffer_size(self) -> int | None:
         """Replies that make a server update while other sites are still at work (FedBuff's K).
 

@@ -53,6 +53,10 @@ class Central(Combinator, ABC):
     def uses_mean_only(self) -> bool:
         return False
 
+    @property
+    def chooses(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _products_are_known(self) -> Self:
         if kept := self.inner.personal & MATRICES:

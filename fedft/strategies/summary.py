@@ -52,6 +52,10 @@ class Summary(Combinator, ABC):
 class Coordinatewise(Summary, ABC):
     """A summary that is taken of every entry alone, over the sites that sent it, unweighted."""
 
+    @property
+    def chooses(self) -> bool:
+        return True
+
     @abstractmethod
     def reduce(self, values: Tensor) -> Tensor:
         """The summary over the first axis of [K, ...], whose values ascend along it. float64"""

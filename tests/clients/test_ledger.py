@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fedft.core.privacy.accounting import example_epsilon
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.types import Adapter, EvalPlan, LocalTraining, TrainPlan
 from fedft.core.wire import codec
+from tests.forks import Forks
 
 DATA: Keys = np.arange(10, 30, dtype=np.uint64)
 ONE = Release("dp-sgd", 1.1, 0.25, 3, run="first", round=1)
@@ -180,27 +180,15 @@ def test_lines_that_lie_about_their_cost_are_not_believed(ledger: Ledger) -> Non
         assert account.torn == 1 and account.epsilon() >= epsilon(ONE, ONE), change
 
 
-def test_processes_that_enter_at_once_lose_nothing(ledger: Ledger) -> None:
-    children: list[int] = []
+def enter(folder: Path, times: int) -> None:
+    for _ in range(times):
+        Ledger(folder, DATA).spend(ONE)
+
+
+def test_processes_that_enter_at_once_lose_nothing(ledger: Ledger, forks: Forks) -> None:
     ledger.spend(ONE)
-
-    def many() -> None:
-        for _ in range(30):
-            Ledger(ledger.path.parent, DATA).spend(ONE)
-
-    import warnings
-
-    for _ in range(4):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            try:
-                many()
-            finally:
-                os._exit(0)
-        children.append(child)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    children = [forks.start(enter, ledger.path.parent, 30) for _ in range(4)]
+    assert all(forks.wait(child) == 0 for child in children)
     assert (ledger.account().results, ledger.account().torn) == (121, 0)
 
 
@@ -220,62 +208,43 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(
 CALLS = ("mkdir", "open", "write", "fsync", "close", "replace")
 
 
-def in_a_child(work: Callable[[], None]) -> int:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
-def answering(
-    folder: Path, out: Path, strike: int, *, spend_first: bool = True
-) -> Callable[[], None]:
+def answer(folder: Path, out: Path, strike: int, spend_first: bool) -> None:
     """Three results, each entered and sent, and SIGKILL at one of the operating system's calls."""
+    done = 0
 
-    def work() -> None:
-        done = 0
+    def struck(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == strike:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
 
-        def struck(real: Any) -> Any:
-            def call(*args: Any, **options: Any) -> Any:
-                nonlocal done
-                done += 1
-                if done == strike:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **options)
+        return call
 
-            return call
-
-        for name in CALLS:
-            setattr(os, name, struck(getattr(os, name)))
-        for k in range(3):
-            if spend_first:
-                Ledger(folder, DATA).spend(replace(ONE, round=k))
-            with out.open("ab", buffering=0) as sent:
-                sent.write(b".")
-            if not spend_first:
-                Ledger(folder, DATA).spend(replace(ONE, round=k))
-
-    return work
+    for name in CALLS:
+        setattr(os, name, struck(getattr(os, name)))
+    for k in range(3):
+        if spend_first:
+            Ledger(folder, DATA).spend(replace(ONE, round=k))
+        with out.open("ab", buffering=0) as sent:
+            sent.write(b".")
+        if not spend_first:
+            Ledger(folder, DATA).spend(replace(ONE, round=k))
 
 
-def undercounts(folder: Path, *, spend_first: bool) -> tuple[int, int]:
+def undercounts(folder: Path, forks: Forks, *, spend_first: bool) -> tuple[int, int]:
     """How many kills there were, and after how many the ledger has fewer results than were sent."""
     low = 0
     for strike in range(1, 200):
         one = folder / f"{spend_first}-{strike}"
         one.mkdir()
         out = one / "sent"
-        status = in_a_child(answering(one / "ledger", out, strike, spend_first=spend_first))
+        end = os.waitstatus_to_exitcode(forks.run(answer, one / "ledger", out, strike, spend_first))
         sent = len(out.read_bytes()) if out.exists() else 0
         account = Ledger(one / "ledger", DATA).account()
-        if not os.WIFSIGNALED(status):
+        if end != -signal.SIGKILL:
+            assert end == 0
             assert sent == account.results == 3
             return strike - 1, low
         low += account.results < sent
@@ -285,13 +254,13 @@ def undercounts(folder: Path, *, spend_first: bool) -> tuple[int, int]:
     raise AssertionError("there is no end to it")
 
 
-def test_no_kill_lets_a_result_leave_that_is_not_entered(tmp_path: Path) -> None:
-    kills, low = undercounts(tmp_path, spend_first=True)
+def test_no_kill_lets_a_result_leave_that_is_not_entered(tmp_path: Path, forks: Forks) -> None:
+    kills, low = undercounts(tmp_path, forks, spend_first=True)
     assert kills >= 15 and low == 0
 
 
-def test_the_harness_sees_a_client_that_sends_first(tmp_path: Path) -> None:
-    kills, low = undercounts(tmp_path, spend_first=False)
+def test_the_harness_sees_a_client_that_sends_first(tmp_path: Path, forks: Forks) -> None:
+    kills, low = undercounts(tmp_path, forks, spend_first=False)
     assert kills >= 15 and low > 0
 
 
@@ -491,29 +460,28 @@ def test_what_cannot_be_entered_does_not_leave(desk: Desk, monkeypatch: pytest.M
     assert not isinstance(desk.train(DP), Failure)
 
 
+def work_and_die(model: Path, data: Path, folder: Path, out: Path, after: bool) -> None:
+    """A client like ``desk``, that dies before or after it has entered its result."""
+    real = Ledger.spend
+
+    def struck(self: Ledger, release: Release) -> None:
+        if after:
+            real(self, release)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Ledger.spend = struck
+    Desk(model, data, folder).train(DP)
+    out.write_text("sent")
+
+
 def test_no_kill_at_work_lets_a_result_leave_that_is_not_entered(
-    desk: Desk, tmp_path: Path
+    desk: Desk, forks: Forks, tiny_model: Path, tmp_path: Path
 ) -> None:
     """SIGKILL in a client with a model, between its training, its ledger and its answer."""
-    out = tmp_path / "sent"
-
-    def dies_in(name: str, after: bool) -> Callable[[], None]:
-        def work() -> None:
-            real = getattr(Ledger, name)
-
-            def struck(self: Ledger, *args: Any) -> Any:
-                if after:
-                    real(self, *args)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            setattr(Ledger, name, struck)
-            desk.train(DP)
-            out.write_text("sent")
-
-        return work
-
+    own, out = tmp_path / "own.jsonl", tmp_path / "sent"
     for after, entered in ((False, 0), (True, 1)):
-        assert os.WIFSIGNALED(in_a_child(dies_in("spend", after)))
+        end = forks.run(work_and_die, tiny_model, own, tmp_path, out, after)
+        assert os.waitstatus_to_exitcode(end) == -signal.SIGKILL
         assert not out.exists()
         assert desk.ledger.account().results == entered
     desk.train(DP)  # the round is done again, with noise of its own

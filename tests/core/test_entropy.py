@@ -1,9 +1,9 @@
 """Noise that nobody can find again: its distribution, its keys, and a search that finds torch's."""
 
 import math
-import os
 import secrets
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from scipy import stats
 
 from fedft.core.privacy import entropy
 from fedft.core.privacy.entropy import Keystream
+from tests.forks import Forks
 
 MANY = 1_000_000
 FAR = 6.0
@@ -110,39 +111,37 @@ def test_the_same_search_does_not_find_ours(maker: Callable[[int, int], np.ndarr
     assert found(entropy.gaussian(8).numpy(), maker, SPACE) == []
 
 
-def test_processes_that_are_equal_in_every_state_draw_different_noise() -> None:
-    """Forked, with all their seeds, from one process; a stream that was there before is not shared."""
+BEFORE: list[Keystream] = []
+"""Of the process that forks: a stream from which something was drawn before."""
+
+
+def prepare() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    before = Keystream()
-    before.bytes(16)
+    BEFORE[:] = [Keystream()]
+    BEFORE[0].bytes(16)
 
-    def drawn() -> bytes:
-        own = entropy.gaussian(4).numpy().tobytes() + before.normal(4).tobytes()
-        return own + torch.randn(4).numpy().tobytes()
 
-    seen = [in_a_fork(drawn) for _ in range(3)]
-    seen.append(drawn())
+def drawn() -> bytes:
+    own = entropy.gaussian(4).numpy().tobytes() + BEFORE[0].normal(4).tobytes()
+    return own + torch.randn(4).numpy().tobytes()
+
+
+def draw(out: Path) -> None:
+    out.write_bytes(drawn())
+
+
+def test_processes_that_are_equal_in_every_state_draw_different_noise(
+    forks: Forks, tmp_path: Path
+) -> None:
+    """Forked, with all their seeds, from one process; a stream that was there before is not shared."""
+    forks.here(prepare)
+    files = [tmp_path / str(i) for i in range(3)]
+    assert [forks.run(draw, file) for file in files] == [0, 0, 0]
+    seen = [*(file.read_bytes() for file in files), forks.here(drawn)]
     assert len({one[:32] for one in seen}) == 4
     assert len({one[32:64] for one in seen}) == 4
     assert len({one[64:] for one in seen}) == 1, "the control: torch's own generator is copied"
-
-
-def in_a_fork(work: Callable[[], bytes]) -> bytes:
-    import warnings
-
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.write(write, work())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        seen = pipe.read()
-    os.waitpid(child, 0)
-    return seen
 
 
 def test_no_global_generator_is_used_or_changed() -> None:

@@ -126,7 +126,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_even_if_its_children_live(run:
         "from pathlib import Path\n"
         "from fedft.core.record.rundir import RunDir\n"
         "run = RunDir.open(Path(sys.argv[1]), writing=True)\n"
-        "child = os.fork()\n"
+        "child = os.fork()\n"  # safe: that interpreter is fresh, and the child only reads
         "if not child:\n"
         "    sys.stdin.read()\n"
         "    os._exit(0)\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -14,8 +15,20 @@ from fedft.core import terms
 from fedft.core.errors import MismatchError
 from fedft.core.folding import fold
 from fedft.core.terms import Shapes, Term
-from fedft.core.types import Adapter, ClientUpdate, EvalPlan, Factors, LocalTraining, TrainPlan
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    EvalPlan,
+    Factors,
+    LocalTraining,
+    Site,
+    TrainPlan,
+)
 from fedft.core.wire import codec
+from fedft.core.wire.changes import Packing
+from fedft.core.wire.compress import FP32, Compressor, Int8, Key, compressor_of
+from fedft.server.validation import Limits, validate
+from tests.core.top_k import TopK
 
 HEAD = "base_model.model.classifier.weight"
 
@@ -88,8 +101,9 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16"])
-def test_messages_without_terms_have_the_bytes_they_always_had(wire: codec.WireDtype) -> None:
-    start, encoder = adapter(), codec.Encoder('{"task": 1}', wire)
+def test_messages_without_terms_have_the_bytes_they_always_had(wire: str) -> None:
+    cast = compressor_of(wire)
+    start, encoder = adapter(), codec.Encoder('{"task": 1}', cast)
     training = LocalTraining(proximal_mu=0.1)
     plain = TrainPlan(
         start, start.factors, layers=(0,), training=training, round=3, site="site-1", seed=5
@@ -98,8 +112,8 @@ def test_messages_without_terms_have_the_bytes_they_always_had(wire: codec.WireD
     assert GOLDEN[wire] == (
         digest(encoder.train(plain)),
         digest(encoder.evaluate(judged)),
-        digest(codec.reply_content(plain.sent(), 7, {"loss": 0.5}, wire)),
-        codec.plan_bytes(plain, wire),
+        digest(codec.packed_reply(plain.sent(), 7, {"loss": 0.5}, Packing(cast))[0]),
+        codec.plan_bytes(plain, cast),
     )
     assert digest(encoder.train(plan())) not in GOLDEN[wire]  # control: a term is in the bytes
 
@@ -107,27 +121,62 @@ def test_messages_without_terms_have_the_bytes_they_always_had(wire: codec.WireD
 # ── with them ─────────────────────────────────────────────────────────────────────────────────
 
 
-def reply(asked: TrainPlan, wire: codec.WireDtype = "fp32") -> RecordDict:
+def reply(asked: TrainPlan, one: Compressor = FP32) -> RecordDict:
     records = {
         record: {name: torch.full(shape, 2.5) for name, shape in shapes.items()}
         for record, shapes in asked.schema("sends").items()
     }
-    return codec.reply_content(asked.sent(), 7, {"loss": 0.5}, wire, records)
+    packing = Packing(one, Key(0, 1, asked.site), asked.start.tensors())
+    return codec.packed_reply(asked.sent(), 7, {"loss": 0.5}, packing, records)[0]
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
-def test_records_come_back_and_count_as_many_bytes_as_the_plan_says(wire: codec.WireDtype) -> None:
-    asked = plan()
-    content = codec.Encoder("{}", wire).train(asked)
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+def test_records_come_back_and_count_as_many_bytes_as_the_plan_says(wire: str) -> None:
+    asked, one = plan(), compressor_of(wire)
+    content = codec.Encoder("{}", one).train(asked)
     back = codec.train_plan(content, adapter(), 0)
     assert back.terms == asked.terms
     for name, tensor in asked.records["anchor"].items():
-        exact = tensor if wire == "fp32" else tensor.bfloat16().float()
+        exact = tensor.bfloat16().float() if wire == "bf16" else tensor
         assert torch.equal(back.records["anchor"][name], exact)
-    sizes = tuple(codec.content_bytes(c) for c in (content, reply(asked, wire)))
-    assert sizes == codec.plan_bytes(asked, wire)
-    size, adapters = (4 if wire == "fp32" else 2), 2 * (10 + 8) + 12
-    assert sizes == (2 * size * adapters, size * (2 * adapters + 1))
+    answer = reply(asked, one)
+    sizes = tuple(codec.content_bytes(c) for c in (content, answer))
+    assert sizes == codec.plan_bytes(asked, one)
+    adapters = 2 * (10 + 8) + 12
+    by_hand = {
+        "fp32": (8 * adapters, 4 * (2 * adapters + 1)),
+        "bf16": (4 * adapters, 2 * (2 * adapters + 1)),
+        "int8": (8 * adapters, 2 * adapters + 1 + 4 * (5 + 5 + 1)),  # a scale a tensor
+    }
+    assert sizes == by_hand[wire]
+    update = validate(answer, asked, Site("site-1", 9), Limits(), one)
+    assert set(update.records) == {"drift", "count"}
+    for tensors in update.records.values():
+        assert all(torch.allclose(t, torch.tensor(2.5), atol=0.02) for t in tensors.values())
+
+
+def test_what_is_left_out_of_a_record_is_kept_apart_from_what_is_of_the_adapter() -> None:
+    """Tensors of two records have one name, and each has a remainder of its own."""
+    packing = Packing(TopK(share=0.5), Key(), {"x": torch.zeros(4)})
+    mine, of_record = torch.tensor([4.0, 3, 2, 1]), torch.tensor([10.0, 20, 30, 40])
+    content, left = codec.packed_reply({"x": mine}, 1, {}, packing, {"drift": {"x": of_record}})
+    assert {name: t.tolist() for name, t in left.items()} == {
+        "x": [0, 0, 2, 1], "drift/x": [10, 20, 0, 0],
+    }  # fmt: skip
+    again = replace(packing, left=left)
+    content, left = codec.packed_reply({"x": mine}, 1, {}, again, {"drift": {"x": of_record}})
+    assert {name: t.tolist() for name, t in left.items()} == {
+        "x": [0, 3, 0, 2], "drift/x": [20, 0, 30, 0],
+    }  # fmt: skip
+    sent = TopK(share=0.5).decode(content.array_records["drift"]["x"])
+    assert torch.equal(sent + left["drift/x"], of_record + torch.tensor([10.0, 20, 0, 0]))
+
+
+def test_a_record_is_rounded_by_draws_of_its_own() -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    content, _ = codec.packed_reply({"x": x}, 1, {}, Packing(Int8()), {"drift": {"x": x}})
+    adapter_, drift = (content.array_records[name]["x"].data for name in ("arrays", "drift"))
+    assert adapter_ != drift
 
 
 def test_one_record_in_many_plans_is_sent_once() -> None:

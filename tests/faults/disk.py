@@ -1,6 +1,6 @@
 """A run whose disk strikes at every system call in turn; started by ``test_disk.py`` under ``disk.c``.
 
-    python disk.py WORK CONFIG ERRNO [careless]
+    python -m tests.faults.disk WORK CONFIG ERRNO [careless]
 
 The run has committed two of its three rounds and goes on with the third. For n = 1, 2, … a copy of
 it is struck at its n-th system call that changes the run directory, in a process of its own, and
@@ -25,6 +25,7 @@ from fedft.core.errors import FedftError, Interrupted
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config_file import parse_config
 from fedft.server.run import resume, simulate
+from tests.forks import only_thread
 
 COMMITTED = 2
 SHOWN = 5
@@ -61,6 +62,7 @@ def halted(table: dict[str, object], folder: Path) -> None:
 
 def strike(folder: Path, at: int, error: int) -> int:
     """Go on with a run that is struck at one call; how its process ended."""
+    only_thread()  # this process is fresh, and keeps to one thread
     child = os.fork()
     if not child:
         code = 99

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.forks import SINGLE
+
 HERE = Path(__file__).parent
 
 pytestmark = [
@@ -40,8 +42,8 @@ def struck(
         config = tmp_path / "config.json"
         config.write_text(json.dumps(tiny_table(rounds={"count": 3, "evaluate-every": 1})))
         done = subprocess.run(
-            [sys.executable, HERE / "disk.py", tmp_path, config, str(error), *how],
-            env={**os.environ, "LD_PRELOAD": str(trap)},
+            [sys.executable, "-m", "tests.faults.disk", tmp_path, config, str(error), *how],
+            env={**os.environ, **SINGLE, "LD_PRELOAD": str(trap)},
             cwd=HERE.parents[1],
             capture_output=True,
             text=True,

@@ -47,6 +47,7 @@ from fedft.core.link.stream import Broken
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.dtypes import BF16, FRAMING, NPY
 from fedft.server import checkpoints, identity
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.grids.flower import adopt_identity
@@ -144,7 +145,7 @@ def taken_result(case: tuple[list[Edit], list[Edit]]) -> bool:
     header, body = damaged(HEADER.SerializeToString(), case[0]), damaged(BODY, case[1])
     try:
         assembly = Assembly(pb.Content.FromString(header), EXPECTED)
-        assert assembly.declared <= len(BODY) + len(SHAPES) * framing.HEADER_BYTES
+        assert assembly.declared <= len(BODY) + len(SHAPES) * FRAMING[NPY]
         assembly.feed(body)
         if not assembly.complete:
             return False
@@ -157,7 +158,7 @@ ARRAYS = st.builds(
     Array,
     st.sampled_from(["float32", "float16", "bfloat16", "float64", "int8", "object", "<f4"]),
     st.sampled_from([(2, 5), (4, 2), (1, 5), (5,), (), (2**40, 2**40), (3, 4), (-1,)]),
-    st.sampled_from(["numpy.ndarray", codec.BF16, "torch.pickle", ""]),
+    st.sampled_from(["numpy.ndarray", BF16, "torch.pickle", ""]),
     st.builds(
         damaged, st.sampled_from([a.data for a in ANSWER.array_records["arrays"].values()]), EDITS
     ),

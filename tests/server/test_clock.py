@@ -14,6 +14,8 @@ from fedft.core.errors import ConfigError, Interrupted, MismatchError
 from fedft.core.spec import PartitionSpec
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.changes import Packing
+from fedft.core.wire.compress import compressor_of, names
 from fedft.server.availability import read_availability
 from fedft.server.clock import SimulatedClock, examples
 from fedft.server.config_file import parse_config, parse_toml
@@ -73,13 +75,16 @@ def test_examples_that_a_site_goes_through(
     assert examples(LocalTraining(**training), held) == expected
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
-def test_bytes_from_shapes_are_those_of_the_messages(wire: codec.WireDtype) -> None:
+@pytest.mark.parametrize("wire", names())
+def test_bytes_from_shapes_are_those_of_the_messages(wire: str) -> None:
     delta = {"q": Factors(torch.ones(3, 500), torch.ones(750, 3), 1.0)}
     full = TrainPlan(plan().start, delta=delta, receive=frozenset({"B"}), send=frozenset({"A"}))
-    down, up = codec.plan_bytes(full, wire)
-    assert down == codec.content_bytes(codec.Encoder("task", wire).train(full))
-    assert up == codec.content_bytes(codec.reply_content(full.sent(), 1, {}, wire))
+    compressor = compressor_of(wire)
+    down, up = codec.plan_bytes(full, compressor)
+    assert down == codec.content_bytes(codec.Encoder("task", compressor).train(full))
+    assert up == codec.payload_bytes(
+        Packing(compressor, start=full.start.tensors()).pack(full.sent())[0]
+    )
 
 
 # ── the fleet ─────────────────────────────────────────────────────────────────────────────────

@@ -364,7 +364,7 @@ from fedft.core.record.rundir import RunDir
 folder, rng = Path(sys.argv[2]), random.Random(0)
 for kill in range(20):
     before = helpers.manifests(folder)
-    child = os.fork()
+    child = os.fork()  # safe: this interpreter is fresh and starts no thread
     if not child:
         try:
             helpers.serve(folder)

@@ -16,6 +16,7 @@ from fedft.server.checkpoints import Checkpoints
 from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.run import resume, simulate
+from tests.forks import Forks
 from tests.server.test_run import killed_runs, run_of, without_seconds
 
 Table = Callable[..., dict[str, Any]]
@@ -130,11 +131,10 @@ def test_a_stopped_run_of_mixed_ranks_ends_with_the_same_bytes(
 
 
 @pytest.mark.crash
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_random_kills_of_a_run_of_mixed_ranks_lose_nothing(
-    tiny_table: Table, tmp_path: Path
+    tiny_table: Table, tmp_path: Path, forks: Forks
 ) -> None:
-    killed_runs(tiny_table(**EXACT, engine={"cohort": 4}), tmp_path, kills=6)
+    killed_runs(tiny_table(**EXACT, engine={"cohort": 4}), tmp_path, forks, kills=6)
 
 
 def test_it_composes_with_layer_pruned_clients(tiny_table: Table, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from fedft.server.grids.inline import Fault, Faults, InlineGrid
 from fedft.server.resolve import resolved
 from fedft.server.run import fork, resume, simulate
 from fedft.strategies import CentralDP
+from tests.forks import Forks
 
 Table = Callable[..., dict[str, Any]]
 REFERENCE = (1.0, 0.1, 100)  # noise multiplier, sampling rate, releases
@@ -231,21 +232,24 @@ def test_no_kill_makes_the_account_too_low(
     assert lines == ([1, 2, 2, 3] if repeated else [1, 2, 3])
 
 
+def simulated_until(step: str | None, table: dict[str, Any], folder: Path) -> None:
+    """A run in a process that dies at one step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if step is not None:
+            struck(patch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        simulate(parse_config(table), folder)
+
+
 @pytest.mark.crash
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("step", STEPS)
 def test_no_sigkill_makes_the_account_too_low(
-    step: str, private: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, private: Table, tmp_path: Path, forks: Forks
 ) -> None:
     """The same, by a process that dies without a chance to clean up."""
-    config = parse_config(private())
-    simulate(config, tmp_path / "first")  # imports and caches, which the child inherits
-    child = os.fork()
-    if child == 0:
-        struck(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        simulate(config, tmp_path / "run")
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    forks.warmed(simulated_until, None, private(), tmp_path / "first")
+    end = os.waitstatus_to_exitcode(forks.run(simulated_until, step, private(), tmp_path / "run"))
+    assert end == -signal.SIGKILL
+    assert Run(tmp_path / "run").rounds[0]["round"] == 1, "struck in the second round"
     run = Run(resume(tmp_path / "run").path)
     repeated = step not in ("before the ledger", "after the commit")
     assert [line["round"] for line in ledger(run.directory)] == (

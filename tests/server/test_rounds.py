@@ -23,6 +23,7 @@ from fedft.core.types import (
     TrainPlan,
 )
 from fedft.core.wire import codec
+from fedft.core.wire.compress import compressor_of, names
 from fedft.server import exchange
 from fedft.server.config import PruningSpec, RoundsSpec
 from fedft.server.deadline import Pace
@@ -366,10 +367,10 @@ class OneByOne(FedAvgLoRA):
         return False
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("wire", names())
 def test_folding_replies_as_they_come_gives_the_bits_of_all_of_them(wire: Any) -> None:
     def outcome(rule: Strategy) -> tuple[list[str], list[dict[str, Any]]]:
-        federated, _ = watched(reorder=3, strategy=rule, wire=wire)
+        federated, _ = watched(reorder=3, strategy=rule, compressor=compressor_of(wire))
         completed = list(rounds(federated, ServerState(initial())))
         lines = [{k: v for k, v in c.record.items() if k != "seconds"} for c in completed]
         return [state_digest(c.state) for c in completed], lines

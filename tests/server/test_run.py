@@ -20,6 +20,7 @@ from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
 from fedft.server.run import fork, resume, simulate
+from tests.forks import Forks
 
 Table = Callable[..., dict[str, Any]]
 
@@ -249,18 +250,11 @@ def test_a_stopped_run_is_resumable_and_ends_with_the_same_bytes(
     assert without_seconds(cut.rounds) == without_seconds(whole.rounds)
 
 
-def kill_at_random(config: RunConfig, folder: Path, after_s: float) -> bool:
-    """Run in a child process that gets SIGKILL after a while; whether it was still running."""
-    child = os.fork()
-    if child == 0:
-        try:
-            simulate(config, folder) if not folder.exists() else resume(folder)
-        finally:
-            os._exit(0)
-    time.sleep(after_s)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+def simulated(config: RunConfig, folder: Path, commits: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not commits:
+            patch.setattr(Checkpoints, "commit", lambda *_: None)
+        simulate(config, folder)
 
 
 def committed(folder: Path) -> list[dict[str, Any]]:
@@ -269,17 +263,24 @@ def committed(folder: Path) -> list[dict[str, Any]]:
     return [] if checkpoint is None else Run(folder).rounds[: checkpoint.state.round]
 
 
-def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
+def killed_runs(
+    table: Mapping[str, Any], tmp_path: Path, forks: Forks, kills: int, *, commits: bool = True
+) -> None:
+    """Kill runs at random instants of their length, each in a child, and go on with them here."""
     config = parse_config(table)
-    simulate(config, tmp_path / "first")  # imports and caches, which the children inherit
+    forks.warmed(simulated, config, tmp_path / "first", True)
     start = time.monotonic()
-    whole = Run(simulate(config, tmp_path / "whole").path)
+    assert forks.run(simulated, config, tmp_path / "whole", True) == 0
     length = time.monotonic() - start
+    whole = Run(tmp_path / "whole")
     rng = random.Random(0)
     struck = 0
     for i in range(kills):
         folder = tmp_path / f"killed-{i}"
-        struck += kill_at_random(config, folder, rng.uniform(0.0, length))
+        child = forks.start(simulated, config, folder, commits)
+        end = os.waitstatus_to_exitcode(forks.wait(child, rng.uniform(0.0, length)))
+        assert end in (0, -signal.SIGKILL), "the run failed by itself"
+        struck += end != 0
         done = committed(folder)
         if (folder / "config.toml").exists():
             again = Run(resume(folder).path)
@@ -293,38 +294,38 @@ def killed_runs(table: Mapping[str, Any], tmp_path: Path, kills: int) -> None:
 
 
 @pytest.mark.crash
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_twenty_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
-    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
+def test_twenty_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path, forks: Forks) -> None:
+    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, forks, kills=20)
 
 
 @pytest.mark.crash
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_the_kills_are_noticed_where_nothing_is_committed(
-    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_table: Table, tmp_path: Path, forks: Forks
 ) -> None:
     """Positive control."""
-    monkeypatch.setattr(Checkpoints, "commit", lambda *_: None)
+    table = tiny_table(rounds={"count": 6, "evaluate-every": 3})
     with pytest.raises((AssertionError, IntegrityError)):
-        killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=20)
+        killed_runs(table, tmp_path, forks, kills=20, commits=False)
 
 
 @pytest.mark.crash
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_random_kills_lose_no_job_that_is_under_way(tiny_table: Table, tmp_path: Path) -> None:
+def test_random_kills_lose_no_job_that_is_under_way(
+    tiny_table: Table, tmp_path: Path, forks: Forks
+) -> None:
     """Asynchronous aggregation: sites are at work on old versions when the process dies."""
     table = tiny_table(
         fleet={"speeds": [1.0, 2.0, 10.0]},
         rounds={"count": 8, "evaluate-every": 4},
         strategy={"name": "fedbuff", "size": 2},
     )
-    killed_runs(table, tmp_path, kills=8)
+    killed_runs(table, tmp_path, forks, kills=8)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_two_hundred_random_kills_lose_nothing(tiny_table: Table, tmp_path: Path) -> None:
-    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, kills=200)
+def test_two_hundred_random_kills_lose_nothing(
+    tiny_table: Table, tmp_path: Path, forks: Forks
+) -> None:
+    killed_runs(tiny_table(rounds={"count": 6, "evaluate-every": 3}), tmp_path, forks, kills=200)
 
 
 def test_resume_with_a_changed_configuration_is_refused_with_the_difference(

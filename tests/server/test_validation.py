@@ -16,6 +16,8 @@ from fedft.core.errors import UpdateRejected
 from fedft.core.terms import Term
 from fedft.core.types import Adapter, ClientUpdate, Factors, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.compress import Bf16
+from fedft.core.wire.dtypes import BF16, NPY
 from fedft.server.validation import Limits, validate
 
 SITE = Site("site-1", examples=60)
@@ -101,7 +103,7 @@ def test_a_dtype_that_is_no_float(dtype: str) -> None:
 def test_narrow_floats_are_widened() -> None:
     half = accepted(with_array(Array(np.ones((2, 5), np.float16))))
     assert half.tensors[NAME].dtype == torch.float32
-    brain = codec.arrays_from({NAME: torch.ones(2, 5)}, "bf16")[NAME]
+    brain = codec.arrays_from({NAME: torch.ones(2, 5)}, Bf16())[NAME]
     assert torch.equal(accepted(with_array(brain)).tensors[NAME], torch.ones(2, 5))
 
 
@@ -159,7 +161,7 @@ def test_truncated_and_padded_bodies() -> None:
     whole = codec.arrays_from({NAME: torch.ones(2, 5)})[NAME].data
     for body in (whole[:20], whole + bytes(5000), b""):
         rejected(with_array(Array("float32", (2, 5), "numpy.ndarray", body)), "size")
-    rejected(with_array(Array("bfloat16", (2, 5), codec.BF16, bytes(22))), "size")
+    rejected(with_array(Array("bfloat16", (2, 5), BF16, bytes(22))), "size")
 
 
 Damage = Callable[[bytes], bytes]
@@ -173,7 +175,7 @@ def test_random_bytes_are_rejected_or_are_numbers(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 8))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     dtype = data.draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"]))
-    stype = data.draw(st.sampled_from(["numpy.ndarray", codec.BF16, "x"]))
+    stype = data.draw(st.sampled_from(["numpy.ndarray", BF16, "x"]))
     try:
         update = accepted(with_array(Array(dtype, (2, 5), stype, bytes(whole))))
     except UpdateRejected:
@@ -234,7 +236,7 @@ def test_a_record_is_held_to_its_schema_as_the_adapter_is() -> None:
     lied(told(more=numbers()), "keys")
     lied(told(**{NAME: numbers(shape=(5, 2))}), "shape")
     lied(told(**{NAME: numbers(dtype=np.int64)}), "dtype")
-    lied(told(**{NAME: Array("float32", (2, 5), codec.NPY, b"\0" * 100_000)}), "size")
+    lied(told(**{NAME: Array("float32", (2, 5), NPY, b"\0" * 100_000)}), "size")
     lied(told(**{NAME: Array("float32", (2, 5), "pickle", b"\0" * 40)}), "format")
     for value in (float("nan"), float("inf")):
         lied(told(**{NAME: numbers(value)}), "nan")

@@ -19,6 +19,7 @@ from fedft.core import algebra, meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.core.wire.compress import Bf16
 from fedft.strategies import (
     ExactMixedRank,
     FedMomentum,
@@ -242,7 +243,7 @@ def test_a_start_that_the_wire_has_rounded_was_not_changed() -> None:
         updates = []
         for site in fleet(mix):
             plan = rule.plan(state, site)
-            start = codec.on_the_wire(plan.start, "bf16")
+            start = codec.on_the_wire(plan.start, Bf16())
             updates.append(ClientUpdate(site.name, 2, start.tensors(plan.send), start))
         after = rule.aggregate(state, updates)
         values = meters.measure(state, fold(updates), after)["bias"]

@@ -7,13 +7,13 @@ header with that before it takes a byte, so that a header that claims terabytes 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedft.core.errors import UpdateRejected
 from fedft.core.link import link_pb2 as pb
 from fedft.core.spec import TaskSpec
+from fedft.core.wire.compress import FP32, Compressor
 
 PROTOCOL = 1
 """Version of ``link.proto``. Both ends must speak the same."""
@@ -22,15 +22,10 @@ CHUNK_BYTES = 256 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024
 """Largest single message on a stream. A header with its names fits; a chunk does with room to spare."""
 
-HEADER_BYTES = 4096
-"""Bytes that one encoded array may have beyond its numbers."""
-
 MAX_ARRAYS = 20_000
 MAX_METRICS = 64
 MAX_NAME = 512  # characters
 MAX_FORMAT = 64  # characters
-
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 Shape = tuple[int, ...]
 Expected = Mapping[str, Mapping[str, Shape]]
@@ -151,8 +146,13 @@ def chunks(content: RecordDict) -> Iterator[bytes]:
         yield bytes(buffer)
 
 
-def check(header: pb.Content, expected: Expected) -> int:
+def check(header: pb.Content, expected: Expected, compressor: Compressor = FP32) -> int:
     """Compare a header with what can come, before any of it is taken.
+
+    Args:
+        header: as it was received.
+        expected: what can come.
+        compressor: in which it can come.
 
     Returns:
         The bytes that will follow.
@@ -166,28 +166,26 @@ def check(header: pb.Content, expected: Expected) -> int:
     names = [record.name for record in header.records]
     if len(set(names)) != len(names) or not set(names) <= set(expected):
         raise UpdateRejected("schema", f"records {_shown(names)}, not {sorted(expected)}")
-    return sum(_check_record(record, expected[record.name]) for record in header.records)
+    return sum(
+        _check_record(record, expected[record.name], compressor) for record in header.records
+    )
 
 
-def _check_record(record: pb.Arrays, expected: Mapping[str, Shape]) -> int:
+def _check_record(record: pb.Arrays, expected: Mapping[str, Shape], compressor: Compressor) -> int:
     names = {header.name for header in record.arrays}
     if len(names) != len(record.arrays) or len(record.arrays) > MAX_ARRAYS:
         raise UpdateRejected("keys", f"{record.name}: a tensor comes twice, or too many come")
     if unknown := names - expected.keys():
         raise UpdateRejected("keys", f"{record.name}: {len(unknown)} tensors not asked for")
-    return sum(_check_array(header, expected[header.name]) for header in record.arrays)
+    return sum(_check_array(header, expected[header.name], compressor) for header in record.arrays)
 
 
-def _check_array(header: pb.ArrayHeader, shape: Shape) -> int:
-    if header.dtype not in ITEM_BYTES:
-        raise UpdateRejected("dtype", f"{header.name} is {header.dtype[:20]!r}, not a float")
+def _check_array(header: pb.ArrayHeader, shape: Shape, compressor: Compressor) -> int:
     if tuple(header.shape) != shape:
         raise UpdateRejected("shape", f"{header.name} is {_shown(header.shape)}, not {shape}")
-    numbers = prod(shape) * ITEM_BYTES[header.dtype]
     if len(header.format) > MAX_FORMAT:
         raise UpdateRejected("format", f"{header.name} is in no known serialisation format")
-    if not numbers <= header.size <= numbers + HEADER_BYTES:
-        raise UpdateRejected("size", f"{header.name} has {header.size} bytes for {numbers}")
+    compressor.admit(header.name, header.dtype, header.format, shape, header.size)
     return header.size
 
 
@@ -202,6 +200,7 @@ class Assembly:
     Args:
         header: as it was received.
         expected: what can come.
+        compressor: in which it can come.
 
     Raises:
         UpdateRejected: see :func:`check`; and from :meth:`feed` when more comes than was declared.
@@ -209,13 +208,14 @@ class Assembly:
 
     header: pb.Content
     expected: Expected
+    compressor: Compressor = FP32
     declared: int = field(init=False)
     """Bytes in all."""
     missing: int = field(init=False)
     """Bytes still to come."""
 
     def __post_init__(self) -> None:
-        self.declared = self.missing = check(self.header, self.expected)
+        self.declared = self.missing = check(self.header, self.expected, self.compressor)
         self._pieces: list[bytes] = []
 
     @property

@@ -9,21 +9,16 @@ These records make up a message:
 
 A reply carries ``arrays`` and ``metrics`` (MetricRecord with ``num-examples``), which is also what
 Flower's own strategies expect. What each record consists of is told by
-:class:`~fedft.core.wire.schema.PlanSchema`. float32 travels in Flower's NumPy format; bfloat16, which NumPy
-does not know, travels as raw little-endian bytes under a serialisation type of our own.
+:class:`~fedft.core.wire.schema.PlanSchema`; how a tensor becomes bytes is the business of
+:mod:`fedft.core.wire.compress`.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import lru_cache
-from io import BytesIO
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
@@ -44,28 +39,18 @@ from fedft.core.types import (
     factor_name,
     module_of,
 )
-from fedft.core.wire.schema import ARRAYS, DELTA, PlanSchema, fault, finite, numbers
-
-WireDtype = Literal["fp32", "bf16"]
-BF16 = "fedft.bfloat16"
-"""Serialisation type of a bfloat16 array: its raw bytes, little-endian, C order."""
+from fedft.core.wire.changes import Packing
+from fedft.core.wire.compress import FP32, Compressor, Key, downward
+from fedft.core.wire.dtypes import FRAMING, plain, plain_bytes
+from fedft.core.wire.schema import ARRAYS, DELTA, Contents, PlanSchema, fault, finite
 
 KEPT = "fedft.kept"
 """Under this name a site's own state holds the parts of its adapter that never leave it."""
 
-NPY = "numpy.ndarray"
-"""Serialisation type of Flower's NumPy format."""
 
-NPY_MAGIC = b"\x93NUMPY"
-_LONGEST_HEADER = 512
-"""Longest header of a NumPy array that is remembered; an honest one has 128 bytes."""
-
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-
-
-def arrays_from(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32") -> ArrayRecord:
-    """Encode tensors for the wire. float32 and float64 are cast to ``dtype``; others are kept."""
-    return ArrayRecord({name: _encode(tensor, dtype) for name, tensor in tensors.items()})
+def arrays_from(tensors: Mapping[str, Tensor], compressor: Compressor = FP32) -> ArrayRecord:
+    """Encode tensors as a server sends them: floats by the cast of a run, others as they are."""
+    return Packing(downward(compressor)).pack(tensors)[0]
 
 
 def tensors_from(record: ArrayRecord) -> dict[str, Tensor]:
@@ -79,44 +64,25 @@ def tensor_from(array: Array) -> Tensor:
     Raises:
         ValueError: the bytes are not what they say they are.
     """
-    if array.stype == BF16:
-        raw = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
-        return torch.as_tensor(raw).view(torch.bfloat16).float().reshape(array.shape)
-    start = 10 + int.from_bytes(array.data[8:10], "little")
-    known = array.stype == NPY and array.data.startswith(NPY_MAGIC + b"\x01\x00")
-    if not known or start > _LONGEST_HEADER:
-        return torch.as_tensor(array.numpy())
-    shape, order, dtype = _npy_header(array.data[8:start])
-    numbers = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=start)
-    return torch.as_tensor(numbers.reshape(shape, order=order).copy())
-
-
-@lru_cache(maxsize=1024)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
-    """Shape, order and dtype of a NumPy array; a round has thousands, and few different ones."""
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(BytesIO(header))
-    return shape, "F" if fortran else "C", dtype
+    return plain(array)
 
 
 def payload_bytes(record: ArrayRecord) -> int:
-    """Bytes of the numbers in a record: elements x bytes each, without names and headers."""
-    return sum(math.prod(array.shape) * _ITEMSIZE.get(array.dtype, 8) for array in record.values())
+    """Bytes of what a record encodes, without names and headers."""
+    return sum(
+        plain_bytes(array.dtype, array.shape) if array.stype in FRAMING else len(array.data)
+        for array in record.values()
+    )
 
 
-def plan_bytes(plan: TrainPlan, dtype: WireDtype = "fp32") -> tuple[int, int]:
+def plan_bytes(plan: TrainPlan, compressor: Compressor = FP32) -> tuple[int, int]:
     """Bytes of all tensors of a ``train`` message and of the reply to it, from their shapes alone."""
-    size, schema = 4 if dtype == "fp32" else 2, PlanSchema.of(plan)
-    return size * numbers(schema.down), size * numbers(schema.up)
+    schema = PlanSchema.of(plan)
+    return _most(schema.down, downward(compressor)), _most(schema.up, compressor)
 
 
-def _encode(tensor: Tensor, dtype: WireDtype) -> Array:
-    tensor = tensor.detach().cpu().contiguous()
-    if not tensor.is_floating_point():
-        return Array(tensor.numpy())
-    if dtype == "fp32":
-        return Array(tensor.float().numpy())
-    raw = tensor.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2", copy=False)
-    return Array("bfloat16", tuple(tensor.shape), BF16, raw.tobytes())
+def _most(contents: Contents, compressor: Compressor) -> int:
+    return sum(compressor.most(shape) for shapes in contents.values() for shape in shapes.values())
 
 
 def delta_tensors(delta: Delta) -> dict[str, Tensor]:
@@ -157,9 +123,9 @@ class Encoder:
     that knows its workers can send it to each of them once.
     """
 
-    def __init__(self, task: str, dtype: WireDtype = "fp32") -> None:
+    def __init__(self, task: str, compressor: Compressor = FP32) -> None:
         self._task = task
-        self._dtype: WireDtype = dtype
+        self._compressor = compressor
         self._records: dict[tuple[object, ...], ArrayRecord] = {}
         self._alive: list[object] = []  # an id is unique only while its object lives
 
@@ -224,7 +190,7 @@ class Encoder:
             tensors = (
                 source.tensors(parts) if isinstance(source, Adapter) else delta_tensors(source)
             )
-            self._records[key] = arrays_from(tensors, self._dtype)
+            self._records[key] = arrays_from(tensors, self._compressor)
             self._alive.append(source)
         return self._records[key]
 
@@ -232,7 +198,7 @@ class Encoder:
         """A record of a term; plans that have the same tensors in it share one."""
         key = tuple((name, id(tensor)) for name, tensor in tensors.items())
         if key not in self._records:
-            self._records[key] = arrays_from(tensors, self._dtype)
+            self._records[key] = arrays_from(tensors, self._compressor)
             self._alive.append(tensors)
         return self._records[key]
 
@@ -362,24 +328,48 @@ def reply_content(
     tensors: Mapping[str, Tensor],
     examples: int,
     metrics: Mapping[str, float],
-    dtype: WireDtype = "fp32",
     records: Records = MappingProxyType({}),
 ) -> RecordDict:
-    """The content of a reply; ``records`` are those of terms that travel up."""
-    values: dict[str, Any] = {"num-examples": examples, **metrics}
-    content = RecordDict({ARRAYS: arrays_from(tensors, dtype)})
+    """The content of a reply in plain float32; ``records`` are those of terms that travel up."""
+    return packed_reply(tensors, examples, metrics, Packing(), records)[0]
+
+
+def packed_reply(
+    tensors: Mapping[str, Tensor],
+    examples: int,
+    metrics: Mapping[str, float],
+    packing: Packing,
+    records: Records = MappingProxyType({}),
+) -> tuple[RecordDict, dict[str, Tensor]]:
+    """The content of a reply to a plan to train, and what its encoding left out.
+
+    Args:
+        tensors: of the adapter, PEFT name → tensor.
+        examples: trained on.
+        metrics: name → number.
+        packing: how it is encoded.
+        records: those of terms that travel up.
+
+    Raises:
+        MismatchError: as :meth:`Packing.pack`.
+    """
+    arrays, left = packing.pack(tensors)
+    content = RecordDict({ARRAYS: arrays})
     for name, record in records.items():
-        content[name] = arrays_from(record, dtype)
-    content["metrics"] = MetricRecord(values)
-    return content
+        content[name], more = packing.beside(name, record)
+        left |= more
+    content["metrics"] = MetricRecord({"num-examples": examples, **metrics})
+    return content, left
 
 
-def on_the_wire(adapter: Adapter, dtype: WireDtype) -> Adapter:
-    """``adapter`` as the other side will read it: rounded to bfloat16 where the wire is."""
-    if dtype == "fp32":
+def on_the_wire(adapter: Adapter, compressor: Compressor) -> Adapter:
+    """``adapter`` as a client of the run will read it."""
+    cast = downward(compressor)
+    if cast.exact:
         return adapter
-    rounded = {k: t.to(torch.bfloat16).to(t.dtype) for k, t in adapter.tensors().items()}
-    return adapter.replaced(rounded)
+    key = Key()  # of no meaning: a cast draws nothing
+    read = {k: cast.decode(cast.encode(t, key)).to(t.dtype) for k, t in adapter.tensors().items()}
+    return adapter.replaced(read)
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 from fedft.core.errors import SecurityRefusal
 from fedft.core.link.framing import Digests, Ticket
+from fedft.core.wire.compress import FP32
 from fedft.server.authority import Issuer
 from fedft.server.grids.base import Job, JobGrid
 from fedft.server.grids.hub import Hub
@@ -147,7 +148,9 @@ class GrpcGrid(JobGrid):
             kind=about.message_type,
             base=self._digests.of(content, plan),
         )
-        return Pending(ticket, message, plan, self._terms.expected(message))
+        trains = about.message_type == MessageType.TRAIN
+        compressor = self._terms.compressor if trains else FP32
+        return Pending(ticket, message, plan, self._terms.expected(message), compressor)
 
     def _collect(self) -> None:
         for message, reply in self._outbox.fetch():

@@ -18,6 +18,7 @@ from flwr.app import Error, Message, RecordDict
 
 from fedft.core.errors import EnvironmentFailure
 from fedft.core.link.framing import Expected, Ticket
+from fedft.core.wire.compress import FP32, Compressor
 
 _REMEMBERED = 8  # settled tickets a site
 
@@ -47,6 +48,7 @@ class Pending:
     message: Message
     plan: str
     expected: Expected
+    compressor: Compressor = FP32
 
     @property
     def id(self) -> str:

@@ -23,6 +23,7 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import PROTOCOL, Assembly, Expected, Ticket, describe
 from fedft.core.link.stream import Broken, Pipe, first_to_end
 from fedft.core.types import Site
+from fedft.core.wire.compress import FP32, Compressor
 from fedft.server.grids.allowance import Allowance
 from fedft.server.grids.flower import APP_RAISED
 from fedft.server.grids.outbox import Outbox, Pending, Verdict
@@ -86,6 +87,7 @@ class Terms:
         hashes: of base model, tokenizer and data schema; a client's must be the same.
         objection: says why a site cannot take part, for example for want of memory; None if it can.
         expected: the arrays that the reply to a message may have.
+        compressor: in which replies to plans to train are sent; all others come in plain floats.
         history: site → last committed round that counts a result of it, in a run that goes on.
     """
 
@@ -93,6 +95,7 @@ class Terms:
     task: str
     hashes: Mapping[str, str]
     expected: Callable[[Message], Expected]
+    compressor: Compressor = FP32
     objection: Callable[[Site], str | None] = lambda site: None
     history: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -447,7 +450,7 @@ def _error(failure: pb.Failure) -> Error:
 def _assembly(result: pb.Result, pending: Pending) -> Assembly | None:
     match result.WhichOneof("outcome"):
         case "content":
-            return Assembly(result.content, pending.expected)
+            return Assembly(result.content, pending.expected, pending.compressor)
         case "failure":
             return None
         case _:
