@@ -190,8 +190,10 @@ class Meter(ABC):
         """
 
 
-def _is_plot(value: object) -> bool:
-    return isinstance(value, Plot)
+def _are_plots(value: object) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    return all(isinstance(one, Plot) for one in cast("tuple[object, ...]", value))
 
 
 def check_meter(kind: object, name: str) -> type[Meter]:
@@ -222,8 +224,7 @@ def check_meter(kind: object, name: str) -> type[Meter]:
                 f"the meter {name} has {attribute} = {value!r}",
                 fix=f"Choose one of {', '.join(map(repr, known))}.",
             )
-    plots: Any = kind.plots
-    if not (isinstance(plots, tuple) and all(map(_is_plot, plots))):
+    if not _are_plots(kind.plots):
         raise ConfigError(
             f"the meter {name} has plots that are none",
             fix="Give a tuple of fedft.core.meters.Plot.",
