@@ -8,6 +8,7 @@ from fedft.core.tasks.classification import Classification
 from fedft.core.tasks.columns import Column
 from fedft.core.tasks.image_classification import ImageClassification
 from fedft.core.tasks.rows import RawRows, taken
+from fedft.core.tasks.text_pair import TextPair
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -15,6 +16,7 @@ TASKS: dict[str, Task] = {
         Classification(),
         CausalLM(),
         ImageClassification(),
+        TextPair(),
     )
 }
 """``[model] task`` → what it means."""

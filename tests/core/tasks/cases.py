@@ -133,6 +133,13 @@ def _labelled(rng: random.Random, i: int) -> Row:
     return {"text": " ".join(_words(rng, label)), "label": label}
 
 
+def _paired(rng: random.Random, i: int) -> Row:
+    first = rng.choice(list(WORDS))
+    second = first if i % 2 else rng.choice([w for w in WORDS if w != first])
+    texts = (" ".join(_words(rng, kind)) for kind in (first, second))
+    return {**dict(zip(("text", "pair"), texts, strict=True)), "label": ("other", "same")[i % 2]}
+
+
 def _asked(rng: random.Random, i: int) -> Row:
     label = list(WORDS)[i % 3]
     return {"prompt": " ".join(_words(rng, label)), "answer": " ".join(_words(rng, label))}
@@ -186,6 +193,18 @@ CASES: dict[str, Case] = {
             "ragged": ({"image": [[1, 2], [3]], "label": "0"}, "image: not a readable image"),
         },
         lora=("q_proj", "v_proj"),
+    ),
+    "text-pair": Case(
+        bert,
+        _paired,
+        {
+            "missing pair": ({"text": "fur", "label": "same"}, "pair: missing or empty"),
+            "a list": (
+                {"text": "fur", "pair": ["tail"], "label": "same"},
+                "pair: text is expected, got list",
+            ),
+            "label": ({"text": "fur", "pair": "tail", "label": None}, "label: missing or empty"),
+        },
     ),
     # Tasks of the tests alone.
     "token-classification": Case(
