@@ -20,11 +20,10 @@ from fedft.clients.engines.stacked import frozen_linear
 from fedft.core.checkpoint import HEADS
 from fedft.core.data.batches import batches
 from fedft.core.examples import Examples, TokenExamples
-from fedft.core.metrics import IGNORED
 from fedft.core.models import Base, initial_adapter, linears, weight_shape
 from fedft.core.seeds import torch_generator
 from fedft.core.spec import LoraSpec, Precision
-from fedft.core.types import Batch, LocalTraining, TrainPlan, block_of
+from fedft.core.types import IGNORED, Batch, LocalTraining, TrainPlan, block_of
 
 MOST_STEPS = 5
 """Steps a site, where the token budget allows them."""

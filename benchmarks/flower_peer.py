@@ -69,9 +69,10 @@ def _rows(task_json: str, index: int) -> Examples:
     task = TaskSpec.model_validate_json(task_json)
     raw, manifest = _dataset(_data_of(task))
     own = raw.train.take(manifest.rows_of(index))
-    assert own.labels is not None
     tokenizer = load_tokenizer(resolve(task.model))
-    return tokens.classified(own.inputs, own.labels, tokenizer, task.data.max_length).examples
+    return tokens.classified(
+        own.values["text"], own.one_label, tokenizer, task.data.max_length
+    ).examples
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +102,7 @@ def _dataset(task_json: str) -> tuple[RawData, Manifest]:
         examples=len(raw.train),
         clients=task.clients,
         seed=task.seed,
-        labels=raw.train.labels,
+        labels=raw.train.one_label,
     )
     return raw, manifest
 
@@ -136,7 +137,6 @@ def flowertune(
     task = TaskSpec.model_validate_json(about["task"])
     raw, manifest = _dataset(_data_of(task))
     own = raw.train.take(manifest.rows_of(index))
-    assert own.labels is not None
     tokenizer = AutoTokenizer.from_pretrained(resolve(task.model))
     encoded = tokenizer(list(own.inputs), truncation=True, max_length=task.data.max_length)
     rows = [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedft.core.errors import ConfigError
 from fedft.core.files import disk
+from fedft.core.metrics import Declared, declared_in
 from fedft.core.record.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Run:
         """``summary.json``: final and best scores, bytes, seconds; empty while unfinished."""
         return self._record.summary()
 
+    @property
+    def declared(self) -> tuple[Declared, ...]:
+        """What the run is judged by; the first metric decides which round is the best."""
+        return declared_in(self._record.environment())
+
     def adapter(self, which: Which = "best") -> ExportedAdapter:
         """An exported adapter.
 
@@ -103,11 +109,13 @@ class Run:
         best = self.metrics.get("best")
         if best:
             return int(best["round"])
-        lm = "perplexity" in next(r["eval"] for r in self.rounds if "eval" in r)
         scored = [r for r in self.rounds if "eval" in r]
-        key = "loss" if lm else "accuracy"
-        pick = min if lm else max
-        return int(pick(scored, key=lambda r: r["eval"][key])["round"])
+        first = next(d for d in self.declared if d.name in scored[0]["eval"])
+        top = scored[0]
+        for line in scored[1:]:
+            if first.better(line["eval"], top["eval"]):
+                top = line
+        return int(top["round"])
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from fedft.core.errors import FedftError
 
 if TYPE_CHECKING:
     from fedft.api import Run
+    from fedft.core.metrics import Declared
     from fedft.core.record.rundir import RunDir
     from fedft.core.types import ServerState
     from fedft.report.tables import Table as ReportTable
@@ -102,7 +103,7 @@ class RunConsole:
             print_json({**run.metrics, "run_dir": str(run.directory)})
             return
         metrics, traffic = run.metrics, run.metrics["bytes"]
-        self._out.print(_table(metrics))
+        self._out.print(_table(metrics, run.declared))
         self._out.print(
             f"{metrics['status']}: {(traffic['up'] + traffic['down']) / 2**20:.1f} MiB on the wire, "
             f"{metrics['seconds']:.1f} s in rounds, {time.monotonic() - self._begun:.1f} s in all"
@@ -238,7 +239,7 @@ def _round_line(record: Mapping[str, Any]) -> str:
     return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
 
 
-def _table(metrics: Mapping[str, Any]) -> Table:
+def _table(metrics: Mapping[str, Any], declared: Sequence["Declared"]) -> Table:
     table = Table(title=None, show_header=True, header_style="bold")
     table.add_column("")
     for column in ("round", "loss", "score"):
@@ -246,7 +247,9 @@ def _table(metrics: Mapping[str, Any]) -> Table:
     last = {"round": metrics["rounds"], **(metrics["final"] or {})}
     for name, scores in (("best", metrics["best"]), ("last", last)):
         if scores:
-            table.add_row(name, str(int(scores["round"])), f"{scores['loss']:.4f}", _score(scores))
+            table.add_row(
+                name, str(int(scores["round"])), f"{scores['loss']:.4f}", _score(scores, declared)
+            )
     return table
 
 
@@ -258,7 +261,6 @@ def _promises(metrics: Mapping[str, Any]) -> list[str]:
     return [f"privacy by {unit}: {promise(spent)}" for unit, spent in metrics["privacy"].items()]
 
 
-def _score(scores: Mapping[str, float]) -> str:
-    if "accuracy" in scores:
-        return f"accuracy {scores['accuracy']:.2%}"
-    return f"perplexity {scores['perplexity']:.3f}"
+def _score(scores: Mapping[str, float], declared: Sequence["Declared"]) -> str:
+    found = [d for d in declared if d.name in scores]
+    return "  ".join(f"{d.title} {d.shown(scores[d.name])}" for d in found)

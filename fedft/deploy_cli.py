@@ -149,6 +149,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         prompt: own.Prompt = "prompt",
         answer: own.Answer = "answer",
         image: own.Image = "image",
+        column: own.Columns = None,
         map_label: own.MapLabel = None,
         max_rows: own.MaxRows = None,
         skip_bad: own.SkipBad = False,
@@ -203,7 +204,13 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             trust_remote_code,
             ledger,
             precision=checked_precision(precision),
-            own=Own(text, label, prompt, answer, image, mapping(map_label), max_rows, skip_bad),
+            own=Own(
+                *(text, label, prompt, answer, image),
+                relabel=mapping(map_label),
+                most_rows=max_rows,
+                skip_bad=skip_bad,
+                columns=mapping(column, "--column", "KEY=NAME"),
+            ),
             policy=Policy.read(policy, conditions),
             send_details=send_details,
         )

@@ -13,6 +13,15 @@ Label = Annotated[str, typer.Option(help="Column with the class.", rich_help_pan
 Prompt = Annotated[str, typer.Option(help="Column with the prompt.", rich_help_panel=_FILE)]
 Answer = Annotated[str, typer.Option(help="Column with the answer.", rich_help_panel=_FILE)]
 Image = Annotated[str, typer.Option(help="Column with the image.", rich_help_panel=_FILE)]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="Name of a column of another task, by what the task calls it.",
+        metavar="KEY=NAME",
+        rich_help_panel=_FILE,
+    ),
+]
 MapLabel = Annotated[
     list[str] | None,
     typer.Option(

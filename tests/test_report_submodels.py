@@ -7,14 +7,14 @@ import pytest
 
 from fedft.report import charts
 from fedft.report.compare_figures import of_comparison
-from fedft.report.groups import METRICS, group
+from fedft.report.groups import Metric, group
 from fedft.report.records import Record
 from fedft.report.run_figures import of_run
 from fedft.report.statistics import t_quantile
 from fedft.report.submodels import score_by_size, sizes, words
 from fedft.report.tables import tabulate
 
-ACCURACY = METRICS[0]
+ACCURACY = Metric(("eval", "accuracy"), "Test accuracy", "accuracy", percent=True, higher=True)
 
 
 def record(arm: str, seed: int, whole: float, parts: dict[str, float], **pruning: Any) -> Record:

@@ -6,13 +6,14 @@ import pytest
 
 from fedft.report import charts
 from fedft.report.compare_figures import of_comparison
-from fedft.report.groups import METRICS, group
+from fedft.report.groups import TEST_LOSS, Metric, group
 from fedft.report.records import Record
 from fedft.report.run_figures import of_run
 from fedft.report.tables import tabulate
 from fedft.report.timing import at, common_target, curve, score_by_time, time_to
 
-ACCURACY, LOSS = METRICS[0], METRICS[2]
+ACCURACY = Metric(("eval", "accuracy"), "Test accuracy", "accuracy", percent=True, higher=True)
+LOSS = TEST_LOSS
 
 
 def record(rule: str, seed: int, seconds: float, scores: list[float], timed: bool = True) -> Record:

@@ -172,7 +172,9 @@ class Tester:
         correct: dict[str, int] = {}
         for style, rows in self.rows.items():
             batches = eval_batches(self.data.train, rows, 64)
-            correct[style] = self.engine.evaluate(adapter, {}, batches).correct
+            found = self.engine.evaluate(adapter, {}, batches).sums["correct"]
+            assert isinstance(found, int)
+            correct[style] = found
         recorded = run.metrics["final"]["accuracy"]
         # Sums go in another order here: a few images of a thousand may turn, no more.
         if abs(sum(correct.values()) / len(self.data.train) - recorded) > 0.005:

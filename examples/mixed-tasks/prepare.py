@@ -76,7 +76,7 @@ def glosses() -> Iterator[tuple[str, str]]:
     """(supersense, gloss) of every vendored definition."""
     data = load(DataSpec(test_fraction=0.0), "classification", seed=SEED)
     assert data.train.labels is not None
-    for text, label in zip(data.train.inputs, data.train.labels, strict=True):
+    for text, label in zip(data.train.values["text"], data.train.labels, strict=True):
         yield data.classes[label], text
 
 

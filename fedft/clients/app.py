@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +24,8 @@ from fedft.core import trial
 from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.drawn import distinct
 from fedft.core.errors import FedftError, MismatchError
+from fedft.core.metrics import packed
+from fedft.core.tasks import task_of
 from fedft.core.terms import entries, taken
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, Records, TrainPlan
 from fedft.core.wire import codec
@@ -137,12 +140,8 @@ def evaluate(message: Message, context: Context) -> Message:
         adapter = _with_kept(plan.adapter, context, plan.keep)
         own = bench.holdout_batches(_index(bench, context))
     tally = bench.engine.evaluate(adapter, plan.delta, own, plan.layers)
-    sums = {
-        "num-examples": tally.count,
-        "loss-sum": tally.loss_sum,
-        "correct": tally.correct,
-    }
-    return Message(RecordDict({"metrics": MetricRecord(sums)}), reply_to=message)
+    numbers: dict[str, Any] = {**packed(tally, task_of(bench.task.model.task).sums)}
+    return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
 
 def _compared(

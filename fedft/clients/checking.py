@@ -1,7 +1,5 @@
 """``fedft join KIT --data FILE --check``: what would be trained here, shown here."""
 
-import numpy as np
-
 from fedft.clients.policy import Policy
 from fedft.core.data.partition import split_holdout, undivided
 from fedft.core.data.source import Data
@@ -43,8 +41,7 @@ def report(run: str, task: TaskSpec, data: Data, policy: Policy) -> list[str]:
     if data.skipped:
         left_out = ", ".join(f"{reason} {n:,}" for reason, n in sorted(data.skipped.items()))
         lines.append(f"left out: {left_out}")
-    if data.train.labels is not None:
-        counts = np.bincount(data.train.labels, minlength=len(data.classes))
-        lines += [f"  {name}: {n:,}" for name, n in zip(data.classes, counts, strict=True)]
+    counted = zip(data.classes, data.per_class, strict=True)
+    lines += [f"  {name}: {n:,}" for name, n in counted]
     lines += [*data.notes, "the policy here:", *(f"  {line}" for line in policy.lines())]
     return lines

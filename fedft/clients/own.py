@@ -5,14 +5,9 @@ from dataclasses import dataclass, field
 
 from fedft.core.errors import ConfigError
 from fedft.core.spec import DataSpec, PartitionSpec, TaskSpec
+from fedft.core.tasks import task_of
 
 _DEFAULT = DataSpec()
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "classification": ("text", "label"),
-    "image-classification": ("image", "label"),
-    "causal-lm": ("prompt", "answer"),
-}
-"""Task → options that name the columns that it reads."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +19,7 @@ class Own:
         relabel: the file's label → its name in the run.
         most_rows: of the file, the first ones; None takes all.
         skip_bad: leave malformed rows out, instead of stopping at the first.
+        columns: names of the columns of other tasks, by what the task calls them.
     """
 
     text: str = _DEFAULT.text
@@ -34,6 +30,7 @@ class Own:
     relabel: Mapping[str, str] = field(default_factory=dict[str, str])
     most_rows: int | None = None
     skip_bad: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         if self.most_rows is not None and self.most_rows < 1:
@@ -58,32 +55,45 @@ class Own:
             holdout=given.holdout,
             test_fraction=0.0,
             skip_bad=self.skip_bad,
+            columns=dict(self.columns),
             partition=PartitionSpec(kind="iid"),
         )
 
     def suggestion(self, task: TaskSpec) -> str:
         """What the server calls the columns, where that is something else; empty where it is not."""
-        named = {name: getattr(task.data, name) for name in COLUMNS[task.model.task]}
-        other = {name: value for name, value in named.items() if value != getattr(self, name)}
+        mine = self.data(task.data, "")
+        keys = [column.key for column in task_of(task.model.task).columns]
+        named = {key: task.data.column(key) for key in keys}
+        other = {key: value for key, value in named.items() if value != mine.column(key)}
         if not other:
             return ""
-        options = " ".join(f"--{name} {value[:80]}" for name, value in other.items())
+        options = " ".join(
+            f"--{key} {value[:80]}" if hasattr(self, key) else f"--column {key}={value[:80]}"
+            for key, value in other.items()
+        )
         return f"the server calls the columns otherwise; if yours are, join with {options}"
 
 
-def mapping(pairs: list[str] | None) -> dict[str, str]:
+def mapping(
+    pairs: list[str] | None, option: str = "--map-label", form: str = "OLD=NEW"
+) -> dict[str, str]:
     """``--map-label old=new``, any number of times.
 
+    Args:
+        pairs: as given.
+        option: that they were given to.
+        form: of a pair, for messages.
+
     Raises:
-        ConfigError: one is no pair, or a label is mapped twice.
+        ConfigError: one is no pair, or a name is mapped twice.
     """
     found: dict[str, str] = {}
     for pair in pairs or []:
         old, sign, new = pair.partition("=")
         if not (sign and old.strip() and new.strip()) or old.strip() in found:
             raise ConfigError(
-                f"--map-label {pair[:80]} is no OLD=NEW, or comes twice",
-                fix="Give each label once.",
+                f"{option} {pair[:80]} is no {form}, or comes twice",
+                fix="Give each label once." if form == "OLD=NEW" else "Give each name once.",
             )
         found[old.strip()] = new.strip()
     return found

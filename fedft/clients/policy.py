@@ -7,7 +7,7 @@ client's own screen. The defaults let an honest run through and bound what a pla
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -26,13 +26,13 @@ from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
 from fedft.core.parts import Part, checked
-from fedft.core.spec import ModelSpec, Table, TaskSpec
+from fedft.core.spec import ModelSpec, Table, TaskName, TaskSpec
 from fedft.core.sublayers import Half
+from fedft.core.tasks import TASKS, task_of
 from fedft.core.terms import terms_from
 from fedft.core.toml import read_toml
 from fedft.core.types import Importance, LocalTraining
 
-TaskName = Literal["classification", "causal-lm", "image-classification"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 LONGEST_PLAN = 1_000_000
@@ -79,7 +79,7 @@ class Policy(Table):
     most_length: PositiveInt = 32_768
     models: tuple[Sha256, ...] | None = None
     sources: tuple[str, ...] = ("wheel:*",)
-    tasks: tuple[TaskName, ...] = get_args(TaskName)
+    tasks: tuple[TaskName, ...] = tuple(TASKS)
     classes: tuple[str, ...] | None = None
     least_clients: PositiveInt = 1
     metrics: bool = True
@@ -141,8 +141,7 @@ class Policy(Table):
         """
         if task.model.task not in self.tasks:
             raise _refused("task", f"the run's task is {task.model.task}", "tasks")
-        trains_classes = task.model.task != "causal-lm"
-        if trains_classes and len(set(task.classes)) < 2:
+        if task_of(task.model.task).classes and len(set(task.classes)) < 2:
             # Else the classes would be those found here, and their names would leave as a hash.
             raise _refused("task", "the server names no classes", "classes")
         if self.classes is not None and (foreign := set(task.classes) - set(self.classes)):

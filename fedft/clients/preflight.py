@@ -25,6 +25,7 @@ from fedft.core.errors import FedftError, MismatchError
 from fedft.core.examples import Examples
 from fedft.core.models import Base
 from fedft.core.spec import TaskSpec
+from fedft.core.tasks import task_of
 from fedft.core.trial import Verdict
 from fedft.core.types import IGNORED, Adapter, Batch, Factors, LocalTraining, TrainPlan
 
@@ -80,6 +81,15 @@ def check(bench: Bench, batch_size: int) -> Verdict:
     if task.cohort == 1 and not task.lean:
         try_rows(bench, batch_size)
         return Verdict("loop")
+    if not (kind := task_of(task.model.task)).alone:
+        why = f"in {kind.name} the loss of an example depends on others"
+        if task.lean:
+            raise MismatchError(
+                f"clients with a memory budget train several examples' losses apart, and {why}",
+                fix="Leave memory budgets and [pruning] out.",
+            )
+        try_rows(bench, batch_size)
+        return Verdict("loop", why)
     difference = _difference(bench) if len(bench.data.train) else None
     if difference is not None and task.lean:
         raise MismatchError(
@@ -130,7 +140,7 @@ def try_rows(bench: Bench, batch_size: int) -> None:
                 bench.engine.evaluate(plan.start, {}, [batch], layers)
         if not math.isfinite(loss := result.metrics["loss"]):
             _refuse_infinite(bench.engine.base, bench.task, f"the {name} rows", loss)
-    if bench.task.model.task == "causal-lm":
+    if task_of(bench.task.model.task).causal:
         _refuse_leaks(bench, plan, layers)
 
 
@@ -139,7 +149,7 @@ def _refuse_foreign(bench: Bench) -> None:
 
     A GPU answers such a row with an error from which no process recovers.
     """
-    if bench.task.model.task == "image-classification":
+    if task_of(bench.task.model.task).reads != "text":
         return
     model: Any = bench.engine.base.model
     try:

@@ -200,7 +200,7 @@ def _manifest(task: TaskSpec, data: Data) -> Manifest:
         examples=len(data.train),
         clients=task.clients,
         seed=task.seed,
-        labels=data.train.labels,
+        labels=data.strata,
         owners=data.owners,
     )
     if task.fingerprint and manifest.fingerprint != task.fingerprint:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedft.core.checkpoint import AUTO
 from fedft.core.files import write_file
 from fedft.core.spec import ModelSpec
+from fedft.core.tasks import task_of
 
 CARD = "README.md"
 FACTS = "fedft.json"
@@ -89,7 +89,8 @@ def _card(origin: Origin) -> str:
 
 def _loading(origin: Origin) -> list[str]:
     """The lines of Python that load the adapter with nothing of fedft."""
-    model, auto = origin.model, AUTO[origin.model.task]
+    model, task = origin.model, task_of(origin.model.task)
+    auto = task.auto
     given = ["BASE" if model.source.startswith("wheel:") else repr(model.source)]
     if model.revision:
         given.append(f"revision={model.revision!r}")
@@ -100,7 +101,7 @@ def _loading(origin: Origin) -> list[str]:
             f"label2id={dict(zip(origin.classes, named, strict=True))}",
             "ignore_mismatched_sizes=True",
         ]
-    text = model.task != "image-classification"
+    text = task.reads == "text"
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}{', AutoTokenizer' if text else ''}",

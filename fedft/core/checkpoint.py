@@ -20,18 +20,19 @@ from torch import nn
 
 from fedft.core.errors import EnvironmentFailure, FedftError, MismatchError, SecurityRefusal
 from fedft.core.spec import ModelSpec
+from fedft.core.tasks import task_of
 from fedft.core.types import block_of
 
 HEADS = ("classifier", "score")
 """Top-level modules that are a task head, whatever a checkpoint has under these names: its classes
 were others. peft's own list for classification."""
 
-AUTO: Mapping[str, str] = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""Our task → the class of transformers that loads its model."""
+
+def auto_class(task: str) -> Any:
+    """The class of transformers that loads a task's model."""
+    import transformers
+
+    return getattr(transformers, task_of(task).auto)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 def _head_of(spec_json: str, folder: Path, _: object, classes: int) -> Head:
     spec = ModelSpec.model_validate_json(spec_json)
     model, report = _reported(spec, folder, classes)
-    if spec.task == "causal-lm":
+    if not task_of(spec.task).head:
         _refuse_lacking(spec, folder, model, report.missing)
         _refuse_mismatched(folder, report.mismatched)
         return Head()
@@ -165,12 +166,9 @@ def _head_of(spec_json: str, folder: Path, _: object, classes: int) -> Head:
 
 
 def _reported(spec: ModelSpec, folder: Path, classes: int) -> tuple[nn.Module, Report]:
-    import transformers
-
-    auto: Any = getattr(transformers, AUTO[spec.task])
-    options = {} if spec.task == "causal-lm" else {"num_labels": classes}
+    options = task_of(spec.task).options(classes)
     with refusing(spec, folder):
-        model, info = auto.from_pretrained(
+        model, info = auto_class(spec.task).from_pretrained(
             folder,
             device_map="meta",
             output_loading_info=True,
@@ -193,8 +191,8 @@ def empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
     """
     import transformers
 
-    options: dict[str, Any] = {} if spec.task == "causal-lm" else {"num_labels": classes}
-    auto: Any = getattr(transformers, AUTO[spec.task])
+    options = task_of(spec.task).options(classes)
+    auto = auto_class(spec.task)
     with refusing(spec, folder):
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=spec.trust_remote_code, **options
@@ -301,7 +299,7 @@ def check_tokenizer(tokenizer: Any, folder: Path, task: str) -> None:
             fix="Put the tokenizer's files beside the model, all of them.",
         )
     template = getattr(tokenizer, "chat_template", None)
-    if task != "causal-lm" or template is None:
+    if not task_of(task).words or template is None:
         return
     if isinstance(template, dict) and "default" not in template:
         raise MismatchError(
@@ -368,7 +366,7 @@ def _refuse_lacking(
         for name in missing
         if name.rpartition(".")[2] not in ("position_ids", "num_batches_tracked")
         and (
-            spec.task == "causal-lm"
+            not task_of(spec.task).head
             or name not in parameters
             or name in embedded
             or block_of(name) is not None

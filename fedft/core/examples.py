@@ -9,9 +9,9 @@ import io
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Generic, Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,7 @@ Rows = NDArray[np.integer[Any]]
 
 
 class Examples(ABC):
-    """What a site trains on, or the server tests on. Rows are numbered from 0.
-
-    Attributes:
-        labels: class ids, int64 [n]; None where the task has no classes.
-    """
-
-    labels: NDArray[np.int64] | None
+    """What a client trains on, or the server tests on. Rows are numbered from 0."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,37 +49,71 @@ class Examples(ABC):
         """SHA-256 over the content, in hex."""
 
 
+E = TypeVar("E", bound=Examples, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded(Generic[E]):
+    """Rows of a data set as examples.
+
+    Attributes:
+        examples: one a row. A row of length 0 cannot be used.
+        cut: which rows were longer than the limit, bool [n].
+        faults: why a row of length 0 is so, by its number, where more can be said than that.
+    """
+
+    examples: E
+    cut: NDArray[np.bool_]
+    faults: Mapping[int, str] = field(default_factory=dict[int, str])
+
+
 @dataclass(frozen=True, eq=False)
 class TokenExamples(Examples):
-    """Tokenised text. Exactly one of ``labels`` and ``answers`` is given.
+    """Tokenised text. Exactly one of ``labels``, ``answers`` and ``token_labels`` is given.
 
     Attributes:
         ids: token ids of all rows end to end, int32 [total].
         offsets: row i is ``ids[offsets[i]:offsets[i + 1]]``, int64 [n + 1].
         pad_id: token id of padding; the attention mask hides it.
-        labels: class ids, int64 [n].
+        labels: what is learnt of each row: class ids, int64 [n], or other numbers, [n, …].
         answers: position in the row of the first token that takes a loss, int32 [n].
-        side: where padding goes; answers are padded on the right.
+        side: where padding goes; rows with targets by token are padded on the right.
+        token_labels: what is learnt of each token, ``IGNORED`` where nothing is. int64 [total]
+        beside: further inputs of the model by name, one number a token, such as
+            ``token_type_ids``; padded with 0. [total]
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     pad_id: int
-    labels: NDArray[np.int64] | None = None
+    labels: NDArray[Any] | None = None
     answers: NDArray[np.int32] | None = None
     side: Literal["left", "right"] = "right"
+    token_labels: NDArray[np.int64] | None = None
+    beside: Mapping[str, NDArray[np.integer[Any]]] = field(
+        default_factory=dict[str, NDArray[np.integer[Any]]]
+    )
 
     def __post_init__(self) -> None:
-        target = self.answers if self.labels is None else self.labels
-        if (self.labels is None) == (self.answers is None) or target is None:
-            raise ValueError("give class labels or the start of the answers, not both")
-        if self.answers is not None and self.side != "right":
-            raise ValueError("rows with answers are padded on the right")
-        if len(self.offsets) != len(target) + 1 or self.offsets[-1] != len(self.ids):
+        given = [x for x in (self.labels, self.answers, self.token_labels) if x is not None]
+        if len(given) != 1:
+            raise ValueError("give one of class labels, the start of the answers, token labels")
+        if self.labels is None and self.side != "right":
+            raise ValueError("rows with targets by token are padded on the right")
+        rows = len(self) if self.token_labels is not None else len(given[0])
+        if len(self.offsets) != rows + 1 or self.offsets[-1] != len(self.ids):
             raise ValueError(
                 f"{len(self.offsets)} offsets up to {self.offsets[-1]} do not fit "
-                f"{len(target)} rows with {len(self.ids)} tokens"
+                f"{rows} rows with {len(self.ids)} tokens"
             )
+        for name, array in self._by_token().items():
+            if len(array) != len(self.ids):
+                raise ValueError(f"{name} has {len(array)} values for {len(self.ids)} tokens")
+
+    def _by_token(self) -> dict[str, NDArray[np.integer[Any]]]:
+        """What has one number a token, by name; the token ids are not among it."""
+        own = {} if self.token_labels is None else {"token_labels": self.token_labels}
+        return {**own, **self.beside}
 
     @classmethod
     def from_lists(
@@ -93,21 +121,28 @@ class TokenExamples(Examples):
         ids: Sequence[Sequence[int]],
         pad_id: int,
         *,
-        labels: Sequence[int] | NDArray[np.int64] | None = None,
+        labels: Sequence[int] | NDArray[Any] | None = None,
         answers: Sequence[int] | None = None,
         side: Literal["left", "right"] = "right",
+        token_labels: Sequence[Sequence[int]] | None = None,
+        beside: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ) -> "TokenExamples":
-        """Packs one list of token ids a row."""
+        """Packs one list of token ids a row; what else has a number a token likewise."""
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(row) for row in ids], out=offsets[1:])
-        flat = np.fromiter((i for row in ids for i in row), np.int32, int(offsets[-1]))
+        if isinstance(labels, np.ndarray):
+            targets: NDArray[Any] | None = labels
+        else:
+            targets = None if labels is None else np.asarray(labels, np.int64)
         return cls(
-            flat,
+            _flat(ids, np.int32),
             offsets,
             pad_id,
-            None if labels is None else np.asarray(labels, np.int64),
+            targets,
             None if answers is None else np.asarray(answers, np.int32),
             side,
+            None if token_labels is None else _flat(token_labels, np.int64),
+            {name: _flat(rows, np.int32) for name, rows in (beside or {}).items()},
         )
 
     def __len__(self) -> int:
@@ -121,13 +156,17 @@ class TokenExamples(Examples):
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         # Position in the old array = position in the new one + how far its row has moved.
-        moved = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        old: NDArray[np.int64] = np.arange(int(offsets[-1])) + np.repeat(
+            self.offsets[rows] - offsets[:-1], lengths
+        )
         return replace(
             self,
-            ids=self.ids[np.arange(offsets[-1]) + moved],
+            ids=self.ids[old],
             offsets=offsets,
             labels=None if self.labels is None else self.labels[rows],
             answers=None if self.answers is None else self.answers[rows],
+            token_labels=None if self.token_labels is None else self.token_labels[old],
+            beside={name: array[old] for name, array in self.beside.items()},
         )
 
     def collate(self, rows: Rows) -> Batch:
@@ -137,22 +176,32 @@ class TokenExamples(Examples):
         first = starts if self.side == "right" else ends - len(position)
         found = first + position  # [b, t]
         mask = (starts <= found) & (found < ends)  # [b, t]
-        ids = self.ids[np.clip(found, 0, len(self.ids) - 1)]
-        ids = np.where(mask, ids, self.pad_id).astype(np.int64)  # [b, t]
+        at = np.clip(found, 0, len(self.ids) - 1)
+
+        def padded(values: NDArray[np.integer[Any]], padding: int) -> NDArray[np.int64]:
+            return np.where(mask, values[at], padding).astype(np.int64)  # [b, t]
+
+        ids = padded(self.ids, self.pad_id)
         inputs = {
             "input_ids": _tensor(ids),
             "attention_mask": _tensor(mask.astype(np.int64)),
+            **{name: _tensor(padded(array, 0)) for name, array in self.beside.items()},
         }
-        if self.answers is None:
-            assert self.labels is not None
+        if self.labels is not None:
             return Batch(inputs, _tensor(self.labels[rows]))
+        if self.token_labels is not None:
+            return Batch(inputs, _tensor(padded(self.token_labels, IGNORED)))
+        assert self.answers is not None
         learned = mask & (position >= self.answers[rows][:, None])
         return Batch(inputs, _tensor(np.where(learned, ids, IGNORED)))
 
     def fingerprint(self) -> str:
+        named = self._by_token()
+        arrays = (self.ids, self.offsets, self.labels, self.answers)
+        more = (x for name in sorted(named) for x in (np.array(name), named[name]))
         return _sha256(
             part
-            for array in (self.ids, self.offsets, self.labels, self.answers)
+            for array in (*arrays, *more)
             if array is not None
             for part in (str(array.dtype).encode(), np.ascontiguousarray(array).data)
         )
@@ -170,8 +219,7 @@ class ImageExamples(Examples):
     """
 
     images: Sequence[object]
-    # Frozen, so that a narrower type is safe.
-    labels: NDArray[np.int64]  # pyright: ignore[reportIncompatibleVariableOverride]
+    labels: NDArray[np.int64]
     transform: Callable[[Any], Tensor]
     folder: Path
 
@@ -221,6 +269,11 @@ class _Opened(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return 1
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> NDArray[Any]:
+    """Rows end to end. [total]"""
+    return np.fromiter((i for row in rows for i in row), dtype, sum(map(len, rows)))
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -32,6 +32,11 @@ def hint(given: str, names: Iterable[str]) -> str:
     return f"known: {', '.join(sorted(known))}"
 
 
+def kind_of(value: object) -> str:
+    """The type of a value, for messages."""
+    return "null" if value is None else type(value).__name__
+
+
 def _folded(name: str) -> str:
     return name.strip().casefold().replace("-", "_")[:100]
 

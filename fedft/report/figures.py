@@ -66,7 +66,7 @@ def band_note(groups: Sequence[Group]) -> str:
 
 def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -> Figure | None:
     """The score of every site's own model in the last evaluation, by rule."""
-    spread = [(clean(label, 36), _last_scores(runs, metric.word)) for label, runs in named]
+    spread = [(clean(label, 36), _last_scores(runs, metric.name)) for label, runs in named]
     spread = [(label, values) for label, values in spread if values]
     if not spread:
         return None

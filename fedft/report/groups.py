@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedft.core.errors import ConfigError, FedftError
+from fedft.core.metrics import Declared, declared_in
 from fedft.report.records import BASELINE, Json, Record, clean, flatten, number
 from fedft.report.statistics import CONFIDENCE, Interval, check_seeds, interval, paired
 
@@ -59,12 +60,14 @@ class Metric:
     Attributes:
         keys: where it stands in a line of ``rounds.jsonl``.
         title: in words.
+        word: the metric alone in words: ``accuracy``, ``perplexity`` or ``loss``.
         percent: whether it is a share, shown in percent and its differences in points.
         higher: whether more is better.
     """
 
     keys: tuple[str, str]
     title: str
+    word: str
     percent: bool
     higher: bool
 
@@ -74,23 +77,36 @@ class Metric:
         return ("sites", self.keys[1])
 
     @property
-    def word(self) -> str:
-        """``accuracy``, ``perplexity`` or ``loss``."""
+    def name(self) -> str:
+        """Of the metric, as records spell it."""
         return self.keys[1]
 
 
-METRICS = (
-    Metric(("eval", "accuracy"), "Test accuracy", percent=True, higher=True),
-    Metric(("eval", "perplexity"), "Test perplexity", percent=False, higher=False),
-    Metric(("eval", "loss"), "Test loss", percent=False, higher=False),
-    Metric(("sites", "accuracy"), "Sites' own accuracy", percent=True, higher=True),
-    Metric(("train", "loss"), "Training loss", percent=False, higher=False),
-)
+TEST_LOSS = Metric(("eval", "loss"), "Test loss", "loss", percent=False, higher=False)
+TRAINING_LOSS = Metric(("train", "loss"), "Training loss", "loss", percent=False, higher=False)
+
+
+def metrics_of(records: Sequence[Record]) -> list[Metric]:
+    """The metrics that any of the runs has: what their tasks declare, in order, then losses."""
+    declared = dict.fromkeys(d for r in records for d in declared_in(r.environment))
+
+    def at(place: str, title: str, metric: Declared) -> Metric:
+        word = clean(metric.title, 40)
+        percent, higher = metric.percent is True, metric.higher is True
+        return Metric((place, clean(metric.name, 40)), f"{title} {word}", word, percent, higher)
+
+    known = [
+        *(at("eval", "Test", metric) for metric in declared),
+        TEST_LOSS,
+        *(at("sites", "Sites' own", metric) for metric in declared),
+        TRAINING_LOSS,
+    ]
+    return [m for m in known if any(r.series(*m.keys) for r in records)]
 
 
 def metric_of(records: Sequence[Record]) -> Metric:
     """The first of the metrics that any of the runs has."""
-    return next((m for m in METRICS if any(r.series(*m.keys) for r in records)), METRICS[-1])
+    return next(iter(metrics_of(records)), TRAINING_LOSS)
 
 
 def group(records: Sequence[Record], confidence: float | None = None) -> list[Group]:

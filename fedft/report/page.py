@@ -7,7 +7,7 @@ from importlib import resources
 from fedft.report import charts, compare_figures, run_figures
 from fedft.report.figures import Figure
 from fedft.report.formats import EXACT, bias_text, bytes_text, score, seconds_text
-from fedft.report.groups import Group, Metric, group, metric_of, traffic
+from fedft.report.groups import TEST_LOSS, Group, Metric, group, metric_of, metrics_of, traffic
 from fedft.report.privacy import (
     delta_text,
     epsilon_text,
@@ -155,6 +155,12 @@ def _unfinished(records: Sequence[Record], waiting: Sequence[str]) -> str:
     return f"<p class='notice'>{' '.join(parts)} What follows is what has been recorded so far.</p>"
 
 
+def _further(record: Record, first: Metric) -> list[Metric]:
+    """The other metrics of the test set; the loss has a figure of its own."""
+    found = metrics_of([record])
+    return [m for m in found if m.keys[0] == "eval" and m not in (first, TEST_LOSS)]
+
+
 def _cards(record: Record, metric: Metric) -> str:
     values = record.series(*metric.keys)
     best = (max if metric.higher else min)(values, key=lambda r: values[r]) if values else None
@@ -171,6 +177,7 @@ def _cards(record: Record, metric: Metric) -> str:
     elapsed, busy = record.final("clock", "elapsed"), record.total("clock", "device_seconds")
     cards = [
         (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}" if values else ""),
+        *((m.title, score(record.final(*m.keys), m.percent), "") for m in _further(record, metric)),
         ("Best round", score(values[best], metric.percent) if best is not None else "—", f"round {best}" if best is not None else ""),
         (f"Sites' own {metric.word}", score(sites, metric.percent), "mean over sites") if sites is not None else None,
         ("Relative bias", bias_text(record.mean("bias", "relative")), "mean over rounds"),
@@ -248,7 +255,7 @@ def _count(value: object, noun: str) -> str:
 
 def _environment(environment: Json) -> str:
     """Versions and hashes. The command line stays out: it names this machine's folders."""
-    hidden = ("argv", "meters")
+    hidden = ("argv", "meters", "metrics")
     flat = {k: v for k, v in flatten(environment).items() if k not in hidden and v is not None}
     if not flat:
         return "<p class='small'>Not recorded.</p>"

@@ -29,7 +29,7 @@ def _is_size(key: str) -> bool:
 
 def of_size(metric: Metric, size: int) -> tuple[str, str, str]:
     """Where the score of the submodel of this size stands in a line of ``rounds.jsonl``."""
-    return ("submodels", str(size), metric.word)
+    return ("submodels", str(size), metric.name)
 
 
 def parts_of(records: Sequence[Record]) -> str:

@@ -24,6 +24,7 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
+from fedft.core.tasks import task_of
 from fedft.core.types import Part
 from fedft.core.wire.compress import FP32, AnyCompressor, spelled
 from fedft.server.availability import Availability, read_availability
@@ -326,6 +327,11 @@ class RunConfig(Table):
             raise ValueError(
                 f"[training] dp: {rule.name} is asynchronous, and its jobs are not entered in the account; "
                 "choose a rule of rounds"
+            )
+        if self.training.dp is not None and not task_of(self.model.task).alone:
+            raise ValueError(
+                f"[training] dp clips the gradient of each example, and in {self.model.task} the loss of "
+                "one depends on others"
             )
         if self.lora.form != "lora" and self.training.dp is not None:
             raise ValueError(f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}")

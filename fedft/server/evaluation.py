@@ -11,8 +11,9 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedft.core.errors import MismatchError, QuorumFailure
-from fedft.core.metrics import Tally
+from fedft.core.metrics import Tally, unpacked
 from fedft.core.sublayers import Layer
+from fedft.core.tasks import Task, task_of
 from fedft.core.types import EvalPlan, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.exchange import site_errors
@@ -84,7 +85,7 @@ class Evaluation:
                 "nothing in the server's test set can be scored: no row has a token that takes a loss",
                 fix="give test rows with prompts and answers, or raise data.max-length",
             )
-        return total.scores(self.federation.kind)
+        return task_of(self.federation.kind).scores(total)
 
     def _of_sites(self, ids: Sequence[str], ledger: Ledger) -> dict[str, float]:
         """Each site of the round judges its own model, or its part of it, on its held-out rows."""
@@ -96,7 +97,7 @@ class Evaluation:
         for site, tally in zip(self.cohort, tallies, strict=True):
             if tally is None or tally.count == 0:
                 continue
-            scores.append(tally.scores(federation.kind))
+            scores.append(task_of(federation.kind).scores(tally))
             line = {"kind": "eval", "round": self.state.round, "site": site.name}
             ledger.replies.append({**line, "examples": tally.count, **scores[-1]})
         if not scores:
@@ -113,8 +114,9 @@ class Evaluation:
     ) -> list[Tally | None]:
         """The sums behind the replies, in the order of the messages; None where there was none."""
         tallies: dict[str, Tally] = {}
+        task, classes = task_of(self.federation.kind), self.federation.classes
         for reply in replies(grid, ids, patience_s, self.federation.stop, watched):
-            tally = None if reply.has_error() else tally_of(reply.content)
+            tally = None if reply.has_error() else tally_of(reply.content, task, classes)
             if tally is not None:
                 tallies[reply.metadata.reply_to_message_id] = tally
         return [tallies.get(id_) for id_ in ids]
@@ -187,13 +189,13 @@ def _ask_sites(
     return sites, ids, federation.patience_s(work)
 
 
-def tally_of(content: RecordDict) -> Tally | None:
-    """The sums in a reply; None where it holds none that can be used."""
+def tally_of(content: RecordDict, task: Task, classes: int) -> Tally | None:
+    """The sums in a reply; None where it holds none that can be used.
+
+    Args:
+        content: of the reply.
+        task: which says what is summed.
+        classes: number of classes.
+    """
     metrics: Any = content.metric_records.get("metrics", {})
-    try:
-        tally = Tally(
-            float(metrics["loss-sum"]), int(metrics["correct"]), int(metrics["num-examples"])
-        )
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-    return tally if 0 <= tally.correct <= tally.count else None
+    return unpacked(metrics, task.sums, classes)

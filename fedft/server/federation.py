@@ -62,7 +62,8 @@ class Federation:
         training: local optimisation.
         settings: the `[rounds]` table.
         seed: of the run.
-        kind: the model's task, which decides what is a score.
+        kind: name of the model's task, which decides what is a score.
+        classes: number of classes; 0 where the task has none.
         cohort: how many sites are trained in one pass.
         compressor: in which clients send their replies; the server sends in the cast to it.
         limits: bounds on replies.
@@ -89,6 +90,7 @@ class Federation:
     cohort: int = 1
     compressor: Compressor = FP32
     limits: Limits = field(default_factory=Limits)
+    classes: int = 0
     holdout: bool = False
     evaluator: Courier | None = None
     clock: SimulatedClock | None = None

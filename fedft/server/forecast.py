@@ -9,6 +9,7 @@ from typing import Any
 from fedft.core import model_folder, models
 from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.sublayers import Layer
+from fedft.core.tasks import task_of
 from fedft.core.types import Part, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.config import RunConfig
@@ -196,7 +197,7 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     if (
         limit is not None
         and config.data.max_length > limit
-        and config.model.task != "image-classification"
+        and task_of(config.model.task).reads == "text"
     ):
         lines.append(
             f"positions             the model has {limit}, and data.max-length is {config.data.max_length}: "

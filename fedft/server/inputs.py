@@ -6,6 +6,7 @@ from fedft.core import models
 from fedft.core.adapters import family_of
 from fedft.core.data.source import Data, check_test, prepare
 from fedft.core.errors import ConfigError
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.server.config import RunConfig
 
@@ -29,7 +30,8 @@ def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None)
     """What whoever watches a run should know of its data, a sentence each."""
     skipped = ", ".join(f"{reason} {n:,}" for reason, n in sorted(data.skipped.items()))
     left_out = f"{sum(data.skipped.values()):,} bad rows of the data are left out ({skipped})"
-    endless = config.model.task == "causal-lm" and special is not None and special.end is None
+    words = task_of(config.model.task).words
+    endless = words and special is not None and special.end is None
     return [
         *data.notes,
         *([left_out] if skipped else []),

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from fedft.core.digest import state_digest
-from fedft.core.metrics import better
+from fedft.core.tasks import task_of
 from fedft.server.federation import Completed
 
 
@@ -33,7 +33,7 @@ class Progress:
         """With one more round."""
         record = completed.record
         scores = record.get("eval")
-        improved = scores is not None and better(task, scores, self.best)
+        improved = scores is not None and task_of(task).better(scores, self.best)
         return Progress(
             best={"round": record["round"], **scores} if scores and improved else self.best,
             final=scores or self.final,

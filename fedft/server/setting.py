@@ -1,7 +1,7 @@
 """What a run works on: model, data, partition and workers, loaded once before the first round."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from fedft.core.errors import (
 )
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import LoraSpec, TaskSpec
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens, TextEncoder
 from fedft.core.types import ServerState
 from fedft.server.clock import SimulatedClock
@@ -179,6 +180,7 @@ def _facts(config: RunConfig, data: Data, special: SpecialTokens | None) -> dict
         "skipped": dict(data.skipped),
         "notes": list(data.notes),
         **config.evaluation.described(),
+        "metrics": [asdict(metric) for metric in task_of(config.model.task).declared],
         **text,
     }
 
@@ -204,7 +206,7 @@ def _frozen_partition(
         examples=len(data.train),
         clients=config.fleet.clients,
         seed=config.seed,
-        labels=data.train.labels,
+        labels=data.strata,
         owners=data.owners,
     )
     manifest.save(run.partition)
@@ -256,6 +258,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         settings=config.rounds,
         seed=config.seed,
         kind=config.model.task,
+        classes=len(setting.data.classes),
         cohort=setting.task.cohort,
         compressor=config.engine.compressor,
         limits=Limits(update_norm=config.engine.max_update_norm),

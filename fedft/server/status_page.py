@@ -110,7 +110,8 @@ def _rounds(view: "View") -> str:
 
 def _round(record: Mapping[str, Any]) -> list[str]:
     scores = record.get("eval") or {}
-    score = scores.get("accuracy", scores.get("perplexity"))
+    # The task's first metric comes first among its metrics.
+    score = next((value for name, value in scores.items() if name != "loss"), scores.get("loss"))
     failed = [f"{site} ({why})" for why, sites in record["failures"].items() for site in sites]
     return [
         str(record["round"]),

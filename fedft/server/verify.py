@@ -7,6 +7,7 @@ run's precision goes.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedft.core.errors import MismatchError
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
 from fedft.core.spec import ModelSpec, Precision
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import Batch, EvalPlan, ServerState
 from fedft.core.wire import codec
@@ -75,12 +77,14 @@ def verify(
     """
     count = max(1, math.ceil(len(test) / ROWS))
     shards = range(min(SLICES, count) if len(test) else 0)
-    own = list(_of_run(grid, task, state, shards, count, stop))
+    kind = task_of(model.task)
+    read = partial(tally_of, task=kind, classes=classes)
+    own = list(_of_run(grid, task, state, shards, count, read, stop))
     loaded = stock.stock_model(export, model, folder, classes, precision, special)
     lost = stock.unlike(loaded, export, head)
     groups = [list(_rows(test, shard, count)) for shard in shards]
     try:
-        theirs = list(stock.tallies(loaded, groups))
+        theirs = list(stock.tallies(loaded, kind, groups))
     except Exception as error:  # whatever a model's own code raises
         raise MismatchError(
             f"stock transformers cannot score the test rows with the exported adapter in {export}: "
@@ -123,6 +127,7 @@ def _of_run(
     state: ServerState,
     shards: Sequence[int],
     count: int,
+    read: Callable[[RecordDict], Tally | None],
     stop: Callable[[], bool],
 ) -> Iterator[Tally]:
     encoder = codec.Encoder(task)
@@ -132,7 +137,7 @@ def _of_run(
     contents: list[RecordDict] = [encoder.evaluate(plan) for plan in plans]
     ids = ask_to_evaluate(grid, state.round, contents, [1] * len(contents))
     found = {
-        reply.metadata.reply_to_message_id: tally_of(reply.content)
+        reply.metadata.reply_to_message_id: read(reply.content)
         for reply in replies(grid, ids, None, stop)
         if not reply.has_error()
     }

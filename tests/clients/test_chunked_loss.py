@@ -25,6 +25,7 @@ from fedft.clients.engines.loop import PeftEngine
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, initial_adapter
 from fedft.core.spec import LoraSpec
+from fedft.core.tasks import task_of
 from fedft.core.types import Adapter, Batch, LocalTraining, TrainPlan
 
 WORDS, WIDTH = 37, 12
@@ -113,9 +114,13 @@ def test_a_tally_is_that_of_all_logits(dtype: torch.dtype) -> None:
     states, targets, _ = tokens(200, dtype)
     states[:20] = layer.weight[3]
     targets[:20] = torch.tensor([3, 7]).repeat(10)
-    plain, sliced = Tally.of(layer(states), targets), Vocabulary(layer).tally(states, targets)
-    assert (sliced.correct, sliced.count) == (plain.correct, plain.count)
-    assert sliced.correct >= 10
+    task = task_of("causal-lm")
+    plain, sliced = (
+        task.tally(layer(states), targets),
+        Vocabulary(layer).tally(task, states, targets),
+    )
+    assert (sliced.sums, sliced.count) == (plain.sums, plain.count)
+    assert sliced.sums["correct"] >= 10
     assert sliced.loss_sum == pytest.approx(plain.loss_sum, rel=1e-5)
 
 
@@ -190,7 +195,7 @@ def test_an_engine_trains_and_scores_as_with_all_logits(make: Callable[[Base], E
     assert apart(a, initial_adapter(sliced.shapes, LORA, 2, seed=0)) > 1e-4
     assert apart(a, b) < 1e-10
     assert metrics == pytest.approx(expected, rel=1e-10)
-    assert (tally.correct, tally.count) == (whole.correct, whole.count)
+    assert (tally.sums, tally.count) == (whole.sums, whole.count)
     assert tally.loss_sum == pytest.approx(whole.loss_sum, rel=1e-10)
     ids = some_batches()[0].inputs
     assert torch.equal(sliced.model(**ids).logits, plain.model(**ids).logits)  # left as it was

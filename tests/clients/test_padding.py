@@ -22,8 +22,8 @@ from fedft.clients.engines.loop import PeftEngine
 from fedft.core import models
 from fedft.core.adapters.files import save_adapter
 from fedft.core.examples import TokenExamples
-from fedft.core.metrics import Tally
 from fedft.core.spec import LoraSpec, ModelSpec
+from fedft.core.tasks import task_of
 from fedft.core.text import tokens
 from fedft.core.text.special_tokens import TextEncoder
 from fedft.core.types import Adapter, Factors, LocalTraining, TrainPlan
@@ -165,7 +165,7 @@ def test_a_row_has_one_answer(
     loop = PeftEngine(models.load_base(spec, LORA, 3), LORA)
     loop._load(adapter, None)
     with torch.inference_mode():
-        got = loop._logits(batch)
+        got = loop._outputs(batch)
         expected_model = stock(spec, encoder, tmp_path / "adapter")
         expected = alone(expected_model[1], examples)
         assert torch.allclose(got, expected, atol=1e-4), "in the plain loop"
@@ -179,10 +179,11 @@ def test_a_row_has_one_answer(
         asked.pop("token_type_ids", None)
         assert torch.allclose(peft(**asked).logits, expected[ordinary], atol=1e-4)
 
-    score = Tally.of(expected, batch.labels).scores("classification")
+    task = task_of("classification")
+    score = task.scores(task.tally(expected, batch.labels))
     cohort = CohortEngine(models.load_base(spec, LORA, 3), LORA)
     batches = [examples.collate(part) for part in np.array_split(every, 4)]
-    found = cohort.evaluate(adapter, {}, batches).scores("classification")
+    found = task.scores(cohort.evaluate(adapter, {}, batches))
     assert found == pytest.approx(score, abs=1e-4), "in a cohort"
 
     # Four sites with rows of different lengths in one pass, and one after the other.

@@ -22,6 +22,7 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import data_schema
 from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, TrainingSpec
 from fedft.core.sublayers import Sublayer
+from fedft.core.tasks import TASKS
 from fedft.core.types import Adapter, EvalPlan, LocalTraining
 from fedft.core.types import Site as Member
 from fedft.core.wire import codec
@@ -148,6 +149,7 @@ def test_of_a_servers_table_nothing_is_left_but_lengths() -> None:
         skip_bad=True,
         max_length=7,
         holdout=0.5,
+        columns={"pair": "passport"},
     )
     own = Own().data(theirs, "mine.csv")
     assert own == DataSpec(
@@ -157,6 +159,26 @@ def test_of_a_servers_table_nothing_is_left_but_lengths() -> None:
         test_fraction=0.0,
         partition=own.partition,
     )
+
+
+def test_columns_without_an_option_of_their_own_go_by_key(tiny_model: Path) -> None:
+    """The server's names are offered, never taken."""
+    model = ModelSpec(source=str(tiny_model), task="text-pair")
+    theirs = DataSpec(text="left", columns={"pair": "right"})
+    task = TaskSpec(model=model, lora=LoraSpec(), data=theirs)
+    assert "--text left --column pair=right" in Own().suggestion(task)
+    mine = Own(text="left", columns={"pair": "right"})
+    assert mine.suggestion(task) == ""
+    assert mine.data(theirs, "mine.csv").column("pair") == "right"
+    assert Own().data(theirs, "mine.csv").column("pair") == "pair"
+    with pytest.raises(ConfigError, match="--column pair is no KEY=NAME"):
+        mapping(["pair"], "--column", "KEY=NAME")
+
+
+def test_a_policy_names_tasks_that_there_are() -> None:
+    assert set(Policy().tasks) == set(TASKS)
+    with pytest.raises(ConfigError, match=r"tasks.*did you mean 'text-pair'"):
+        Policy.read(None, {"tasks": ["text-pairs"]})
 
 
 # ── --check ───────────────────────────────────────────────────────────────────────────────────

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fedft.clients.engines.loop import PeftEngine
 from fedft.core import models
-from fedft.core.metrics import mean_loss
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.types import Adapter, Batch, Factors, LocalTraining, TrainPlan
 
@@ -53,7 +53,7 @@ def dense_gradients(engine: PeftEngine, adapter: Adapter, batch: Batch) -> dict[
         for path, f in live.factors.items()
     } | {n.removeprefix("base_model.model."): t for n, t in live.head.items()}
     output = torch.func.functional_call(fresh.model, weights, (), dict(batch.inputs))
-    mean_loss(output.logits, batch.labels).backward()
+    F.cross_entropy(output.logits, batch.labels).backward()
     return {n: t.grad for n, t in leaves.items() if t.grad is not None}
 
 

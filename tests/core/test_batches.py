@@ -188,7 +188,7 @@ def test_examples_that_do_not_fit_together_are_refused() -> None:
     ids, offsets = np.array([1, 2], np.int32), np.array([0, 1, 2])
     with pytest.raises(ValueError, match="do not fit"):
         TokenExamples(ids, offsets, PAD, labels=np.array([0]))
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="give one of"):
         TokenExamples(ids, offsets, PAD)
 
 

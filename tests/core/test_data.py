@@ -49,11 +49,11 @@ def message(spec: DataSpec, task: Any = "classification", **keys: Any) -> str:
 
 def test_wordnet_is_balanced_and_distinct() -> None:
     raw = load(DataSpec(test_fraction=0), "classification")
-    assert len(raw.train) == 7200 == len(set(raw.train.inputs))
+    assert len(raw.train) == 7200 == len(set(raw.train.values["text"]))
     assert len(raw.classes) == 12 and raw.train.labels is not None
     assert np.bincount(raw.train.labels).tolist() == [600] * 12
     assert all(name.startswith("noun.") for name in raw.classes)
-    assert {len(text.split()) for text in raw.train.inputs} <= set(range(3, 31))
+    assert {len(text.split()) for text in raw.train.values["text"]} <= set(range(3, 31))
 
 
 def test_the_licence_lies_beside_the_definitions() -> None:
@@ -95,7 +95,7 @@ def test_the_three_kinds_of_files_give_the_same(tmp_path: Path) -> None:
         for name in ("d.jsonl", "d.csv", "d.parquet")
     ]
     for raw in loaded:
-        assert raw.train.inputs == [row["text"] for row in rows]
+        assert raw.train.values["text"] == [row["text"] for row in rows]
         assert raw.train.labels is not None
         assert [raw.classes[i] for i in raw.train.labels] == [row["label"] for row in rows]
     assert [raw.train.where(1).rsplit(":", 1)[1] for raw in loaded] == ["2", "3", "2"]
@@ -111,7 +111,7 @@ def test_integer_labels_are_classes_in_numerical_order(tmp_path: Path) -> None:
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     lines = [b'\xef\xbb\xbf{"text": "x", "label": "a"}', b"", b'{"text": "y", "label": "b"}']
     raw = load(jsonl(tmp_path / "d.jsonl", lines), "classification")
-    assert raw.train.inputs == ["x", "y"] and raw.train.lines.tolist() == [1, 3]
+    assert raw.train.values["text"] == ["x", "y"] and raw.train.lines.tolist() == [1, 3]
 
 
 BAD_LINES = {
@@ -150,7 +150,7 @@ def test_a_bad_line_is_told_with_file_line_and_reason(name: str, tmp_path: Path)
 def test_a_bad_line_is_skipped_and_counted_on_request(name: str, tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "d.jsonl", [*ROWS[:7], BAD_LINES[name][0], *ROWS[7:]])
     raw = load(spec.model_copy(update={"skip_bad": True}), "classification")
-    assert raw.train.inputs == [row["text"] for row in ROWS]
+    assert raw.train.values["text"] == [row["text"] for row in ROWS]
     assert sum(raw.skipped.values()) == 1
     assert raw.train.lines.tolist() == [*range(1, 8), *range(9, 22)]
 
@@ -191,7 +191,7 @@ def test_a_bad_csv_line(line: bytes, reason: str, tmp_path: Path) -> None:
     said = message(spec)
     assert f"{path}:4: " in said and reason in said
     raw = load(spec.model_copy(update={"skip_bad": True}), "classification")
-    assert raw.train.inputs == ["fine", "also fine"] and raw.train.lines.tolist() == [2, 5]
+    assert raw.train.values["text"] == ["fine", "also fine"] and raw.train.lines.tolist() == [2, 5]
 
 
 def test_a_csv_file_needs_a_header(tmp_path: Path) -> None:
@@ -295,8 +295,12 @@ def test_data_that_a_package_carries(chatterbot: Path) -> None:
         partition=PartitionSpec(kind="natural", column="topic"),
     )
     raw = load(spec, "causal-lm")
-    assert raw.train.inputs == ["What are you?", *["Are you hungry?"] * 2, "What is 2 + 2?"]
-    assert raw.train.answers == ["A program.", "No.", "Never.", "4"]
+    assert raw.train.values["prompt"] == [
+        "What are you?",
+        *["Are you hungry?"] * 2,
+        "What is 2 + 2?",
+    ]
+    assert raw.train.values["answer"] == ["A program.", "No.", "Never.", "4"]
     assert raw.train.owners == ["ai", "food", "food", "food"]
     assert raw.classes == () and raw.train.labels is None
     assert "chatterbot_corpus" not in sys.modules
@@ -364,7 +368,7 @@ def test_a_datasets_id(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DataSpec(source="some/set", subset="s", split="dev", test_fraction=0, skip_bad=True)
     raw = load(spec, "classification")
     assert asked == ["some/set", "s", {"split": "dev"}]
-    assert raw.classes == ("no", "yes") and raw.train.inputs == ["x", "y"]
+    assert raw.classes == ("no", "yes") and raw.train.values["text"] == ["x", "y"]
     assert raw.train.labels is not None and raw.train.labels.tolist() == [1, 0]
     assert raw.skipped == {"label": 1}
 
@@ -375,9 +379,9 @@ def test_a_datasets_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_test_set_is_stratified_seeded_and_apart() -> None:
     one = load(DataSpec(), "classification", seed=1)
     assert one.test.labels is not None and np.bincount(one.test.labels).tolist() == [90] * 12
-    assert len(set(one.train.inputs) | set(one.test.inputs)) == 7200
-    assert load(DataSpec(), "classification", seed=1).test.inputs == one.test.inputs
-    assert load(DataSpec(), "classification", seed=2).test.inputs != one.test.inputs
+    assert len(set(one.train.values["text"]) | set(one.test.values["text"])) == 7200
+    assert load(DataSpec(), "classification", seed=1).test.values["text"] == one.test.values["text"]
+    assert load(DataSpec(), "classification", seed=2).test.values["text"] != one.test.values["text"]
 
 
 @given(
@@ -412,7 +416,7 @@ def test_a_test_file_of_its_own(tmp_path: Path) -> None:
         update={"test_source": str(tmp_path / "test.jsonl"), "test_fraction": 0.5}
     )
     raw = load(spec, "classification")
-    assert len(raw.train) == 20 and raw.test.inputs == ["new"]
+    assert len(raw.train) == 20 and raw.test.values["text"] == ["new"]
     assert raw.test.labels is not None and raw.test.labels.tolist() == [1]
     jsonl(tmp_path / "test.jsonl", [{"text": "new", "label": "z"}])
     assert "test.jsonl:1: label: 'z' is none of the 2 classes" in message(spec)
@@ -668,7 +672,7 @@ def test_loading_is_lazy_about_heavy_libraries() -> None:
 
     code = (
         "import sys; from fedft.core.data.source import load; from fedft.core.spec import DataSpec;"
-        "load(DataSpec(), 'classification'); from fedft.core import batches, partition;"
+        "load(DataSpec(), 'classification'); from fedft.core.data import batches, partition;"
         "print([m for m in ('datasets', 'pyarrow', 'transformers', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -93,7 +93,8 @@ def loaded(path: Path, **keys: Any) -> RawData:
 def labelled(raw: RawData) -> list[tuple[str, str]]:
     assert raw.train.labels is not None
     return [
-        (text, raw.classes[i]) for text, i in zip(raw.train.inputs, raw.train.labels, strict=True)
+        (text, raw.classes[i])
+        for text, i in zip(raw.train.values["text"], raw.train.labels, strict=True)
     ]
 
 

@@ -1,6 +1,5 @@
 """Seeds, metrics, errors and types."""
 
-import math
 import pickle
 from dataclasses import fields, replace
 from typing import Any
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedft.core import errors, seeds
-from fedft.core.metrics import Tally, better, mean_loss
 from fedft.core.overrides import overridden
 from fedft.core.types import Adapter, Factors, LocalTraining, factor_name, module_of, part_of
 
@@ -34,37 +32,6 @@ def test_generators_leave_the_global_state_alone() -> None:
     before = torch.random.get_rng_state()
     torch.rand(3, generator=seeds.torch_generator(0, "x"))
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_tally_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # p = (1/4, 3/4), (1/2, 1/2)
-    tally = Tally.of(logits, torch.tensor([1, 1]))
-    assert tally.loss_sum == pytest.approx(math.log(4 / 3) + math.log(2))
-    assert tally.count == 2
-    assert (tally + tally).count == 4
-    assert float(mean_loss(logits, torch.tensor([1, 1]))) == pytest.approx(tally.loss_sum / 2)
-
-
-def test_a_language_model_is_scored_on_the_next_answer_token_only() -> None:
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 1, 2] = math.log(5)  # position 1 predicts token 2 with 5/8
-    labels = torch.tensor([[-100, -100, 2]])
-    tally = Tally.of(logits, labels)
-    assert (tally.count, tally.correct) == (1, 1)
-    assert tally.loss_sum == pytest.approx(math.log(8 / 5))
-    scores = tally.scores("causal-lm")
-    assert scores["perplexity"] == pytest.approx(8 / 5)
-
-
-def test_no_items_have_no_score() -> None:
-    assert Tally().scores("classification") == {}
-
-
-def test_better_is_more_accuracy_or_less_loss() -> None:
-    assert better("classification", {"accuracy": 0.6, "loss": 2.0}, {"accuracy": 0.5, "loss": 1.0})
-    assert not better("classification", {"accuracy": 0.5}, {"accuracy": 0.5})
-    assert better("causal-lm", {"loss": 1.0}, {"loss": 2.0})
-    assert better("causal-lm", {"loss": 1.0}, None)
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,14 @@ PADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 def test_the_tokenizers_own_padding_wins(tmp_path: Path, task: str, configured: int | None) -> None:
     """Whatever the configuration says: nothing, another control token, or a piece of text."""
     tokenizer = byte_bpe(PADDED, pad_token="<pad>")
-    encoder = text_encoder(saved(tmp_path, tokenizer, {"pad_token_id": configured}), task)
+    encoder = text_encoder(
+        saved(tmp_path, tokenizer, {"pad_token_id": configured}), pools=task == "classification"
+    )
     assert encoder.special.pad == 3 == encoder.tokenizer.pad_token_id
 
 
 def pads(folder: Path, tokenizer: Any, task: str = "classification", **config: Any) -> str:
-    encoder = text_encoder(saved(folder, tokenizer, config), task)
+    encoder = text_encoder(saved(folder, tokenizer, config), pools=task == "classification")
     assert encoder.tokenizer.pad_token_id == encoder.special.pad
     return names(encoder, encoder.special.pad)[0]
 
@@ -59,7 +61,7 @@ def test_a_configuration_that_pads_with_text_is_not_followed(tmp_path: Path) -> 
     assert pads(tmp_path, tokenizer, pad_token_id=70) == "<|eot|>"
     assert pads(tmp_path, tokenizer, "causal-lm", pad_token_id=70) == "<|eot|>"
     text = "the dog, ! A"
-    again = text_encoder(tmp_path, "causal-lm").plain.encode([text]).rows[0]
+    again = text_encoder(tmp_path, pools=False).plain.encode([text]).rows[0]
     assert again == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -104,7 +106,7 @@ def only(folder: Path, **config: Any) -> TextEncoder:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 0)]
     )
-    return text_encoder(saved(folder, tokenizer, config), "classification")
+    return text_encoder(saved(folder, tokenizer, config), pools=True)
 
 
 def test_a_spare_row_of_the_embedding_pads_where_no_token_can(tmp_path: Path) -> None:
@@ -131,9 +133,9 @@ def test_a_decoder_without_any_is_refused_and_an_encoder_is_not(tmp_path: Path) 
 
 def test_the_load_of_the_model_finds_the_same_decision(tmp_path: Path) -> None:
     encoder = only(tmp_path, vocab_size=400)
-    assert special_tokens(tmp_path, "classification") == encoder.special
+    assert special_tokens(tmp_path, pools=True) == encoder.special
     only(tmp_path, vocab_size=500, pad_token_id=7)  # other files in the same place
-    assert special_tokens(tmp_path / "nothing", "classification") is None
+    assert special_tokens(tmp_path / "nothing", pools=True) is None
 
 
 # The end of text
@@ -145,7 +147,7 @@ def test_any_of_a_list_ends_and_the_tokenizers_is_appended(tmp_path: Path, where
     eot, other, text = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), 50
     listed = {"eos_token_id": [other, eot, text]}
     config, generation = (listed, None) if where == "config" else ({}, listed)
-    special = text_encoder(saved(tmp_path, tokenizer, config, generation), "causal-lm").special
+    special = text_encoder(saved(tmp_path, tokenizer, config, generation), pools=False).special
     assert special.end == eot
     assert special.ends == {eot, other}, "a piece of text ends nothing, whatever a file says"
 
@@ -155,9 +157,9 @@ def test_without_an_end_of_its_own_the_configuration_says(tmp_path: Path) -> Non
     sep, cls = tokenizer.sep_token_id, tokenizer.cls_token_id
     for configured, expected in ((sep, sep), (cls, sep), (None, sep), (70, sep)):
         folder = saved(tmp_path / str(configured), tokenizer, {"eos_token_id": configured})
-        assert text_encoder(folder, "causal-lm").special.end == expected
+        assert text_encoder(folder, pools=False).special.end == expected
     bare = KINDS["word_level"]()
-    assert text_encoder(saved(tmp_path / "bare", bare, {}), "causal-lm").special.end is None
+    assert text_encoder(saved(tmp_path / "bare", bare, {}), pools=False).special.end is None
 
 
 def learned(encoder: Any, answer: str, limit: int = 100) -> list[int]:
@@ -171,7 +173,7 @@ def test_every_answer_ends_once_whatever_it_ends_in(kind: str, tmp_path: Path) -
     """An unknown or an added character, a control token written out, white space."""
     tokenizer = KINDS[kind]()
     tokenizer.add_tokens(["é"])
-    encoder = text_encoder(saved(tmp_path, tokenizer, {}), "causal-lm")
+    encoder = text_encoder(saved(tmp_path, tokenizer, {}), pools=False)
     end = encoder.special.end
     named = str(tokenizer.convert_ids_to_tokens(end))
     for answer in ("dog", "dog 犬", "dogé", "é", f"dog{named}", named, "dog ", "the dog\n"):
@@ -194,7 +196,7 @@ TEMPLATES = {
 def test_the_templates_own_end_of_turn_is_enough(template: str, tmp_path: Path) -> None:
     tokenizer = byte_bpe()
     tokenizer.chat_template, name = TEMPLATES[template]
-    encoder = text_encoder(saved(tmp_path, tokenizer, {}), "causal-lm")
+    encoder = text_encoder(saved(tmp_path, tokenizer, {}), pools=False)
     expected = tokenizer.convert_tokens_to_ids(name)
     for answer in ("dog", "é", "dog<|im_end|>", "<|im_end|>\n<|im_start|>user\nx"):
         row = learned(encoder, answer)
@@ -204,7 +206,7 @@ def test_the_templates_own_end_of_turn_is_enough(template: str, tmp_path: Path) 
 
 
 def test_a_cut_answer_has_no_end_and_is_counted(tmp_path: Path) -> None:
-    encoder = text_encoder(saved(tmp_path, byte_bpe(), {}), "causal-lm")
+    encoder = text_encoder(saved(tmp_path, byte_bpe(), {}), pools=False)
     whole = learned(encoder, "dog fox stone")
     prompt = tokens.answered(["the dog"], ["x"], encoder, 100).examples.answers
     assert prompt is not None

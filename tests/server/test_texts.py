@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fedft.api import Run
 from fedft.core.data.source import load
-from fedft.core.metrics import Tally
+from fedft.core.tasks import task_of
 from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.observer import Silent
@@ -128,14 +128,14 @@ def test_the_export_scores_in_stock_peft_what_the_run_says(
         base.config.pad_token_id = usual.pad_token_id
         stock: Any = PeftModel.from_pretrained(base, folder).eval()
         test = load(config.data, "classification", seed=config.seed).test
-        batch = usual(list(test.inputs), padding=True, return_tensors="pt")
+        batch = usual(list(test.values["text"]), padding=True, return_tensors="pt")
         batch.pop("token_type_ids", None)
         with torch.inference_mode():
             logits = stock(**batch).logits
             base.config.pad_token_id = base.config.eos_token_id  # what was done before
             wrong = stock(**batch).logits
-        labels = torch.tensor(test.labels)
-        expected = Tally.of(logits, labels).scores("classification")
+        labels, task = torch.tensor(test.labels), task_of("classification")
+        expected = task.scores(task.tally(logits, labels))
         assert run.metrics["final"] == pytest.approx(expected, abs=1e-4)
         assert not torch.allclose(wrong, logits, atol=1e-2), "control: it matters"
 

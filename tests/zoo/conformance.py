@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fedft.clients.resident import workbench
 from fedft.core.adapters.files import WEIGHTS
-from fedft.core.checkpoint import AUTO
 from fedft.core.errors import ConfigError, FedftError, MismatchError
 from fedft.core.record.rundir import RunDir
+from fedft.core.tasks import task_of
 from fedft.core.types import IGNORED, Batch
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
@@ -197,7 +197,7 @@ def _stock(export: Path, config: RunConfig, classes: int) -> Any:
     import transformers
     from peft import PeftModel
 
-    auto: Any = getattr(transformers, AUTO[config.model.task])
+    auto: Any = getattr(transformers, task_of(config.model.task).auto)
     labels = {"num_labels": classes} if classes else {}
     base = auto.from_pretrained(config.model.source, dtype=torch.float32, **labels)
     return PeftModel.from_pretrained(base, export).eval()

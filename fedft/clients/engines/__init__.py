@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from fedft.clients.engines.base import Engine
 from fedft.core.models import Base
 from fedft.core.spec import TaskSpec
+from fedft.core.tasks import task_of
 
 Making = Callable[[TaskSpec, Base], Engine]
 """Makes the engine of a task on its loaded base."""
 
 
 def _lora(task: TaskSpec, base: Base) -> Engine:
-    if task.cohort == 1 and not task.lean:
+    alone = task_of(task.model.task).alone
+    if (task.cohort == 1 or not alone) and not task.lean:
         from fedft.clients.engines.loop import PeftEngine
 
         return PeftEngine(base, task.lora, checkpointing=task.gradient_checkpointing)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from fedft.clients.engines.stacked import frozen_linear
-from fedft.core.metrics import Tally
+from fedft.core.metrics import Predictions, Tally
 from fedft.core.models import Base
 from fedft.core.overrides import overridden
 from fedft.core.precise import widened
 from fedft.core.tables import WINDOW
+from fedft.core.tasks import Task, task_of
 
 _NARROWEST = 512
 """Words of a slice, at least: products with few columns are slow."""
@@ -47,9 +48,11 @@ class Vocabulary:
 
     @staticmethod
     def of(base: Base) -> "Vocabulary | None":
-        """That of a base; None where its own forward pass has to make the logits."""
+        """That of a base; None where its own forward pass has to make the logits, or a metric reads them."""
         output = base.output
-        if output is None or any(layer is output.layer for layer in base.adapted.values()):
+        if output is None or task_of(base.task).needs_outputs:
+            return None
+        if any(layer is output.layer for layer in base.adapted.values()):
             return None
         return Vocabulary(output.layer, None if output.table is None else output.table.release)
 
@@ -68,11 +71,11 @@ class Vocabulary:
         """
         return cast(Tensor, _Losses.apply(states, targets, self))
 
-    def tally(self, states: Tensor, targets: Tensor) -> Tally:
-        """Score tokens without a gradient; arguments as for :meth:`losses`."""
-        found = self.scan(states, targets, gradient=False)
-        loss, correct = float(widened(found.losses).sum()), int((found.best == targets).sum())
-        return Tally(loss, correct, len(targets))
+    def tally(self, task: Task, states: Tensor, targets: Tensor) -> Tally:
+        """Score tokens without a gradient; arguments as for :meth:`losses`, and the ``task``."""
+        scan = self.scan(states, targets, gradient=False)
+        found = Predictions(scan.losses, scan.best, targets, self._layer.out_features)
+        return task.counted(found, float(widened(scan.losses).sum()))
 
     def scan(self, states: Tensor, targets: Tensor, *, gradient: bool) -> "Scan":
         """Go over the vocabulary once.

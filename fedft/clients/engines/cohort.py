@@ -47,6 +47,7 @@ from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import reads_last
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
 
@@ -108,6 +109,7 @@ class CohortEngine:
                     fix="Give the cohort engine a base of its own.",
                 )
         self.base = base
+        self._task = task_of(base.task)
         self._keep = 1.0 - lora.dropout
         self._vocabulary = Vocabulary.of(base)
         self._recomputed = recomputable(base) if checkpointing else ()
@@ -200,7 +202,7 @@ class CohortEngine:
         answers, targets = self._answers(now), now.step.targets
         if self._vocabulary is not None:
             return self._vocabulary.losses(answers, targets)
-        return F.cross_entropy(_wide(answers), targets, reduction="none")
+        return self._task.loss(answers, targets, "none")
 
     def _surroundings(self) -> Surroundings:
         """What the layers have to find again where a block runs for the second time."""
@@ -253,8 +255,8 @@ class CohortEngine:
     def _tally(self, now: _Now) -> Tally:
         answers, targets = self._answers(now), now.step.targets
         if self._vocabulary is not None:
-            return self._vocabulary.tally(answers, targets)
-        return Tally.of(answers, targets)
+            return self._vocabulary.tally(self._task, answers, targets)
+        return self._task.tally(answers, targets)
 
     # ------------------------------------------------------------------------ forward pass
 
@@ -270,15 +272,15 @@ class CohortEngine:
         return replace(step, entering=self._prefix.entering(batches, step, kept))
 
     def _joined(self, batches: Sequence[Batch]) -> Step:
-        step = join(batches, self._pad_token, packs=self._packs, side=self._side)
+        step = join(batches, self._task, self._pad_token, packs=self._packs, side=self._side)
         return step.to(self.base.device)
 
     def _answers(self, now: _Now) -> Tensor:
-        """Logits for the step's targets, [m, classes]; with a vocabulary its states, [m, d]."""
+        """Outputs for the step's targets, [m, …]; with a vocabulary its states, [m, d]."""
         self._now = now
         step = now.step
         with self._packing.using(step.layout), self._prefix.skipped(step.entering):
-            answers = self.base.model(**step.inputs).logits
+            answers = self._task.outputs(self.base.model, step.inputs)
         self._now = None
         if now.step.answers is None:
             return answers
@@ -378,12 +380,12 @@ class CohortEngine:
         return mask if layout is None else layout.select(mask)
 
     def _answers_only(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The vocabulary is the widest layer: it sees only tokens whose answer is scored."""
+        """The vocabulary is the widest layer: it sees only tokens whose target is scored."""
         answers = self._current().step.answers
         return None if answers is None else (args[0].flatten(0, 1)[answers][None],)
 
     def _output_layer(self) -> nn.Module | None:
-        if self.base.task != "causal-lm":
+        if not self._task.words:
             return None
         model: Any = self.base.model
         return model.get_output_embeddings()
@@ -461,10 +463,6 @@ def _scale_of_rows(now: _Now, segments: Segments) -> float | Tensor:
             :, None
         ]
     return now.row_scales[segments]
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _metrics(

@@ -22,12 +22,12 @@ from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.methods.dp_sgd import private_steps
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
-from fedft.core.metrics import Tally, loss_targets, mean_loss
+from fedft.core.metrics import Tally
 from fedft.core.models import Base, transposes
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
+from fedft.core.tasks import task_of
 from fedft.core.types import (
-    IGNORED,
     PREFIX,
     Adapter,
     Batch,
@@ -61,6 +61,7 @@ class LoopEngine(ABC):
 
     def __init__(self, base: Base, model: nn.Module, *, checkpointing: bool = False) -> None:
         self.base = base
+        self._task = task_of(base.task)
         self._model = model
         self._vocabulary = Vocabulary.of(base)
         self._recomputed = recomputable(base) if checkpointing else ()
@@ -133,29 +134,44 @@ class LoopEngine(ABC):
             yield training.tail_penalty * self._tail(training.tail_keep)
 
     def _mean_loss(self, batch: Batch) -> Tensor:
-        """As :func:`~fedft.core.metrics.mean_loss` of the logits. Scalar"""
+        """The task's loss. Scalar"""
         if self._vocabulary is None:
-            return mean_loss(self._logits(batch), batch.labels.to(self.base.device))
+            return self._mean(self._outputs(batch), batch.labels.to(self.base.device))
         return self._vocabulary.losses(*self._scored(batch, self._vocabulary)).mean()
+
+    def _mean(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self._task.loss(*self._lined_up(outputs, labels), "mean")
+
+    def _lined_up(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [m, …] and what they should be, [m, …], with what is ignored."""
+        positions, targets = self._task.targets(labels)
+        return outputs if positions is None else outputs.flatten(0, 1)[positions], targets
 
     def _tally(self, batch: Batch) -> Tally:
         if self._vocabulary is None:
-            return Tally.of(self._logits(batch), batch.labels.to(self.base.device))
-        return self._vocabulary.tally(*self._scored(batch, self._vocabulary))
+            labels = batch.labels.to(self.base.device)
+            return self._task.tally(*self._lined_up(self._outputs(batch), labels))
+        return self._vocabulary.tally(self._task, *self._scored(batch, self._vocabulary))
 
     def _scored(self, batch: Batch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         """States [m, d] of the tokens that predict something, and what, [m]."""
         with vocabulary.entered():
-            states = self._logits(batch)
-        states, targets = loss_targets(states, batch.labels.to(self.base.device))
-        scored = targets != IGNORED
+            states = self._outputs(batch)
+        states, targets = self._lined_up(states, batch.labels.to(self.base.device))
+        scored = self._task.scored(targets)
         return states[scored], targets[scored]
 
     def _own_losses(self, batch: Batch) -> Tensor:
         """The sum of each example's own mean loss, which no other example of the batch changes."""
-        logits, labels = self._logits(batch), batch.labels.to(self.base.device)
-        rows = zip(logits.split(1), labels.split(1), strict=True)
-        return torch.stack([mean_loss(row, label) for row, label in rows]).sum()
+        if not self._task.alone:
+            raise MismatchError(
+                f"DP-SGD clips the gradient of each example, and in {self._task.name} the loss of one "
+                "depends on others",
+                fix="Leave [training] dp out, or choose another task.",
+            )
+        outputs, labels = self._outputs(batch), batch.labels.to(self.base.device)
+        rows = zip(outputs.split(1), labels.split(1), strict=True)
+        return torch.stack([self._mean(row, label) for row, label in rows]).sum()
 
     def evaluate(
         self,
@@ -175,9 +191,9 @@ class LoopEngine(ABC):
             "blocks are compared under plain LoRA only", fix='Set [pruning] selection = "random".'
         )
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _outputs(self, batch: Batch) -> Tensor:
         inputs = {name: tensor.to(self.base.device) for name, tensor in batch.inputs.items()}
-        return self._model(**inputs).logits
+        return self._task.outputs(self._model, inputs)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._layers_named()

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
@@ -25,9 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedft.clients.engines.attention import Grouping, PackedAttention, group_rows
 from fedft.clients.engines.stacked import Segments
-from fedft.core.metrics import IGNORED
 from fedft.core.models import block_list
-from fedft.core.types import Batch
+from fedft.core.tasks import Task
+from fedft.core.types import IGNORED, Batch
 
 
 @dataclass
@@ -70,9 +71,9 @@ class Step:
 
     Attributes:
         inputs: keyword arguments of the model, [n, …].
-        targets: what is to be predicted, [m] int64: a class a row, or a token an answer position.
-        answers: where each target is predicted within the n·t positions, [m] int64; None predicts
-            once a row.
+        targets: what is to be predicted, [m, …]: one a row, or one for each of ``answers``.
+        answers: where each target is predicted within the n·t positions, [m] int64, ascending;
+            None predicts once a row.
         items: targets of each site.
         rows: rows of each site.
         lengths: tokens of each site's longest row, its own padding included.
@@ -108,6 +109,7 @@ class Step:
 
 def join(
     batches: Sequence[Batch],
+    task: Task,
     pad_token: int,
     *,
     packs: bool,
@@ -117,6 +119,7 @@ def join(
 
     Args:
         batches: one of each site.
+        task: whose batches they are.
         pad_token: token id of padding.
         packs: whether padding is to be left out.
         side: where shorter rows get more padding.
@@ -141,12 +144,14 @@ def join(
     if packs and mask is not None and bool(mask[:, 0].all()):
         tokens = tuple(int(own.sum()) for own in mask.split(rows))
         layout = Layout(*mask.shape, real=mask.flatten().nonzero().squeeze(1))
-    targets, answers, items = labels, None, rows
-    if labels.ndim == 2:  # token t predicts label t + 1
-        scored = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        answers = (scored.flatten() != IGNORED).nonzero().squeeze(1)
-        targets = scored.flatten()[answers]
-        items = tuple(int((own != IGNORED).sum()) for own in scored.split(rows))
+    answers, targets = task.targets(labels)
+    items = rows
+    if answers is not None:
+        scored = task.scored(targets)
+        answers, targets = answers[scored], targets[scored]
+        ends = torch.tensor(rows).cumsum(0) * labels.shape[1]
+        until = torch.searchsorted(answers, ends).tolist()
+        items = tuple(b - a for a, b in pairwise((0, *until)))
     return Step(inputs, targets, answers, items, rows, lengths, tokens, layout)
 
 

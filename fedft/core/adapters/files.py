@@ -17,14 +17,8 @@ from fedft.core.algebra import pad
 from fedft.core.checkpoint import Head
 from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import MIB, Files, disk, open_plain, read_plain, write_file
+from fedft.core.tasks import task_of
 from fedft.core.types import PREFIX, Adapter, Delta, Factors, factor_name, module_of, part_of
-
-PEFT_TASK: dict[str, str | None] = {
-    "classification": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "image-classification": None,
-}
-"""Our task → peft's ``task_type``."""
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +66,7 @@ def save_adapter(
     tops = {name.removeprefix(PREFIX).split(".")[0] for name in plain.head}
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": PEFT_TASK[task],
+        "task_type": task_of(task).peft,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from fedft.core import names as spelling
 from fedft.core import seeds
 from fedft.core.adapters.base import Export, Family, Modules, Shapes
-from fedft.core.adapters.files import PEFT_TASK, prefixed, write
+from fedft.core.adapters.files import prefixed, write
 from fedft.core.adapters.tuners import PROMPTS, REFUSED, TUNERS, canonical, check_option, tuner_of
 from fedft.core.errors import ConfigError, EnvironmentFailure, FedftError
 from fedft.core.spec import LoraSpec
+from fedft.core.tasks import task_of
 from fedft.core.types import clone
 
 _PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
@@ -329,7 +330,7 @@ class Peft(Family):
         own = config_of(export.lora, targets, export.seed).to_dict()
         config = {
             **{key: sorted(v) if isinstance(v, set) else v for key, v in own.items()},
-            "task_type": PEFT_TASK[export.model.task],
+            "task_type": task_of(export.model.task).peft,
             "base_model_name_or_path": export.model.source,
             "revision": export.model.revision,
             "modules_to_save": sorted(export.head.modules) or None,

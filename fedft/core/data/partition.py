@@ -401,7 +401,7 @@ def _skewed(
     values = labels if spec.column is None else codes(owners)
     if values is None:
         raise ConfigError(
-            f"a {spec.kind} partition needs classes, and this task has none",
+            f"a {spec.kind} partition needs one class a row, and this task has none",
             fix='set data.partition.column to the column to skew by, or data.partition.kind = "iid"',
         )
     return values

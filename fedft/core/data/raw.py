@@ -64,11 +64,6 @@ class RawTable:
         )
 
 
-def kind_of(value: object) -> str:
-    """The type of a value, for messages."""
-    return "null" if value is None else type(value).__name__
-
-
 def _cut(text: str) -> str:
     text = " ".join(text.split()) or repr(text)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -7,7 +7,7 @@ extended or partly replaced file is therefore recognised by the rows that it sha
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedft.core.data.readers import BadRows, RawTable, read
-from fedft.core.data.source import Task
 from fedft.core.examples import image_bytes
 from fedft.core.spec import DataSpec
+from fedft.core.tasks import task_of
 
 Keys = NDArray[np.uint64]
 """Sorted and distinct. [n]"""
@@ -26,32 +26,32 @@ _TELLING = 32
 """Characters from which on a text alone tells a row from others."""
 
 
-def row_keys(spec: DataSpec, task: Task) -> Keys:
+def row_keys(spec: DataSpec, task: str) -> Keys:
     """The keys of all rows of a source that can be read.
 
     Raises:
         ConfigError, MismatchError: as :func:`fedft.core.data.readers.read`.
     """
     table = read(spec.source, spec.subset, spec.split, BadRows(skip=True))
-    image = spec.image if task == "image-classification" else None
+    files = [spec.column(column.key) for column in task_of(task).columns if column.files]
     path = Path(spec.source).expanduser()
-    return keys_of(table, image, path if path.is_dir() else path.parent)
+    return keys_of(table, files, path if path.is_dir() else path.parent)
 
 
-def keys_of(table: RawTable, image: str | None, folder: Path) -> Keys:
+def keys_of(table: RawTable, files: Collection[str], folder: Path) -> Keys:
     """The keys of a table's rows.
 
     Args:
         table: as it was read.
-        image: column whose values are images, known by their content; None without one.
-        folder: where relative paths of images start.
+        files: columns whose values are files, known by their content.
+        folder: where relative paths of files start.
     """
     keys: set[int] = set()
     for row in range(len(table)):
         values = sorted(
             value
             for name, column in table.columns.items()
-            if (value := _value(column[row], folder if name == image else None))
+            if (value := _value(column[row], folder if name in files else None))
         )
         keys.add(_key("row", *values))
         longest = max(values, key=len, default="")

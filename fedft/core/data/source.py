@@ -7,25 +7,22 @@ Bad rows are told together, each with file, line and reason, or left out and cou
 """
 
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.core.data import labels
-from fedft.core.data.raw import BadRows, RawTable, kind_of
-from fedft.core.data.readers import local_path, read
+from fedft.core.data.checks import check_columns, checked, relabelled
+from fedft.core.data.raw import BadRows, RawTable
+from fedft.core.data.readers import read
 from fedft.core.errors import ConfigError, MismatchError
-from fedft.core.examples import Examples, ImageExamples, Rows, image_fault
+from fedft.core.examples import Examples, Rows
 from fedft.core.seeds import numpy_generator
 from fedft.core.spec import DataSpec
-from fedft.core.text import tokens
+from fedft.core.tasks import RawRows, Task, taken, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,54 +30,13 @@ if TYPE_CHECKING:
 
     from fedft.core.text.special_tokens import TextEncoder
 
-Task = Literal["classification", "causal-lm", "image-classification"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class RawRows:
-    """Checked rows, not yet encoded.
-
-    Attributes:
-        inputs: texts, prompts or images.
-        labels: class ids, int64 [n]; None for causal-lm.
-        answers: of causal-lm; None elsewhere.
-        owners: values of ``partition.column``; None where no column is named.
-        source, lines: where each row comes from, for messages. int64 [n]
-    """
-
-    inputs: Sequence[Any]
-    labels: NDArray[np.int64] | None
-    answers: Sequence[str] | None
-    owners: Sequence[str] | None
-    source: str
-    lines: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def take(self, rows: Rows) -> "RawRows":
-        """The given rows, in the given order."""
-        return RawRows(
-            _take(self.inputs, rows),
-            None if self.labels is None else self.labels[rows],
-            None if self.answers is None else _take(self.answers, rows),
-            None if self.owners is None else _take(self.owners, rows),
-            self.source,
-            self.lines[rows],
-        )
-
-    def where(self, row: int) -> str:
-        """``source:line`` of a row."""
-        return f"{self.source}:{self.lines[row]}"
-
 
 @dataclass(frozen=True, eq=False)
 class RawData:
     """Both splits before encoding.
 
     Attributes:
-        classes: class names; a class id is an index of this. Empty for causal-lm.
+        classes: class names; a class id is an index of this. Empty where the task has none.
         skipped: bad rows that were left out, by reason.
         notes: what a reader should know of the data, a sentence each.
     """
@@ -97,10 +53,13 @@ class Data:
     """Both splits, encoded.
 
     Attributes:
-        train: what the sites hold between them; ``train.labels`` are what partitions go by.
+        train: what the clients hold between them.
         test: the server's central test set; empty without a test fraction or source.
-        classes: class names; empty for causal-lm.
+        classes: class names; empty where the task has none.
         owners: values of ``partition.column``, one a row of ``train``; None without a column.
+        strata: what a skewed partition goes by without a column, a number a row of ``train``, as
+            the task has it; None where it has nothing.
+        per_class: how often each class is a label in ``train``, in the order of ``classes``.
         skipped: bad rows that were left out, by reason.
         fingerprint: SHA-256 over both splits and the class names, for the run record.
         notes: what a reader should know of the data, a sentence each.
@@ -111,6 +70,8 @@ class Data:
     test: Examples
     classes: tuple[str, ...]
     owners: Sequence[str] | None
+    strata: NDArray[np.int64] | None
+    per_class: tuple[int, ...]
     skipped: Mapping[str, int]
     fingerprint: str
     cut: Mapping[str, int]
@@ -119,7 +80,7 @@ class Data:
 
 def load(
     spec: DataSpec,
-    task: Task,
+    task: str,
     *,
     seed: int = 0,
     classes: Sequence[str] | None = None,
@@ -130,7 +91,7 @@ def load(
 
     Args:
         spec: the data's table.
-        task: what is fine-tuned.
+        task: name of what is fine-tuned, see :func:`fedft.core.tasks.task_of`.
         seed: of the run; the test split is a function of it and of the data.
         classes: the run's class names, where a site reads data of its own; None takes those of
             the data, in numerical order where all are integers, else in that of their text.
@@ -141,16 +102,21 @@ def load(
         ConfigError: the source or the partition's column cannot be.
         MismatchError: the data are absent, empty, lack a column or have bad rows.
     """
-    bad = BadRows(spec.skip_bad)
+    kind, bad = task_of(task), BadRows(spec.skip_bad)
+    check_columns(spec, kind)
     table = read(spec.source, spec.subset, spec.split, bad)
-    table = _first(_relabelled(table, spec.label, relabel or {}), most_rows)
-    rows, names, notes = _checked(table, spec, task, classes, spec.partition.column, bad)
+    for column in kind.columns:
+        if column.classes is not None:
+            table = relabelled(table, column, spec.column(column.key), relabel or {})
+    table = _first(table, most_rows)
+    rows, notes = checked(table, spec, kind, classes, spec.partition.column, bad)
+    names = rows.classes
     if spec.test_source is not None:
         test_table = read(spec.test_source, spec.subset, spec.split, bad, key="data.test-source")
-        test, _, _ = _checked(test_table, spec, task, names, None, bad)
+        test, _ = checked(test_table, spec, kind, names, None, bad)
         train = rows
     else:
-        held = test_rows(len(rows), spec.test_fraction, seed, rows.labels, rows.owners)
+        held = test_rows(len(rows), spec.test_fraction, seed, kind.strata(rows), rows.owners)
         train = rows.take(np.flatnonzero(~held))
         test = rows.take(np.flatnonzero(held))
     bad.check()
@@ -159,7 +125,7 @@ def load(
 
 def prepare(
     spec: DataSpec,
-    task: Task,
+    task: str,
     encoder: "TextEncoder | PreTrainedTokenizerBase | Callable[[Any], Tensor]",
     *,
     seed: int = 0,
@@ -171,9 +137,9 @@ def prepare(
 
     Args:
         spec: the data's table.
-        task: what is fine-tuned.
-        encoder: the model's tokenizer, with what was decided about its special tokens or without; for image-classification a function from an RGB image
-            to pixel values [c, h, w].
+        task: name of what is fine-tuned, see :func:`fedft.core.tasks.task_of`.
+        encoder: of the model's input: its tokenizer, with what was decided about its special tokens
+            or without; or a function from an RGB image to pixel values [c, h, w].
         seed: as for :func:`load`.
         classes: as for :func:`load`.
         relabel: as for :func:`load`.
@@ -183,9 +149,9 @@ def prepare(
         ConfigError, MismatchError: as :func:`load`; or a row has no token of its answer left.
     """
     raw = load(spec, task, seed=seed, classes=classes, relabel=relabel, most_rows=most_rows)
-    bad = BadRows(spec.skip_bad)
-    train, kept, cut = _encode(raw.train, task, encoder, spec.max_length, bad)
-    test, _, cut_of_test = _encode(raw.test, task, encoder, spec.max_length, bad)
+    kind, bad = task_of(task), BadRows(spec.skip_bad)
+    train, kept, cut = _encode(raw.train, kind, encoder, spec.max_length, bad)
+    test, _, cut_of_test = _encode(raw.test, kind, encoder, spec.max_length, bad)
     bad.check()
     if not len(train):
         raise MismatchError(
@@ -193,11 +159,14 @@ def prepare(
             fix="raise data.max-length, or correct the data",
         )
     identity = "\n".join([train.fingerprint(), test.fingerprint(), *raw.classes])
+    strata = kind.strata(raw.train)
     return Data(
         train,
         test,
         raw.classes,
-        None if raw.train.owners is None else _take(raw.train.owners, kept),
+        None if raw.train.owners is None else taken(raw.train.owners, kept),
+        None if strata is None else strata[kept],
+        _per_class(raw.train.take(kept)),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
         {"train": cut, "test": cut_of_test},
@@ -205,27 +174,12 @@ def prepare(
     )
 
 
-def _relabelled(table: RawTable, column: str, relabel: Mapping[str, str]) -> RawTable:
-    """The table with other words for some of its labels.
-
-    Raises:
-        ConfigError: a label that has another word is not there.
-    """
-    if not relabel or column not in table.columns:
-        return table
-    values = table.columns[column]
-    names = labels.named(values, relabel)
-    if absent := [old for old in relabel if old not in names]:
-        raise ConfigError(
-            f"{table.source} has no label {absent[0][:40]!r}, which is to be called "
-            f"{relabel[absent[0]][:40]!r}",
-            fix="Check --map-label, OLD=NEW.",
-        )
-    new = [
-        relabel.get(name, value) if isinstance(name, str) else value
-        for name, value in zip(names, values, strict=True)
-    ]
-    return replace(table, columns={**table.columns, column: new})
+def _per_class(rows: RawRows) -> tuple[int, ...]:
+    """How often each class is a label."""
+    if rows.labels is None:
+        return ()
+    flat = rows.labels if isinstance(rows.labels, np.ndarray) else np.concatenate(rows.labels)
+    return tuple(map(int, np.bincount(flat, minlength=len(rows.classes))))
 
 
 def _first(table: RawTable, rows: int | None) -> RawTable:
@@ -309,182 +263,15 @@ def codes(values: Sequence[str] | None) -> NDArray[np.int64] | None:
     return np.fromiter((index[value] for value in values), np.int64, len(values))
 
 
-# Checking
-
-_NAMES = {"label": ("class", "classes"), "owner": ("owner", "owners")}
-"""Columns whose values are names of something, and what of."""
-
-_COLUMNS: Mapping[Task, tuple[str, str]] = {
-    "classification": ("text", "label"),
-    "image-classification": ("image", "label"),
-    "causal-lm": ("prompt", "answer"),
-}
-
-
-def _checked(
-    table: RawTable,
-    spec: DataSpec,
-    task: Task,
-    classes: Sequence[str] | None,
-    column: str | None,
-    bad: BadRows,
-) -> tuple[RawRows, tuple[str, ...], list[str]]:
-    """The usable rows of a table, the class names and notes; ``column`` None reads no owners."""
-    faults: dict[str, Callable[[object], str | None]] = {
-        "label": _label_fault,
-        "owner": _label_fault,
-    }
-    if task == "image-classification":
-        faults["image"] = partial(image_fault, folder=_folder(table.source))
-    values: dict[str, Sequence[Any]] = {
-        key: table.column(getattr(spec, key), f"data.{key}", MismatchError)
-        for key in _COLUMNS[task]
-    }
-    if column is not None:
-        values["owner"] = table.column(column, "data.partition.column", ConfigError)
-    notes: list[str] = []
-    for key, what in _NAMES.items():
-        if key in values:
-            names_of = labels.named(values[key], classes or () if key == "label" else ())
-            if key == "owner" or not classes:
-                notes += labels.notes(table.source, what, values[key], names_of)
-            values[key] = names_of
-    usable = np.ones(len(table), np.bool_)
-    for key, column_values in values.items():
-        _strike(usable, table, column_values, key, faults.get(key, _text_fault), bad)
-    names: tuple[str, ...] = ()
-    if "label" in values and usable.any():
-        names = tuple(
-            classes or _class_names(_take(values["label"], np.flatnonzero(usable)), table, bad)
-        )
-        known = frozenset(names)
-        _strike(usable, table, values["label"], "label", partial(_label_fault, known=known), bad)
-    return _usable(table, values, names, np.flatnonzero(usable), bad), names, notes
-
-
-def _strike(
-    usable: NDArray[np.bool_],
-    table: RawTable,
-    values: Sequence[Any],
-    key: str,
-    fault: Callable[[Any], str | None],
-    bad: BadRows,
-) -> None:
-    """Takes the faulty rows of one column out of ``usable``."""
-    for row in np.flatnonzero(usable).tolist():
-        detail = fault(values[row])
-        if detail is not None:
-            bad.add(table.where(row), key, f"{key}: {detail}")
-            usable[row] = False
-
-
-def _usable(
-    table: RawTable,
-    values: Mapping[str, Sequence[Any]],
-    names: tuple[str, ...],
-    rows: Rows,
-    bad: BadRows,
-) -> RawRows:
-    if not len(rows):
-        bad.check()
-        raise MismatchError(
-            f"{table.source} has no rows left after skipping {dict(bad.counts)}",
-            fix="correct the data, or the column names in the table [data]",
-        )
-    index = {name: i for i, name in enumerate(names)}
-    kept = {key: _take(column, rows) for key, column in values.items()}
-    inputs, target = list(kept.values())[:2]
-    return RawRows(
-        inputs=inputs,
-        labels=np.array([index[v] for v in target], np.int64) if names else None,
-        answers=None if names else target,
-        owners=list(kept["owner"]) if "owner" in kept else None,
-        source=table.source,
-        lines=np.asarray(table.lines, np.int64)[rows],
-    )
-
-
-def _text_fault(value: object) -> str | None:
-    if value is None or value == "" or value != value:  # NaN, an export's word for nothing
-        return "missing or empty"
-    if not isinstance(value, str):
-        return f"text is expected, got {kind_of(value)}"
-    if not value.strip():
-        return "nothing but white space"
-    return _unicode_fault(value)
-
-
-def _label_fault(value: object, known: Collection[str] | None = None) -> str | None:
-    """Of a label as :func:`fedft.core.data.labels.named` has it; ``known``: the class names, once they are."""
-    if value is None:
-        return "missing or empty"
-    if not isinstance(value, str):
-        return f"text or an integer is expected, got {kind_of(value)}"
-    if known is not None and value not in known:
-        few = ", ".join(name[:40] for name in sorted(known)[:5]) + (", …" if len(known) > 5 else "")
-        return f"{value[:40]!r} is none of the {len(known)} classes ({few}) of the training data"
-    return _unicode_fault(value)
-
-
-def _unicode_fault(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return "not a valid Unicode text"
-    return None
-
-
-def _class_names(values: Sequence[str], table: RawTable, bad: BadRows) -> list[str]:
-    names = sorted(set(values))
-    if len(names) < 2:
-        bad.check()
-        raise MismatchError(
-            f"{table.source} has {len(names)} class; classification needs two or more",
-            fix="check data.label, the column with the classes",
-        )
-    integers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    return sorted(names, key=int) if integers else names
-
-
-# Encoding
-
-
 def _encode(
     rows: RawRows, task: Task, encoder: Any, max_length: int, bad: BadRows
 ) -> tuple[Examples, Rows, int]:
     """The rows as examples, which of them were encoded, and how many of these were cut."""
-    every = np.arange(len(rows))
-    if task == "image-classification":
-        assert rows.labels is not None
-        return ImageExamples(rows.inputs, rows.labels, encoder, _folder(rows.source)), every, 0
-    if rows.answers is not None:
-        encoded = tokens.answered(rows.inputs, rows.answers, encoder, max_length)
-    else:
-        assert rows.labels is not None
-        encoded = tokens.classified(rows.inputs, rows.labels, encoder, max_length)
-    examples, spilled = encoded.examples, encoded.spilled
-    empty = np.flatnonzero(examples.lengths == 0)
-    if not len(empty):
-        return examples, every, int(encoded.cut.sum())
-    for row in empty.tolist():
-        prompt = f"the prompt takes {spilled.get(row)} tokens of data.max-length = {max_length}"
-        detail = f"{prompt}: no token of the answer is left" if row in spilled else "no tokens"
-        bad.add(rows.where(row), "tokens", detail)
+    encoded = task.encode(rows, encoder, max_length)
+    examples = encoded.examples
     kept = np.flatnonzero(examples.lengths)
+    if len(kept) == len(rows):
+        return examples, kept, int(encoded.cut.sum())
+    for row in np.flatnonzero(examples.lengths == 0).tolist():
+        bad.add(rows.where(row), "tokens", encoded.faults.get(row, "no tokens"))
     return examples.subset(kept), kept, int(encoded.cut[kept].sum())
-
-
-def _folder(source: str) -> Path:
-    """Where the relative paths of a source start."""
-    path = local_path(source)
-    if path is not None and path.is_dir():
-        return path
-    if path is not None and path.is_file():
-        return path.parent
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME)
-
-
-def _take(values: Sequence[T], rows: Rows) -> list[T]:
-    return [values[row] for row in rows.tolist()]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from typing import Protocol, cast
 
-from fedft.core.data.raw import BadRows, RawTable, kind_of
+from fedft.core.data.raw import BadRows, RawTable
 from fedft.core.errors import MismatchError
+from fedft.core.names import kind_of
 
 MAX_LINE_BYTES = 1_000_000
 """Longest line of a text file. A longer one is not a training example but another kind of file."""

@@ -19,6 +19,7 @@ from fedft.core.overrides import overridden
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer
 from fedft.core.tables import Output, output_of
+from fedft.core.tasks import task_of
 from fedft.core.types import Delta, in_blocks
 
 
@@ -30,8 +31,8 @@ class Base:
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
         head: what of the model is new: an adapter brings it.
-        output: of a causal language model, the layer that gives its logits; None where they are
-            made otherwise.
+        output: of a model of words, the layer that gives its logits; None where they are made
+            otherwise.
 
     Args:
         model: as above.
@@ -60,7 +61,8 @@ class Base:
         self.model = model
         self.task = task
         self.head = Head.by_name(model) if head is None else head
-        if task == "causal-lm" and load is None and (layer := output_of(model)) is not None:
+        words = task_of(task).words
+        if words and load is None and (layer := output_of(model)) is not None:
             output = Output(layer)
         self.output = output
         self.shapes = schema_of(model, lora, self.head)

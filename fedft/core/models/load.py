@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fedft.core import sublayers
 from fedft.core.checkpoint import (
-    AUTO,
     Head,
+    auto_class,
     empty,
     head_of,
     refusing,
@@ -31,6 +31,7 @@ from fedft.core.models.source import cache_folder, resolve
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.sublayers import Half, Layer, Sublayer
 from fedft.core.tables import leave_in_file, output_of
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens, special_tokens
 from fedft.core.types import in_blocks
 
@@ -51,7 +52,7 @@ def load_base(
     Args:
         spec: which model.
         lora: which layers are adapted.
-        classes: number of classes; ignored for a causal language model.
+        classes: number of classes; ignored where the task has no head.
         precision: ``bf16`` holds and multiplies the base in bfloat16; ``tf32`` is float32 storage
             with TensorFloat-32 products on CUDA.
         device: torch device.
@@ -70,8 +71,6 @@ def load_base(
         EnvironmentFailure: the spec asks for 4 or 8 bits, and this process cannot hold them.
         MismatchError: ``lean``, and the blocks of this model cannot be told apart.
     """
-    import transformers
-
     if spec.load_in is not None:
         check_quantized(spec.load_in, device)
 
@@ -87,18 +86,18 @@ def load_base(
         check_known(geometry(spec, folder), spec)
         load = partial(_of_blocks, spec, folder, classes, head, options, device, special)
         bare = load(())
-        output = output_of(bare) if spec.task == "causal-lm" else None
+        output = output_of(bare) if task_of(spec.task).words else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
         return Base(model, lora, spec.task, head=head, load=load, output=known)
-    auto: Any = getattr(transformers, AUTO[spec.task])
+    auto = auto_class(spec.task)
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device, head)
     load = partial(
         auto.from_pretrained,
         trust_remote_code=spec.trust_remote_code,
         **options,
-        **_labels(spec, classes),
+        **task_of(spec.task).options(classes),
     )
     if shared and precision == "bf16" and device == "cpu" and not spec.trust_remote_code:
         folder = _in_bfloat16(folder, load)
@@ -130,8 +129,8 @@ def load_first(
 
 def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:
     """What was decided about a model's special tokens; None where its inputs are images."""
-    images = spec.task == "image-classification"
-    return None if images else special_tokens(folder, spec.task)
+    task = task_of(spec.task)
+    return special_tokens(folder, pools=task.pools) if task.reads == "text" else None
 
 
 def _options(precision: Precision, *, eager: bool) -> dict[str, Any]:
@@ -214,10 +213,6 @@ def _quantization(bits: str, dtype: torch.dtype, device: str, head: Head) -> dic
         llm_int8_skip_modules=[*head.modules, "lm_head"],
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _labels(spec: ModelSpec, classes: int) -> dict[str, Any]:
-    return {} if spec.task == "causal-lm" else {"num_labels": classes}
 
 
 def _ready(model: nn.Module, device: str, head: Head, special: SpecialTokens | None) -> nn.Module:
@@ -347,17 +342,14 @@ def frozen_values(spec: ModelSpec, classes: int, head: Head) -> dict[str, Tensor
     """
     if not head.beside:
         return {}
-    import transformers
-
     folder = resolve(spec)
-    auto: Any = getattr(transformers, AUTO[spec.task])
     with refusing(spec, folder):
-        model = auto.from_pretrained(
+        model = auto_class(spec.task).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=spec.trust_remote_code,
-            **_labels(spec, classes),
+            **task_of(spec.task).options(classes),
         )
     return {name: model.get_parameter(name).detach().clone() for name in head.beside}

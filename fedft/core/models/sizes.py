@@ -22,6 +22,7 @@ from fedft.core.models.layers import Schema, block_list
 from fedft.core.spec import ModelSpec
 from fedft.core.sublayers import HALVES, Half, sublayer_of
 from fedft.core.tables import output_of, parameters_in_file
+from fedft.core.tasks import task_of
 from fedft.core.types import block_of
 
 
@@ -44,8 +45,8 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry | None:
     named = {n: p for n, p in model.named_parameters() if n not in head.parameters}
     inner = sum(p.numel() for n, p in named.items() if block_of(n) is not None)
     blocks = int(config.num_hidden_layers)
-    causal = spec.task == "causal-lm"
-    output = model.get_output_embeddings() if causal and _plain_output(model) else None
+    task = task_of(spec.task)
+    output = model.get_output_embeddings() if task.words and _plain_output(model) else None
     in_file = parameters_in_file(model, folder, output)
     return Geometry(
         blocks=blocks,
@@ -59,10 +60,10 @@ def geometry(spec: ModelSpec, folder: Path) -> Geometry | None:
         halves=_halves({n: p.numel() for n, p in named.items()}, blocks)
         if all(map(sublayers.divisible, block_list(model) or [model]))
         else None,
-        vocabulary=int(config.vocab_size) if causal else 0,
+        vocabulary=int(config.vocab_size) if task.words else 0,
         sliced=output is not None,
         in_file={"fp32": in_file.get(torch.float32, 0), "bf16": in_file.get(torch.bfloat16, 0)},
-        patches=_patches(config) if spec.task == "image-classification" else 0,
+        patches=_patches(config) if task.reads == "image" else 0,
     )
 
 

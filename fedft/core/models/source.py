@@ -22,6 +22,7 @@ from fedft.core.errors import MismatchError, SecurityRefusal
 from fedft.core.files import disk
 from fedft.core.packages import package_folder
 from fedft.core.spec import ModelSpec
+from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import text_encoder
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def load_tokenizer(folder: Path, task: str = "classification") -> "PreTrainedTokenizerBase":
     """The tokenizer, with the padding token that :mod:`fedft.core.text.special_tokens` decides on."""
-    return text_encoder(folder, task).tokenizer
+    return text_encoder(folder, pools=task_of(task).pools).tokenizer
 
 
 def input_encoder(spec: ModelSpec, folder: Path) -> Any:
@@ -172,9 +173,10 @@ def input_encoder(spec: ModelSpec, folder: Path) -> Any:
     The function gives pixel values [c, h, w], resized and normalised as the model's own processor
     does it.
     """
-    if spec.task != "image-classification":
+    task = task_of(spec.task)
+    if task.reads == "text":
         with reading(folder, "tokenizer"):
-            encoder = text_encoder(folder, spec.task)
+            encoder = text_encoder(folder, pools=task.pools)
             check_tokenizer(encoder.tokenizer, folder, spec.task)
         return encoder
     from transformers import AutoImageProcessor

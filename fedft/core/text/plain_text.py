@@ -45,10 +45,13 @@ class Ids:
     Attributes:
         rows: token ids of each.
         cut: which of them were longer, bool [n].
+        types: of each token whether it is of the first text or of the second, as the tokenizer marks
+            it; None where it does not.
     """
 
     rows: list[list[int]]
     cut: NDArray[np.bool_]
+    types: list[list[int]] | None = None
 
 
 class PlainText:
@@ -97,26 +100,39 @@ class PlainText:
         *,
         special: bool = False,
         max_length: int | None = None,
+        seconds: Sequence[str] | None = None,
     ) -> Ids:
         """Token ids of each text.
 
         Args:
             texts: as users wrote them.
-            special: put around each what the tokenizer puts around a text.
-            max_length: tokens at which a text is cut; None never cuts.
+            special: put around each what the tokenizer puts around a text, or around a pair.
+            max_length: tokens at which a text is cut; None never cuts. Of a pair the longer text is.
+            seconds: the second text of each, where rows are pairs; None where they are not.
         """
-        own = self._by_tokenizer(texts, special, max_length)
-        usual = self._count([self._frame] if special else [[]])[0]
+        own = self._by_tokenizer(texts, special, max_length, seconds)
+        usual = self._count([self._frame_of(seconds is not None)] if special else [[]])[0]
         suspect = self._count(own.rows) > usual
-        if self._found is not None:
-            suspect |= np.array([self._found.search(text) is not None for text in texts], bool)
+        if (found := self._found) is not None:
+            for column in (texts, *([] if seconds is None else [seconds])):
+                suspect |= np.array([found.search(text) is not None for text in column], bool)
         if not suspect.any():
             return own
         odd: list[int] = np.flatnonzero(suspect).tolist()
-        again = self._neutral([texts[i] for i in odd], special, max_length)
+        others = None if seconds is None else [seconds[i] for i in odd]
+        again = self._neutral([texts[i] for i in odd], special, max_length, others)
         for i, row, cut in zip(odd, again.rows, again.cut, strict=True):
             own.rows[i], own.cut[i] = row, cut
+        if own.types is not None and again.types is not None:
+            for i, types in zip(odd, again.types, strict=True):
+                own.types[i] = types
         return own
+
+    def _frame_of(self, pair: bool) -> list[int]:
+        """What the tokenizer puts around a text, or around two."""
+        if not pair:
+            return self._frame
+        return self._tokenizer([""], [""], verbose=False)["input_ids"][0]
 
     def rendered(
         self,
@@ -179,20 +195,33 @@ class PlainText:
 
     # --------------------------------------------------------------------------- encoding
 
-    def _by_tokenizer(self, texts: Sequence[str], special: bool, limit: int | None) -> Ids:
+    def _by_tokenizer(
+        self,
+        texts: Sequence[str],
+        special: bool,
+        limit: int | None,
+        seconds: Sequence[str] | None = None,
+    ) -> Ids:
         """As the tokenizer does it when it looks for control tokens."""
-        return self._encoded(texts, special, limit, {"split_special_tokens": False})
+        return self._encoded(texts, special, limit, {"split_special_tokens": False}, seconds)
 
     def _encoded(
-        self, texts: Sequence[str], special: bool, limit: int | None, options: dict[str, Any]
+        self,
+        texts: Sequence[str],
+        special: bool,
+        limit: int | None,
+        options: dict[str, Any],
+        seconds: Sequence[str] | None,
     ) -> Ids:
+        typed = seconds is not None and "token_type_ids" in self._tokenizer.model_input_names
         encoded = self._tokenizer(
             list(texts),
+            None if seconds is None else list(seconds),
             add_special_tokens=special,
             truncation=limit is not None,
             max_length=limit,
             return_attention_mask=False,
-            return_token_type_ids=False,
+            return_token_type_ids=typed,
             # A prompt may well be longer than the model takes: that is measured and refused.
             verbose=False,
             **options,
@@ -203,22 +232,30 @@ class PlainText:
         if encoded.encodings is not None:
             cut[full] = [bool(encoded.encodings[i].overflowing) for i in full]
         elif full:
-            whole = self._encoded([texts[i] for i in full], special, None, options).rows
+            others = None if seconds is None else [seconds[i] for i in full]
+            whole = self._encoded([texts[i] for i in full], special, None, options, others).rows
             cut[full] = [len(row) > len(rows[i]) for i, row in zip(full, whole, strict=True)]
-        return Ids(rows, cut)
+        return Ids(rows, cut, encoded["token_type_ids"] if typed else None)
 
-    def _neutral(self, texts: Sequence[str], special: bool, limit: int | None) -> Ids:
+    def _neutral(
+        self,
+        texts: Sequence[str],
+        special: bool,
+        limit: int | None,
+        seconds: Sequence[str] | None = None,
+    ) -> Ids:
         """As the tokenizer does it where control tokens go by their secret names."""
         neutral = self._copy
         if neutral is None:
-            return self._encoded(texts, special, limit, {"split_special_tokens": True})
+            return self._encoded(texts, special, limit, {"split_special_tokens": True}, seconds)
         if limit is None:
             neutral.no_truncation()
         else:
             neutral.enable_truncation(limit, direction=self._tokenizer.truncation_side)
-        encoded = neutral.encode_batch(list(texts), add_special_tokens=special)
+        rows = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
+        encoded = neutral.encode_batch(rows, add_special_tokens=special)
         cut = np.array([bool(row.overflowing) for row in encoded], bool)
-        return Ids([row.ids for row in encoded], cut)
+        return Ids([row.ids for row in encoded], cut, [row.type_ids for row in encoded])
 
     def _count(self, rows: Iterable[Sequence[int]]) -> NDArray[np.int64]:
         """Control tokens in each row. [n]"""

@@ -36,7 +36,7 @@ class SpecialTokens:
         pad: token id of padding.
         end: appended to an answer that has not ended; None where there is no such token.
         ends: any of these ends an answer; ``end`` is among them.
-        side: where rows of classification are padded.
+        side: where rows are padded that a head reads one token of.
     """
 
     pad: int
@@ -72,7 +72,8 @@ class TextEncoder:
     """A tokenizer, and what was decided about its special tokens.
 
     Attributes:
-        tokenizer: its padding token and, for classification, its padding side are as decided.
+        tokenizer: its padding token and, where a head reads one token of a row, its padding side
+            are as decided.
         special: the decision.
         plain: encodes what users wrote.
     """
@@ -100,25 +101,25 @@ class TextEncoder:
         return TextEncoder(tokenizer, SpecialTokens(padding, end, ends), plain)
 
 
-def text_encoder(folder: Path, task: str) -> TextEncoder:
+def text_encoder(folder: Path, *, pools: bool) -> TextEncoder:
     """The tokenizer of a model, with padding and end of text decided.
 
     Args:
         folder: of the model.
-        task: as in :class:`~fedft.core.spec.ModelSpec`.
+        pools: whether a head reads one token of a row, as :attr:`fedft.core.tasks.Task.pools` says.
 
     Raises:
-        MismatchError: nothing could pad rows of classification without being taken for text.
+        MismatchError: ``pools``, and nothing could pad rows without being taken for text.
     """
     from transformers import AutoTokenizer
 
-    key = _key(folder, task)
+    key = _key(folder, pools)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     about = _About(tokenizer, PlainText(tokenizer), _read(folder, "config.json"), folder)
     end = about.end()
     ends = about.ends() | ({end} if end is not None else set())
     side: Side = "right"
-    if task == "classification":
+    if pools:
         pad = about.unmistakable(end)
         tokenizer.padding_side = side = "left" if reads_last(about.config) else "right"
     else:
@@ -129,12 +130,12 @@ def text_encoder(folder: Path, task: str) -> TextEncoder:
     return TextEncoder(tokenizer, special, PlainText(tokenizer))
 
 
-def special_tokens(folder: Path, task: str) -> SpecialTokens | None:
+def special_tokens(folder: Path, *, pools: bool) -> SpecialTokens | None:
     """The same decision for whoever loads the model; None where it has no tokenizer."""
     if not any(list(folder.glob(pattern)) for pattern in _TOKENIZERS):
         return None
-    key = _key(folder, task)
-    return _decided[key] if key in _decided else text_encoder(folder, task).special
+    key = _key(folder, pools)
+    return _decided[key] if key in _decided else text_encoder(folder, pools=pools).special
 
 
 def reads_last(config: Any) -> bool:
@@ -156,10 +157,10 @@ _decided: dict[tuple[object, ...], SpecialTokens] = {}
 """Decisions by the model's files: a worker reads its data first and loads the model then."""
 
 
-def _key(folder: Path, task: str) -> tuple[object, ...]:
+def _key(folder: Path, pools: bool) -> tuple[object, ...]:
     files = sorted(path for path in folder.glob("*.json"))
     stats = ((path.name, path.stat()) for path in files)
-    return folder, task, *((name, s.st_size, s.st_mtime_ns) for name, s in stats)
+    return folder, pools, *((name, s.st_size, s.st_mtime_ns) for name, s in stats)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedft.core.errors import MismatchError
-from fedft.core.examples import TokenExamples
+from fedft.core.examples import Encoded, TokenExamples
+from fedft.core.text.plain_text import Ids
 from fedft.core.text.special_tokens import TextEncoder
 
 if TYPE_CHECKING:
@@ -25,39 +25,48 @@ _FIXED_DATE = "26 Jul 2024"
 the data, and so their fingerprint, would change overnight."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Rows of a data set as examples.
-
-    Attributes:
-        examples: one a row.
-        cut: which rows were longer than the limit, bool [n].
-        spilled: of each row whose prompt alone fills the limit, so that no token of its answer is
-            left, the length of the prompt in tokens. Such a row has no tokens.
-    """
-
-    examples: TokenExamples
-    cut: NDArray[np.bool_]
-    spilled: Mapping[int, int] = field(default_factory=dict[int, int])
-
-
 def classified(
     texts: Sequence[str],
     labels: NDArray[np.int64],
     tokenizer: "PreTrainedTokenizerBase | TextEncoder",
     max_length: int,
-) -> Encoded:
+) -> Encoded[TokenExamples]:
     """Texts with one class each; longer ones are cut to ``max_length`` tokens."""
-    encoder = TextEncoder.of(tokenizer)
-    ids: list[list[int]] = []
-    cut: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    for rows in _chunks(len(texts)):
-        found = encoder.plain.encode(texts[rows], special=True, max_length=max_length)
-        ids += found.rows
-        cut.append(found.cut)
-    special = encoder.special
-    examples = TokenExamples.from_lists(ids, special.pad, labels=labels, side=special.side)
-    return Encoded(examples, np.concatenate(cut))
+    found, special = framed(texts, tokenizer, max_length), TextEncoder.of(tokenizer).special
+    examples = TokenExamples.from_lists(found.rows, special.pad, labels=labels, side=special.side)
+    return Encoded(examples, found.cut)
+
+
+def framed(
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
+    max_length: int,
+    seconds: Sequence[str] | None = None,
+) -> Ids:
+    """Token ids of texts, or of pairs of them, with what the tokenizer puts around them.
+
+    Args:
+        texts: as users wrote them; any number of them, and none.
+        tokenizer: of the model.
+        max_length: tokens at which a row is cut, the longer text of a pair first.
+        seconds: the second text of each row, where rows are pairs.
+    """
+    plain = TextEncoder.of(tokenizer).plain
+    parts = [
+        plain.encode(
+            texts[rows],
+            special=True,
+            max_length=max_length,
+            seconds=None if seconds is None else seconds[rows],
+        )
+        for rows in _chunks(len(texts))
+    ]
+    typed = bool(parts) and all(part.types is not None for part in parts)
+    return Ids(
+        [row for part in parts for row in part.rows],
+        np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
+        [row for part in parts for row in part.types or ()] if typed else None,
+    )
 
 
 def answered(
@@ -65,7 +74,7 @@ def answered(
     answers: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase | TextEncoder",
     max_length: int,
-) -> Encoded:
+) -> Encoded[TokenExamples]:
     """Prompts with answers; the loss is on the answer and on the token that ends its turn.
 
     With a chat template the prompt is the user's turn and the answer the assistant's; without
@@ -87,9 +96,14 @@ def answered(
             cut.append(len(row) > max_length)
             ids.append(row[:max_length] if len(prompt) < max_length else [])
             starts.append(len(prompt))
-    spilled = {row: starts[row] for row, tokens in enumerate(ids) if not tokens}
+    faults = {
+        row: f"the prompt takes {starts[row]} tokens of data.max-length = {max_length}: no token of "
+        "the answer is left"
+        for row, tokens in enumerate(ids)
+        if not tokens
+    }
     examples = TokenExamples.from_lists(ids, encoder.special.pad, answers=starts)
-    return Encoded(examples, np.array(cut, np.bool_), spilled)
+    return Encoded(examples, np.array(cut, np.bool_), faults)
 
 
 def _turns(

@@ -1,0 +1,245 @@
+"""Which rows of a table a task can use, and what its labels are called.
+
+Each value is looked at by its column's own check, each row by the task's, and labels become names:
+see :mod:`fedft.core.data.labels`. What is wrong is told to :class:`~fedft.core.data.raw.BadRows`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedft.core.data import labels
+from fedft.core.data.raw import BadRows, RawTable
+from fedft.core.data.readers import local_path
+from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.examples import Rows
+from fedft.core.names import hint
+from fedft.core.spec import DataSpec
+from fedft.core.tasks import Column, RawRows, Task, taken
+from fedft.core.tasks.columns import label_fault
+
+_OWNER = Column("owner", label_fault, classes="one")
+_NAMED = {True: ("owner", "owners"), False: ("class", "classes")}
+"""What the values of a column of names are names of, by whether it is that of the owners."""
+
+
+def relabelled(table: RawTable, column: Column, name: str, relabel: Mapping[str, str]) -> RawTable:
+    """The table with other words for some of its labels.
+
+    Raises:
+        ConfigError: a label that has another word is not there.
+    """
+    if not relabel or name not in table.columns:
+        return table
+    values = table.columns[name]
+    names = _named(column, values, tuple(relabel))
+    found = _flat(column, names)
+    if absent := [old for old in relabel if old not in found]:
+        raise ConfigError(
+            f"{table.source} has no label {absent[0][:40]!r}, which is to be called "
+            f"{relabel[absent[0]][:40]!r}",
+            fix="Check --map-label, OLD=NEW.",
+        )
+
+    def other(value: Any, named: Any) -> Any:
+        several = _listed(named) if column.classes == "many" else None
+        if several is not None:
+            return [other(*pair) for pair in zip(value, several, strict=True)]
+        return relabel.get(named, value) if isinstance(named, str) else value
+
+    new = [other(*pair) for pair in zip(values, names, strict=True)]
+    return replace(table, columns={**table.columns, name: new})
+
+
+def check_columns(spec: DataSpec, task: Task) -> None:
+    """Refuse a column that is named for a task that reads no such thing.
+
+    Raises:
+        ConfigError: naming it and what the task reads.
+    """
+    keys = [column.key for column in task.columns]
+    for key in spec.columns:
+        if key not in keys:
+            raise ConfigError(
+                f"[data.columns] {key[:80]} (fedft join: --column): {task.name} reads no such column",
+                fix=hint(key[:80], keys),
+            )
+
+
+def checked(
+    table: RawTable,
+    spec: DataSpec,
+    task: Task,
+    classes: Sequence[str] | None,
+    owner: str | None,
+    bad: BadRows,
+) -> tuple[RawRows, list[str]]:
+    """The usable rows of a table, and notes; ``owner`` None reads no owners."""
+    folder = _folder(table.source)
+    columns = [*task.columns, *([] if owner is None else [_OWNER])]
+    values: dict[str, Sequence[Any]] = {
+        column.key: table.column(spec.column(column.key), spec.key(column.key), MismatchError)
+        for column in task.columns
+    }
+    if owner is not None:
+        values["owner"] = table.column(owner, "data.partition.column", ConfigError)
+    notes: list[str] = []
+    for column in columns:
+        if column.classes is None:
+            continue
+        is_owner = column is _OWNER
+        names_of = _named(column, values[column.key], () if is_owner else classes or ())
+        if is_owner or not classes:
+            given, found = (_flat(column, v) for v in (values[column.key], names_of))
+            notes += labels.notes(table.source, _NAMED[is_owner], given, found)
+        values[column.key] = names_of
+    usable = np.ones(len(table), np.bool_)
+    for column in columns:
+        fault = partial(_fault_of, column, folder)
+        _strike(usable, table, values[column.key], column.key, fault, bad)
+    _strike_rows(usable, table, values, task, bad)
+    names: tuple[str, ...] = ()
+    own = [column for column in task.columns if column.classes]
+    if own and usable.any():
+        kept = np.flatnonzero(usable)
+        flat = [name for c in own for name in _flat(c, taken(values[c.key], kept))]
+        names = tuple(classes or _class_names(flat, table, bad, spec.key(own[0].key)))
+        for column in own:
+            known = partial(_unknown, frozenset(names), column)
+            _strike(usable, table, values[column.key], column.key, known, bad)
+    return _usable(table, values, task, names, folder, np.flatnonzero(usable), bad), notes
+
+
+def _fault_of(column: Column, folder: Path, value: object) -> str | None:
+    return column.fault(value, folder)
+
+
+def _flat(column: Column, values: Sequence[Any]) -> list[Any]:
+    """The labels of a column, also where a row has several."""
+    if column.classes != "many":
+        return list(values)
+    return [name for value in values for name in _listed(value) or ()]
+
+
+def _listed(value: object) -> Sequence[Any] | None:
+    """A value that is a list of labels; None of another one."""
+    return cast("Sequence[Any]", value) if isinstance(value, list | tuple) else None
+
+
+def _named(column: Column, values: Sequence[Any], known: Sequence[str]) -> list[Any]:
+    """Values with their labels as names; what is no list of labels stays what it is."""
+    names = labels.named(_flat(column, values), known)
+    if column.classes != "many":
+        return names
+    following = iter(names)
+    return [
+        value if (own := _listed(value)) is None else [next(following) for _ in own]
+        for value in values
+    ]
+
+
+def _strike(
+    usable: NDArray[np.bool_],
+    table: RawTable,
+    values: Sequence[Any],
+    key: str,
+    fault: Callable[[Any], str | None],
+    bad: BadRows,
+) -> None:
+    """Takes the faulty rows of one column out of ``usable``."""
+    for row in np.flatnonzero(usable).tolist():
+        detail = fault(values[row])
+        if detail is not None:
+            bad.add(table.where(row), key, f"{key}: {detail}")
+            usable[row] = False
+
+
+def _strike_rows(
+    usable: NDArray[np.bool_],
+    table: RawTable,
+    values: Mapping[str, Sequence[Any]],
+    task: Task,
+    bad: BadRows,
+) -> None:
+    """Takes the rows out whose columns do not fit together."""
+    if type(task).fault is Task.fault:
+        return
+    for row in np.flatnonzero(usable).tolist():
+        found = task.fault({column.key: values[column.key][row] for column in task.columns})
+        if found is not None:
+            key, detail = found
+            bad.add(table.where(row), key, f"{key}: {detail}")
+            usable[row] = False
+
+
+def _usable(
+    table: RawTable,
+    values: Mapping[str, Sequence[Any]],
+    task: Task,
+    names: tuple[str, ...],
+    folder: Path,
+    rows: Rows,
+    bad: BadRows,
+) -> RawRows:
+    if not len(rows):
+        bad.check()
+        raise MismatchError(
+            f"{table.source} has no rows left after skipping {dict(bad.counts)}",
+            fix="correct the data, or the column names in the table [data]",
+        )
+    index = {name: i for i, name in enumerate(names)}
+    kept = {key: taken(column, rows) for key, column in values.items()}
+    ids: NDArray[np.int64] | list[NDArray[np.int64]] | None = None
+    for column in task.columns:
+        if column.classes == "one":
+            ids = np.array([index[name] for name in kept[column.key]], np.int64)
+        elif column.classes == "many":
+            ids = [np.array([index[n] for n in own], np.int64) for own in kept[column.key]]
+    return RawRows(
+        values={c.key: kept[c.key] for c in task.columns if c.classes is None},
+        labels=ids,
+        classes=names,
+        owners=kept.get("owner"),
+        source=table.source,
+        lines=np.asarray(table.lines, np.int64)[rows],
+        folder=folder,
+    )
+
+
+def _unknown(known: frozenset[str], column: Column, value: Any) -> str | None:
+    """What is wrong with labels that are names, where some of them are no class of the run."""
+    found = next((name for name in _flat(column, [value]) if name not in known), None)
+    if found is None:
+        return None
+    few = ", ".join(name[:40] for name in sorted(known)[:5]) + (", …" if len(known) > 5 else "")
+    return f"{found[:40]!r} is none of the {len(known)} classes ({few}) of the training data"
+
+
+def _class_names(values: Sequence[str], table: RawTable, bad: BadRows, key: str) -> list[str]:
+    names = sorted(set(values))
+    if len(names) < 2:
+        bad.check()
+        raise MismatchError(
+            f"{table.source} has {len(names)} class; classification needs two or more",
+            fix=f"check {key}, the column with the classes",
+        )
+    integers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+    return sorted(names, key=int) if integers else names
+
+
+def _folder(source: str) -> Path:
+    """Where the relative paths of a source start."""
+    path = local_path(source)
+    if path is not None and path.is_dir():
+        return path
+    if path is not None and path.is_file():
+        return path.parent
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME)

@@ -1,0 +1,190 @@
+"""What a task is: everything that the rest of the package has to know of what is fine-tuned.
+
+A task says which columns it reads, how they are encoded, which outputs are scored against what,
+by which loss and metrics, and by what a skewed partition goes. Nothing else in the package asks a
+task for its name: it asks for one of the properties below.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedft.core.examples import Encoded, Examples
+from fedft.core.metrics import Declared, Metric, Predictions, Sum, Tally
+from fedft.core.precise import widened
+from fedft.core.tasks.columns import Column
+from fedft.core.tasks.rows import RawRows
+from fedft.core.types import IGNORED
+
+Reduction = Literal["none", "mean"]
+
+
+class Task(ABC):
+    """One kind of fine-tuning. Tasks have no state: one object serves all runs of a process.
+
+    Attributes:
+        name: of ``[model] task``.
+        auto: the class of transformers that loads its model.
+        peft: peft's ``task_type``; None where it has none.
+        columns: what is read; their keys are those of ``[data]``, or of ``[data.columns]``.
+        metrics: what is reported; the first one decides about *best* and patience.
+        also: metrics whose sums travel and are in no report.
+        reads: what the model is given: a tokenizer or an image processor encodes it.
+        head: whether the model gets a new head, which an adapter brings.
+        pools: whether that head reads one token of a row, which padding must not be taken for.
+        words: whether the outputs are logits of the tokenizer's words. The loss of a frozen output
+            layer is then taken over slices of the vocabulary, and only where a target is.
+        causal: whether an output may depend on what stands before it alone.
+        alone: whether the loss of an example depends on that example alone. Otherwise clients are
+            trained one after the other, and DP-SGD, which clips by example, is refused.
+    """
+
+    name: ClassVar[str]
+    auto: ClassVar[str]
+    peft: ClassVar[str | None] = None
+    columns: ClassVar[tuple[Column, ...]]
+    metrics: ClassVar[tuple[Metric, ...]]
+    also: ClassVar[tuple[Metric, ...]] = ()
+    reads: ClassVar[Literal["text", "image"]] = "text"
+    head: ClassVar[bool] = True
+    pools: ClassVar[bool] = False
+    words: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
+
+    # ------------------------------------------------------------------------------- data
+
+    @abstractmethod
+    def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
+        """Rows as examples, one a row.
+
+        Args:
+            rows: checked.
+            encoder: of the model: a :class:`~fedft.core.text.special_tokens.TextEncoder` (or a
+                tokenizer), or a function from an RGB image to pixel values [c, h, w].
+            max_length: longest row in tokens.
+        """
+
+    def fault(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        """What is wrong between the columns of a row: the column's key and the reason.
+
+        Each value has passed its own column's check.
+
+        Args:
+            row: value by key; classes by name.
+        """
+        return None
+
+    def strata(self, rows: RawRows) -> NDArray[np.int64] | None:
+        """By what skewed partitions and stratified splits go, a number a row; None: by nothing.
+
+        Default: the class of a row, where it has one.
+        """
+        return rows.labels if isinstance(rows.labels, np.ndarray) else None
+
+    @property
+    def classes(self) -> bool:
+        """Whether the data name classes, and the outputs are one for each."""
+        return any(column.classes for column in self.columns)
+
+    # ------------------------------------------------------------------------------ model
+
+    def options(self, classes: int) -> dict[str, Any]:
+        """What transformers is told of the model beside its checkpoint."""
+        return {"num_labels": classes} if self.head else {}
+
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What is scored of a forward pass: [b, …], or [b, t, …] where targets have positions."""
+        return model(**inputs).logits
+
+    # ------------------------------------------------------------------------------- loss
+
+    def targets(self, labels: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Where the outputs of a batch are scored, and against what.
+
+        Args:
+            labels: of a :class:`~fedft.core.types.Batch`.
+
+        Returns:
+            Positions among the b·t outputs, [m] int64, and targets, [m]; whole numbers that are
+            ``IGNORED`` are not scored. Positions None: an output a row, [b], and targets [b, …].
+        """
+        return None, labels
+
+    def scored(self, targets: Tensor) -> Tensor:
+        """Which targets count. bool [m]"""
+        if targets.is_floating_point():
+            return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        found = targets != IGNORED
+        return found if found.ndim == 1 else found.flatten(1).any(1)
+
+    def loss(self, outputs: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+        """The loss of each item, [m], zero where it is ignored; or the mean of those that are not.
+
+        Default: cross-entropy in float32 or float64.
+        """
+        return F.cross_entropy(wide(outputs), targets, ignore_index=IGNORED, reduction=reduction)
+
+    # ----------------------------------------------------------------------------- scores
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """What the model says of each item, comparable to its target. Default: the likeliest class."""
+        return outputs.argmax(-1)
+
+    def tally(self, outputs: Tensor, targets: Tensor) -> Tally:
+        """The sums of one batch; they add up over batches, slices and clients."""
+        losses, scored = self.loss(outputs, targets, "none"), self.scored(targets)
+        found = Predictions(
+            losses[scored],
+            self.predicted(outputs)[scored],
+            targets[scored],
+            outputs.shape[-1],
+            outputs[scored] if self.needs_outputs else None,
+        )
+        return self.counted(found, float(widened(losses).sum()))
+
+    def counted(self, found: Predictions, loss_sum: float) -> Tally:
+        """The sums of items whose losses and predictions are known."""
+        sums = {name: s for metric in self._summing for name, s in metric.tally(found).items()}
+        return Tally(loss_sum, len(found.targets), sums)
+
+    def scores(self, tally: Tally) -> dict[str, float]:
+        """``loss`` and every metric, in the order of ``metrics``; empty where nothing was scored."""
+        if not tally.count:
+            return {}
+        loss = tally.loss_sum / tally.count
+        return {"loss": loss, **{metric.name: metric.value(tally) for metric in self.metrics}}
+
+    def better(self, scores: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
+        """Whether ``scores`` are better than the best ones so far, by the first metric."""
+        return self.metrics[0].declared.better(scores, best)
+
+    @property
+    def declared(self) -> tuple[Declared, ...]:
+        """The metrics as records and reports know them."""
+        return tuple(metric.declared for metric in self.metrics)
+
+    @property
+    def sums(self) -> Mapping[str, Sum]:
+        """What a tally holds beside loss and count, by name, in the order of the wire."""
+        return {name: one for metric in self._summing for name, one in metric.sums.items()}
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a metric reads the outputs themselves."""
+        return any(metric.needs_outputs for metric in self._summing)
+
+    @property
+    def _summing(self) -> tuple[Metric, ...]:
+        return (*self.metrics, *self.also)
+
+
+def wide(outputs: Tensor) -> Tensor:
+    """Outputs in float64 where they are, else in float32: what losses are taken in."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
