@@ -4,13 +4,23 @@ from collections.abc import Iterable, Iterator
 
 from fedft.clients.methods.base import Losses, Method, Rows
 from fedft.clients.methods.dp_sgd import DPSGD
+from fedft.clients.methods.dynamic import Dynamic
+from fedft.clients.methods.effective_steps import EffectiveSteps
 from fedft.clients.methods.proximal import Proximal
+from fedft.clients.methods.scaffold import ControlVariates
 from fedft.clients.methods.tail import Tail
 from fedft.core import terms
 from fedft.core.terms import Term, kind_of
 from fedft.core.types import LocalTraining, TrainPlan
 
-METHODS: tuple[type[Method], ...] = (DPSGD, Tail, Proximal)
+METHODS: tuple[type[Method], ...] = (
+    DPSGD,
+    ControlVariates,
+    Dynamic,
+    Tail,
+    Proximal,
+    EffectiveSteps,
+)
 """Every method, in the order in which they correct a gradient."""
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedft.clients.methods.base import Method, Rows, strengths
+from fedft.core.parts import factor_name, part_of
 from fedft.core.terms import Tail as Term
-from fedft.core.types import factor_name, module_of, part_of
+from fedft.core.types import module_of
 
 
 class Tail(Method):
