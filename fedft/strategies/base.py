@@ -79,6 +79,15 @@ class Strategy(BaseModel, ABC):
         """Of the run that the rule is used in: for ``init``, ``plan`` and ``combine`` to read."""
         return self._facts
 
+    def own_seed(self, given: int | None) -> int:
+        """A rule's own ``seed`` key where it is given, else the run seed."""
+        return self._facts.seed if given is None else given
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the rank of a client may become another one within a run."""
+        return False
+
     def of_run(self, facts: RunFacts) -> Self:
         """The same rule in a run with these facts. A server calls it before it asks for anything."""
         bound = self.model_copy()

@@ -40,6 +40,10 @@ class Combinator(Strategy, ABC):
         return self.inner.forgets
 
     @property
+    def prunes(self) -> bool:
+        return self.inner.prunes
+
+    @property
     def personal(self) -> frozenset[Part]:
         return self.inner.personal
 

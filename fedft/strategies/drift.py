@@ -39,6 +39,11 @@ def check_inner(name: str, inner: Strategy) -> None:
         raise ValueError(
             f"{name} needs all that trains at the server, and {inner.label} keeps {kept}"
         )
+    if inner.prunes:
+        raise ValueError(
+            f"{name} keeps gradients at each client's rank, and {inner.label} changes the ranks; set "
+            "its gamma = 1"
+        )
     if inner.steady != ALL_PARTS:
         raise ValueError(
             f"{name} keeps gradients entry by entry, and {inner.label} writes the entries anew every "
