@@ -13,7 +13,7 @@ It is the ``inner`` rule on ``x + (tau / ||a_k||_1) (y_k - x)`` in place of y_k.
 that is the inner rule, bit for bit. Where only some clients hold a tensor both sums are over those.
 
 Departures from the paper: the change is scaled in the factors' entries. A client's own word is taken
-for ``||a_k||_1``, which is at least 1: over ``norm-clip`` what one client can make of it is bounded.
+for ``||a_k||_1``, which is at least 1: a client that lies about it weighs what it likes.
 
 Wire: as the inner rule, and one number up.
 """
