@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from fedft.core.strict import Table
+from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.types import LocalTraining
 
 Precision = Literal["fp32", "bf16", "tf32"]
@@ -211,7 +212,8 @@ class TrainingSpec(Table):
     """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
 
     TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping. ``dp`` turns DP-SGD
-    on, see :class:`DPSpec`.
+    on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are
+    a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``.
     """
 
     epochs: PositiveInt = 1
@@ -223,17 +225,50 @@ class TrainingSpec(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    method: SerializeAsAny[Term] | None = None
     dp: DPSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen(cls, table: Any) -> Any:
+        """``method`` as a term, from its name and the table of that name, or as it was written out."""
+        given: Any = table.get("method") if isinstance(table, dict) else None
+        if not isinstance(given, str | dict):
+            return table
+        rest = dict(cast(dict[str, Any], table))
+        options = cast(dict[str, Any], dict(given) if isinstance(given, dict) else {})
+        name = str(options.pop("kind", "")) if isinstance(given, dict) else given
+        own = rest.pop(name, {}) if isinstance(given, str) else options
+        if not isinstance(own, dict):
+            raise ValueError(f"{name}: a table of the method's values is expected")
+        return {**rest, "method": choice(name, cast(dict[str, Any], own))}
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if isinstance(self.method, Proximal) and self.proximal_mu:
+            raise ValueError(
+                'proximal-mu and method = "proximal" say the same; leave one of them out'
+            )
+        return self
+
+    def terms(self) -> tuple[Term, ...]:
+        """The chosen method where it has no fields of :class:`LocalTraining`."""
+        with_fields = self.method is None or isinstance(self.method, Proximal | Tail)
+        return () if with_fields else (cast(Term, self.method),)
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
         values: dict[str, Any] = {
-            **self.model_dump(exclude={"dp"}),
+            **self.model_dump(exclude={"dp", "method"}),
             "clip_norm": self.clip_norm or None,
         }
         if self.dp is not None:
             values["dp_noise"] = self.dp.noise_multiplier
             values["dp_clip"] = self.dp.max_grad_norm
+        if isinstance(self.method, Proximal):
+            values["proximal_mu"] = self.method.mu
+        if isinstance(self.method, Tail):
+            values["tail_penalty"], values["tail_keep"] = self.method.strength, self.method.keep
         return LocalTraining(**values)
 
 

@@ -196,6 +196,34 @@ def known(kind: str) -> type[Term]:
     raise unknown(kind)
 
 
+CHOICES: tuple[type[Term], ...] = (Proximal, Tail)
+"""The terms that `[training] method` may name: they need no part of a rule at the server."""
+
+
+def choice(name: str, table: Mapping[str, Any]) -> Term:
+    """The term behind `[training] method`, with the table of its own below that.
+
+    Raises:
+        ValueError: there is none of this name, or its table is not its own.
+    """
+    for term in CHOICES:
+        if kind_of(term) == name:
+            return _filled(term, table)
+    able = ", ".join(kind_of(term) for term in CHOICES)
+    rules = {kind_of(t): "a rule of [strategy]" for t in TERMS} | {"dp-sgd": "[training] dp"}
+    who = f" is what {rules[name]} asks for;" if name in rules else " is no method here;"
+    raise ValueError(f"{name!r}{who} known: {able}")
+
+
+def _filled(term: type[Term], table: Mapping[str, Any]) -> Term:
+    try:
+        return term.model_validate({**table, "kind": kind_of(term)})
+    except ValidationError as error:
+        fault = complaints(error)[0]
+        where = ".".join(fault.path)
+        raise ValueError(f"{kind_of(term)}.{where} = {fault.shown}: {fault.rule}") from error
+
+
 def unknown(kind: str) -> MismatchError:
     """What to raise where a plan asks for a term of a kind that is not known."""
     return MismatchError(

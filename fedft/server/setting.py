@@ -253,6 +253,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         grid=grid,
         task=setting.task.model_dump_json(),
         training=config.training.local(),
+        terms=config.training.terms(),
         settings=config.rounds,
         seed=config.seed,
         kind=config.model.task,

@@ -44,15 +44,19 @@ class FedNova(Combinator):
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         a = [max(1.0, float(u.records["effective-steps"]["a"])) for u in updates]
-        tau: dict[str, float] = {}
-        for name in dict.fromkeys(name for u in updates for name in u.tensors):
-            held = [
-                (u.examples, own) for u, own in zip(updates, a, strict=True) if name in u.tensors
-            ]
-            tau[name] = sum(n * own for n, own in held) / sum(n for n, _ in held)
+        names = dict.fromkeys(name for u in updates for name in u.tensors)
+        tau = {name: _mean(updates, a, name) for name in names}
         return self.inner.combine(
             state, [_scaled(u, tau, own) for u, own in zip(updates, a, strict=True)]
         )
+
+
+def _mean(updates: Sequence[ClientUpdate], a: Sequence[float], name: str) -> float:
+    """Tau over those who sent a tensor; exactly theirs where all have the same."""
+    held = [(u.examples, own) for u, own in zip(updates, a, strict=True) if name in u.tensors]
+    total = sum(n for n, _ in held)
+    alike = len({own for _, own in held}) == 1
+    return held[0][1] if alike else sum(n / total * own for n, own in held)
 
 
 def _scaled(u: ClientUpdate, tau: dict[str, float], own: float) -> ClientUpdate:
