@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -21,6 +22,7 @@ from pydantic import (
 from fedft.core.names import hint
 from fedft.core.strict import Table
 from fedft.core.tasks import TASKS
+from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.types import LocalTraining
 
 Precision = Literal["fp32", "bf16", "tf32"]
@@ -254,7 +256,8 @@ class TrainingSpec(Table):
     """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
 
     TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping. ``dp`` turns DP-SGD
-    on, see :class:`DPSpec`.
+    on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are
+    a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``.
     """
 
     epochs: PositiveInt = 1
@@ -266,17 +269,52 @@ class TrainingSpec(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    method: SerializeAsAny[Term] | None = None
     dp: DPSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen(cls, table: Any) -> Any:
+        """``method`` as a term, from its name and the table of that name, or as it was written out."""
+        if not isinstance(table, dict):
+            return cast(object, table)
+        rest = dict(cast(dict[str, Any], table))
+        given = rest.get("method")
+        if not isinstance(given, str | dict):
+            return rest
+        options = dict(cast(dict[str, Any], given)) if isinstance(given, dict) else {}
+        name = str(options.pop("kind", "")) if isinstance(given, dict) else given
+        own = rest.pop(name, {}) if isinstance(given, str) else options
+        if not isinstance(own, dict):
+            raise ValueError(f"{name}: a table of the method's values is expected")
+        return {**rest, "method": choice(name, cast(dict[str, Any], own))}
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if isinstance(self.method, Proximal) and self.proximal_mu:
+            raise ValueError(
+                'proximal-mu and method = "proximal" say the same; leave one of them out'
+            )
+        return self
+
+    def terms(self) -> tuple[Term, ...]:
+        """The chosen method where it has no fields of :class:`LocalTraining`."""
+        with_fields = self.method is None or isinstance(self.method, Proximal | Tail)
+        return () if with_fields else (cast(Term, self.method),)
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
         values: dict[str, Any] = {
-            **self.model_dump(exclude={"dp"}),
+            **self.model_dump(exclude={"dp", "method"}),
             "clip_norm": self.clip_norm or None,
         }
         if self.dp is not None:
             values["dp_noise"] = self.dp.noise_multiplier
             values["dp_clip"] = self.dp.max_grad_norm
+        if isinstance(self.method, Proximal):
+            values["proximal_mu"] = self.method.mu
+        if isinstance(self.method, Tail):
+            values["tail_penalty"], values["tail_keep"] = self.method.strength, self.method.keep
         return LocalTraining(**values)
 
 

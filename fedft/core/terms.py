@@ -16,9 +16,9 @@ in ``fedft/clients/methods``.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedft.core.complaints import complaints
 from fedft.core.errors import MismatchError
@@ -55,7 +55,7 @@ class Term(Table):
             name may travel in both directions; what is kept and what comes down have different names.
     """
 
-    kind: str
+    kind: Any  # a str; each subclass has its own literal
     receives: ClassVar[frozenset[str]] = frozenset()
     sends: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[frozenset[str]] = frozenset()
@@ -89,8 +89,94 @@ class Term(Table):
         return {"receives": self.receives, "sends": self.sends, "keeps": self.keeps}[way]
 
 
-TERMS: tuple[type[Term], ...] = ()
+# ── terms with records, which travel as they are ──────────────────────────────────────────────
+
+
+class ControlVariates(Term):
+    """SCAFFOLD: every gradient g of client k is corrected to ``g + c - c_k``.
+
+    c is the server's control variate and c_k the client's own, which becomes the mean of the
+    gradients of this round, before the correction. What it changed by travels back.
+    """
+
+    kind: Literal["control-variates"] = "control-variates"
+    receives = frozenset({"control"})
+    sends = frozenset({"control-change"})
+    keeps = frozenset({"own-control"})
+
+
+class Dynamic(Term):
+    """FedDyn: adds ``- <lambda_k, theta> + alpha / 2 ||theta - theta_start||^2`` to the loss.
+
+    lambda_k, the gradient at which client k stopped last, becomes ``lambda_k - alpha (theta - theta_start)``.
+
+    Attributes:
+        alpha: weight of the penalty.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    alpha: Annotated[float, Field(ge=0, le=1e30)] = 0.1
+    keeps = frozenset({"own-gradient"})
+
+
+class EffectiveSteps(Term):
+    """FedNova: the client says how many times its change has a gradient of full weight in it.
+
+    ``||a||_1``, where the change is ``- lr sum_t a_t g_t`` over the steps t; one number.
+    """
+
+    kind: Literal["effective-steps"] = "effective-steps"
+    sends = frozenset({"effective-steps"})
+
+    def shapes(self, record: str, start: Shapes, trained: Collection[str]) -> Shapes:
+        return {"a": ()}
+
+
+TERMS: tuple[type[Term], ...] = (ControlVariates, Dynamic, EffectiveSteps)
 """The terms that fedft knows: a row each."""
+
+
+# ── terms that travel as fields of LocalTraining ──────────────────────────────────────────────
+
+
+class Proximal(Term):
+    """FedProx: adds ``mu / 2 ||theta - theta_start||^2`` to the loss.
+
+    Attributes:
+        mu: its weight.
+    """
+
+    kind: Literal["proximal"] = "proximal"
+    mu: Annotated[float, Field(ge=0, le=1e30)] = 0.01
+
+
+class Tail(Term):
+    """HetLoRA: adds ``strength sum_modules ||B[:, k:]||_F ||A[k:, :]||_F``, k = floor(``keep`` r).
+
+    Attributes:
+        strength: lambda.
+        keep: gamma, the share of the rank that is not penalised.
+    """
+
+    kind: Literal["tail"] = "tail"
+    strength: Annotated[float, Field(ge=0, le=1e30)] = 0.01
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.99
+
+
+class DPSGD(Term):
+    """DP-SGD: each example's gradient is clipped, and noise is added to their sum.
+
+    Attributes:
+        noise: standard deviation of the noise, in units of ``clip``.
+        clip: the bound on the norm of one example's gradient.
+    """
+
+    kind: Literal["dp-sgd"] = "dp-sgd"
+    noise: Annotated[float, Field(gt=0, le=1e30)] = 1.0
+    clip: Annotated[float, Field(gt=0, le=1e30)] = 1.0
+
+
+# ── terms by name ─────────────────────────────────────────────────────────────────────────────
 
 
 def kind_of(term: type[Term]) -> str:
@@ -107,7 +193,40 @@ def known(kind: str) -> type[Term]:
     for term in TERMS:
         if kind_of(term) == kind:
             return term
-    raise MismatchError(
+    raise unknown(kind)
+
+
+CHOICES: tuple[type[Term], ...] = (Proximal, Tail)
+"""The terms that `[training] method` may name: they need no part of a rule at the server."""
+
+
+def choice(name: str, table: Mapping[str, Any]) -> Term:
+    """The term behind `[training] method`, with the table of its own below that.
+
+    Raises:
+        ValueError: there is none of this name, or its table is not its own.
+    """
+    for term in CHOICES:
+        if kind_of(term) == name:
+            return _filled(term, table)
+    able = ", ".join(kind_of(term) for term in CHOICES)
+    rules = {kind_of(t): "a rule of [strategy]" for t in TERMS} | {"dp-sgd": "[training] dp"}
+    who = f" is what {rules[name]} asks for;" if name in rules else " is no method here;"
+    raise ValueError(f"{name!r}{who} known: {able}")
+
+
+def _filled(term: type[Term], table: Mapping[str, Any]) -> Term:
+    try:
+        return term.model_validate({**table, "kind": kind_of(term)})
+    except ValidationError as error:
+        fault = complaints(error)[0]
+        where = ".".join(fault.path)
+        raise ValueError(f"{kind_of(term)}.{where} = {fault.shown}: {fault.rule}") from error
+
+
+def unknown(kind: str) -> MismatchError:
+    """What to raise where a plan asks for a term of a kind that is not known."""
+    return MismatchError(
         f"the plan asks for {kind[:80]!r}, which is no term of local training that is known here",
         fix="Install the version of fedft that the server runs.",
     )

@@ -42,6 +42,7 @@ from fedft.strategies import (
     AnyStrategy,
     CentralDP,
     FedAvgLoRA,
+    RunFacts,
     Strategy,
     check_init,
     check_method,
@@ -436,6 +437,11 @@ class RunConfig(Table):
             raise ValueError(
                 f"[rounds] spares and quorum are of rounds, and [strategy] {name} has none"
             )
+
+    def rule(self, classes: int = 0) -> Strategy:
+        """The aggregation rule with the facts of this run; ``classes``: of its data."""
+        clients, per_round = self.fleet.clients, self.rounds.per_round
+        return self.strategy.of_run(RunFacts(self.seed, clients, per_round, classes))
 
     @property
     def rank(self) -> int:

@@ -86,10 +86,11 @@ def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPla
     if federation.pruning is not None:
         plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)
-    check_beside(federation.strategy, plan.terms, dp_sgd=training.dp_noise > 0)
-    return replace(
-        plan, training=training, round=state.round + 1, site=site.name, seed=federation.seed
-    )
+    asked = {term.kind for term in plan.terms}
+    terms = (*plan.terms, *(term for term in federation.terms if term.kind not in asked))
+    check_beside(federation.strategy, terms, dp_sgd=training.dp_noise > 0)
+    facts = {"round": state.round + 1, "site": site.name, "seed": federation.seed}
+    return replace(plan, training=training, terms=terms, **facts)
 
 
 def train(federation: Federation, asked: Sequence[Asked], ledger: Ledger) -> list[ClientUpdate]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedft.core.meters import DEFAULT, Meter, Spectrum, chosen
+from fedft.core.terms import Term
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from fedft.core.wire.compress import FP32, Compressor
 from fedft.server.clock import SimulatedClock
@@ -60,6 +61,7 @@ class Federation:
             hold it; None is the grid itself.
         task: JSON of the :class:`~fedft.core.spec.TaskSpec`, sent with every message.
         training: local optimisation.
+        terms: what clients do beside plain steps, whatever the rule asks for.
         settings: the `[rounds]` table.
         seed: of the run.
         kind: name of the model's task, which decides what is a score.
@@ -91,6 +93,7 @@ class Federation:
     compressor: Compressor = FP32
     limits: Limits = field(default_factory=Limits)
     classes: int = 0
+    terms: tuple[Term, ...] = ()
     holdout: bool = False
     evaluator: Courier | None = None
     clock: SimulatedClock | None = None

@@ -50,7 +50,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     shapes = models.schema(config.model, config.lora, len(data.classes))
     check_rank(config, shapes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
-    state = config.strategy.init(initial)
+    state = config.rule(len(data.classes)).init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
         state = replace(state, delta=initial.factors)
     ranks = shares(config)
@@ -128,7 +128,7 @@ def _client(
 ) -> dict[str, Any]:
     mixed = len({*config.fleet.rank_choices}) > 1
     site = Site("example", 1, rank if mixed else None)
-    plan = config.strategy.plan(state, site).without(config.frozen)
+    plan = config.rule().plan(state, site).without(config.frozen)
     plan = narrowed(plan, layers)
     trained: frozenset[Part] = plan.train | plan.keep  # what a site keeps learns in time
     check_beside(config.strategy, plan.terms, dp_sgd=config.training.dp is not None)

@@ -301,7 +301,7 @@ def _restore(
         config = setting.config
         if config.one_by_one:
             observer.note("sites are trained one by one: the cohort engine takes plain LoRA only")
-        return first_state(config, setting.shapes), Progress()
+        return first_state(config, setting.shapes, len(setting.data.classes)), Progress()
     for note in checkpoint.notes:
         observer.note(note)
     run.truncate_to(checkpoint.state.round)

@@ -226,20 +226,20 @@ def _check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
             )
 
 
-def first_state(config: RunConfig, shapes: models.Schema) -> ServerState:
+def first_state(config: RunConfig, shapes: models.Schema, classes: int = 0) -> ServerState:
     """The state before the first round.
 
     Some adapters start from the base weights themselves, which are loaded for it and let go of:
     see :func:`fedft.core.models.start.drawn`.
     """
-    lora = config.lora
+    lora, rule = config.lora, config.rule(classes)
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
     if not family_of(lora).draws(lora):
-        return config.strategy.init(initial)
+        return rule.init(initial)
     from fedft.core.models.start import drawn  # peft takes a second to import
 
     adapter, delta = drawn(config.model, lora, initial, config.seed)
-    return replace(config.strategy.init(adapter), delta=delta)
+    return replace(rule.init(adapter), delta=delta)
 
 
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:
@@ -250,11 +250,12 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
     devices = replace(config.devices, memory_mib=budgets)
     roster = SimulatedRoster(setting.manifest, config.data.holdout, devices)
     return Federation(
-        strategy=config.strategy,
+        strategy=config.rule(len(setting.data.classes)),
         roster=roster,
         grid=grid,
         task=setting.task.model_dump_json(),
         training=config.training.local(),
+        terms=config.training.terms(),
         settings=config.rounds,
         seed=config.seed,
         kind=config.model.task,

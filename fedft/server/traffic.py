@@ -60,7 +60,7 @@ def varies(config: RunConfig, initial: Adapter, delta: Delta) -> bool:
         Site(f"client-{k:02}", 1, ranks[k % len(ranks)] if len(ranks) > 1 else None)
         for k in range(count)
     ]
-    rule, modules = config.strategy, _one_of_each_shape(initial)
+    rule, modules = config.rule(), _one_of_each_shape(initial)
     small = replace(
         rule.init(Adapter({m: initial.factors[m] for m in modules})),
         delta={m: delta[m] for m in modules if m in delta},

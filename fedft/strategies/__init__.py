@@ -13,12 +13,15 @@ from fedft.strategies.central_dp import CentralDP
 from fedft.strategies.combinator import Combinator
 from fedft.strategies.coordinate_median import CoordinateMedian
 from fedft.strategies.exact_mixed_rank import ExactMixedRank
+from fedft.strategies.facts import RunFacts
 from fedft.strategies.fed_sb import FedSB
 from fedft.strategies.fedasync import FedAsync
 from fedft.strategies.fedavg_lora import FedAvgLoRA
 from fedft.strategies.fedbuff import FedBuff
+from fedft.strategies.feddyn import FedDyn
 from fedft.strategies.fedex_lora import FedExLoRA
 from fedft.strategies.fedmomentum import FedMomentum
+from fedft.strategies.fednova import FedNova
 from fedft.strategies.fedprox import FedProx
 from fedft.strategies.fedrot_lora import FedRotLoRA
 from fedft.strategies.fedsa_lora import FedSALoRA
@@ -34,6 +37,7 @@ from fedft.strategies.multi_krum import MultiKrum
 from fedft.strategies.norm_clip import NormClip
 from fedft.strategies.raflora import RaFLoRA
 from fedft.strategies.rolora import RoLoRA
+from fedft.strategies.scaffold import Scaffold
 from fedft.strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
 from fedft.strategies.trimmed_mean import TrimmedMean
 
@@ -54,6 +58,9 @@ Rule = (
     | FedMomentum
     | FedSB
     | FedProx
+    | Scaffold
+    | FedDyn
+    | FedNova
     | FedAvgM
     | FedAdam
     | FedYogi
@@ -151,8 +158,10 @@ __all__ = [
     "FedAvgLoRA",
     "FedAvgM",
     "FedBuff",
+    "FedDyn",
     "FedExLoRA",
     "FedMomentum",
+    "FedNova",
     "FedProx",
     "FedRotLoRA",
     "FedSALoRA",
@@ -169,6 +178,8 @@ __all__ = [
     "RaFLoRA",
     "RoLoRA",
     "Rule",
+    "RunFacts",
+    "Scaffold",
     "Strategy",
     "TrimmedMean",
     "check_init",

@@ -21,11 +21,11 @@ declares that it :attr:`~Strategy.forgets`.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 from torch import Tensor
 
 from fedft.core import algebra
@@ -45,6 +45,7 @@ from fedft.core.types import (
     module_of,
     part_of,
 )
+from fedft.strategies.facts import RunFacts
 from fedft.strategies.renamed import answer_to_old_names
 from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
@@ -65,11 +66,33 @@ class Strategy(BaseModel, ABC):
         super().__pydantic_init_subclass__(**more)
         answer_to_old_names(cls)
 
+    _facts: RunFacts = PrivateAttr(default_factory=RunFacts)
+
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, table: Any) -> Any:
         check_numbers(cls, table)
         return table
+
+    @property
+    def facts(self) -> RunFacts:
+        """Of the run that the rule is used in: for ``init``, ``plan`` and ``combine`` to read."""
+        return self._facts
+
+    def own_seed(self, given: int | None) -> int:
+        """A rule's own ``seed`` key where it is given, else the run seed."""
+        return self._facts.seed if given is None else given
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the rank of a client may become another one within a run."""
+        return False
+
+    def of_run(self, facts: RunFacts) -> Self:
+        """The same rule in a run with these facts. A server calls it before it asks for anything."""
+        bound = self.model_copy()
+        bound._facts = facts
+        return bound
 
     @property
     def mixed_ranks(self) -> bool:

@@ -6,10 +6,11 @@ nest: ``{name = "fedprox", mu = 0.1, inner = {name = "fedadam", inner = {name = 
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from fedft.core.types import Adapter, ClientUpdate, Part, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
+from fedft.strategies.facts import RunFacts
 from fedft.strategies.fedavg_lora import FedAvgLoRA
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ class Combinator(Strategy, ABC):
 
     inner: "AnyStrategy" = FedAvgLoRA()
 
+    def of_run(self, facts: RunFacts) -> Self:
+        bound = self.model_copy(update={"inner": self.inner.of_run(facts)})
+        bound._facts = facts
+        return bound
+
     @property
     def mixed_ranks(self) -> bool:
         return self.inner.mixed_ranks
@@ -32,6 +38,10 @@ class Combinator(Strategy, ABC):
     @property
     def forgets(self) -> bool:
         return self.inner.forgets
+
+    @property
+    def prunes(self) -> bool:
+        return self.inner.prunes
 
     @property
     def personal(self) -> frozenset[Part]:

@@ -46,12 +46,12 @@ class FedSB(Strategy):
 
     Attributes:
         basis: where A and B come from; see above.
-        seed: of the ``seeded`` basis. A rule does not know the run's seed.
+        seed: of the ``seeded`` basis; None takes the run seed.
     """
 
     name: Literal["fed-sb"] = "fed-sb"
     basis: Literal["first-round", "seeded"] = "first-round"
-    seed: int = 0
+    seed: int | None = None
 
     @property
     def comparable(self) -> frozenset[Part]:
@@ -74,7 +74,7 @@ class FedSB(Strategy):
             receive=learned if seeded else ALL_PARTS,
             train=learned,
             send=learned,
-            basis=self.seed if seeded else None,
+            basis=self.own_seed(self.seed) if seeded else None,
         )
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
@@ -85,7 +85,9 @@ class FedSB(Strategy):
         return replace(state, adapter=rebuilt(state, {**seeded, **learned}, updates))
 
     def _seeded(self, module: str, old: Factors) -> Factors:
-        A, B = algebra.orthonormal_basis(self.seed, module, old.shape, old.rank, old.A.dtype)
+        A, B = algebra.orthonormal_basis(
+            self.own_seed(self.seed), module, old.shape, old.rank, old.A.dtype
+        )
         return Factors(A, B, old.scale, torch.zeros(old.rank, old.rank, dtype=A.dtype))
 
     def _learned(self, state: ServerState, layer: Layer) -> Factors:

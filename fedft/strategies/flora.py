@@ -40,12 +40,12 @@ class FLoRA(Strategy):
 
     Attributes:
         delta_rank: the largest rank of the base change; None loses nothing.
-        seed: of the fresh A. A rule does not know the run's seed.
+        seed: of the fresh A; None takes the run seed.
     """
 
     name: Literal["flora"] = "flora"
     delta_rank: PositiveInt | None = None
-    seed: int = 0
+    seed: int | None = None
 
     @property
     def mixed_ranks(self) -> bool:
@@ -73,7 +73,7 @@ class FLoRA(Strategy):
     def _redrawn(self, state: ServerState, module: str) -> Factors:
         """LoRA's own start: A uniform in +-1/sqrt(d_in), B zero."""
         old = state.adapter.factors[module]
-        generator = torch_generator(self.seed, "flora", state.round, module)
+        generator = torch_generator(self.own_seed(self.seed), "flora", state.round, module)
         unit = torch.rand(old.A.shape, generator=generator, dtype=torch.float64)
         A = ((2 * unit - 1) / sqrt(old.A.shape[1])).to(old.A.dtype)
         return Factors(A, torch.zeros_like(old.B), old.scale)

@@ -82,6 +82,10 @@ class HetLoRA(Strategy):
     def forgets(self) -> bool:
         return self.beyond_rank == "zero"
 
+    @property
+    def prunes(self) -> bool:
+        return self.gamma < 1
+
     def plan(self, state: ServerState, site: Site) -> TrainPlan:
         pruned = state.slots.get(_SLOT + site.name)
         rank = site.rank if pruned is None else int(pruned)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedft.api import Run
+from fedft.clients.engines import by_example, loop
 from fedft.clients.engines.cohort import CohortEngine
 from fedft.clients.engines.loop import PeftEngine
-from fedft.clients.methods import dp_sgd
 from fedft.core import models
 from fedft.core.data.batches import poisson_batches
 from fedft.core.errors import ConfigError, MismatchError
@@ -176,7 +176,7 @@ def test_a_layer_without_gradients_by_example_is_refused(
     engine: PeftEngine, start: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the hooks: without them no step is taken."""
-    monkeypatch.setattr(dp_sgd, "_per_example", lambda model: nullcontext())
+    monkeypatch.setattr(loop, "recording", lambda model: nullcontext())
     with pytest.raises(MismatchError, match="by example"):
         engine.train([TrainPlan(start=start, training=SGD)], [[batch(1)]])
 
@@ -295,5 +295,5 @@ def run_replies(run: Run) -> list[dict[str, Any]]:
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opacus", None)
     with pytest.raises(Exception, match=r"opacus is not installed") as caught:
-        dp_sgd._opacus()
+        by_example._opacus()
     assert "fedft[privacy]" in str(caught.value)

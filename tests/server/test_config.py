@@ -18,12 +18,14 @@ SHIPPED = sorted(ROOT.glob("examples/**/*.toml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    """Also with each of the arms that an arms file lays over the configuration beside it."""
+    """Also with each of the arms that an arms file lays over the configuration beside or above it."""
     if path.name != "arms.toml":
         load_config(path)
         return
+    above = (folder / "config.toml" for folder in path.parents)
+    config = next(beside for beside in above if beside.exists())
     for arm in read_arms(path):
-        configured(path.with_name("config.toml"), arm.settings)
+        configured(config, arm.settings)
 
 
 def test_what_is_written_reads_as_the_same_object() -> None:

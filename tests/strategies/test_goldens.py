@@ -17,7 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedft.core.types import Adapter, ClientUpdate, Factors, LocalTraining, Part, ServerState, Site
+from fedft.core.parts import factor_name
+from fedft.core.terms import Dynamic
+from fedft.core.types import (
+    Adapter,
+    ClientUpdate,
+    Factors,
+    LocalTraining,
+    Part,
+    ServerState,
+    Site,
+    TrainPlan,
+)
 from fedft.strategies import (
     CentralDP,
     CoordinateMedian,
@@ -27,8 +38,10 @@ from fedft.strategies import (
     FedAvgLoRA,
     FedAvgM,
     FedBuff,
+    FedDyn,
     FedExLoRA,
     FedMomentum,
+    FedNova,
     FedProx,
     FedRotLoRA,
     FedSALoRA,
@@ -45,9 +58,12 @@ from fedft.strategies import (
     NormClip,
     RaFLoRA,
     RoLoRA,
+    RunFacts,
+    Scaffold,
     TrimmedMean,
 )
 from fedft.strategies.asynchronous import Staleness
+from fedft.strategies.drift import added, sent_down
 
 EVERYTHING: frozenset[Part] = frozenset({"A", "B", "R", "head"})
 BIAS = "base_model.model.head.bias"
@@ -526,3 +542,96 @@ class TestStaleness:
         )
         for module, f in its.delta.items():
             assert torch.equal(f.product(), mine.delta[module].product())
+
+
+# ── rules that correct what clients do ────────────────────────────────────────────────────────
+
+A_NAME, B_NAME = factor_name("m", "A"), factor_name("m", "B")
+
+
+def replies(*records: dict[str, dict[str, Tensor]]) -> list[ClientUpdate]:
+    return [
+        ClientUpdate(f"site-{k}", n, end.tensors(EVERYTHING), START, records=own)
+        for k, ((end, n), own) in enumerate(zip(SITES, records, strict=True), 1)
+    ]
+
+
+class TestScaffold:
+    """N = 4 clients, of whom the two take part. Both weigh 1/2, whatever their examples."""
+
+    rule = Scaffold().of_run(RunFacts(clients=4))
+    changes = (
+        {"control-change": {A_NAME: matrix([[4, 0]]), B_NAME: matrix([[8], [0]])}},
+        {"control-change": {A_NAME: matrix([[0, 2]]), B_NAME: matrix([[0], [-4]])}},
+    )
+
+    def test_one_round(self):
+        # x = 1/2 (site 1 + site 2); c = 0 + 1/4 (sum of the changes).
+        after = self.rule.aggregate(self.rule.init(START), replies(*self.changes))
+        check(after, [[0.5, 0.5]], [[2], [2]])
+        c = after.record("scaffold-control")
+        assert torch.equal(c[A_NAME], matrix([[1, 0.5]]))
+        assert torch.equal(c[B_NAME], matrix([[2], [-1]]))
+
+    def test_the_next_plan_brings_c_down_and_the_round_adds_to_it(self):
+        state = self.rule.aggregate(self.rule.init(START), replies(*self.changes))
+        plan = self.rule.plan(state, Site("site-3", 5))
+        assert torch.equal(plan.records["control"][B_NAME], matrix([[2], [-1]]))
+        again = self.rule.aggregate(state, replies(*self.changes))
+        assert torch.equal(again.record("scaffold-control")[A_NAME], matrix([[2, 1]]))
+
+    def test_a_gradient_is_told_in_the_coordinates_of_a_rank(self):
+        # R = 2, r = 1: s_r = 2 s and B_r = B / 2, so that a gradient of B counts twice there.
+        whole = adapter([[1, 0], [0, 1]], [[2, 0], [0, 2]])
+        own = adapter([[1, 0]], [[1], [0]], scale=2.0)
+        plan = TrainPlan(own)
+        record = {A_NAME: matrix([[1, 2], [3, 4]]), B_NAME: matrix([[5, 6], [7, 8]])}
+        down = sent_down(record, object(), plan, whole)
+        assert torch.equal(down[A_NAME], matrix([[1, 2]]))
+        assert torch.equal(down[B_NAME], matrix([[10], [14]]))
+        up = added({}, down, own, whole, 0.5)
+        assert torch.equal(up[A_NAME], matrix([[0.5, 1], [0, 0]]))
+        assert torch.equal(up[B_NAME], matrix([[2.5, 0], [3.5, 0]]))
+
+
+def test_feddyn():
+    # N = 4, alpha = 1/2. Changes from START: A [0 -1] and [-1 0], B [4 0]^T and [0 4]^T.
+    # h = - 1/2 1/4 (sum of the changes): A [1/8 1/8], B [-1/2 -1/2]^T.
+    # x = mean - h / alpha: A [1/2 1/2] - [1/4 1/4], B [2 2]^T + [1 1]^T.
+    rule = FedDyn(alpha=0.5).of_run(RunFacts(clients=4))
+    after = rule.aggregate(rule.init(START), replies({}, {}))
+    check(after, [[0.25, 0.25]], [[3], [3]])
+    assert torch.equal(after.record("feddyn-h")[A_NAME], matrix([[0.125, 0.125]]))
+    assert torch.equal(after.record("feddyn-h")[B_NAME], matrix([[-0.5], [-0.5]]))
+    plan = rule.plan(after, Site("site-1", 1))
+    assert plan.terms == (Dynamic(alpha=0.5),)
+
+
+def test_fednova():
+    # ||a|| = 2 and 6, p = 1/4 and 3/4: tau = 1/2 + 9/2 = 5.
+    # A: [1 1] + 5 (1/4 [0 -1] / 2 + 3/4 [-1 0] / 6) = [1 1] - [5/8 5/8]
+    # B: 5 (1/4 [4 0] / 2 + 3/4 [0 4] / 6) = [5/2 5/2]
+    rule = FedNova()
+    counted = [{"effective-steps": {"a": torch.tensor(a)}} for a in (2.0, 6.0)]
+    after = rule.aggregate(rule.init(START), replies(*counted))
+    check(after, [[0.375, 0.375]], [[2.5], [2.5]])
+
+
+def test_fednova_with_equal_steps_is_the_inner_rule():
+    counted = [{"effective-steps": {"a": torch.tensor(3.7)}}] * 2
+    after = FedNova().aggregate(FedNova().init(START), replies(*counted))
+    plain = play(FedAvgLoRA())
+    assert torch.equal(after.adapter.factors["m"].B, plain.adapter.factors["m"].B)
+
+
+def test_rules_draw_from_the_run_seed_unless_they_have_their_own():
+    def drawn(rule: FLoRA) -> Tensor:
+        return play(rule).adapter.factors["m"].A
+
+    seven = RunFacts(seed=7)
+    assert torch.equal(drawn(FLoRA().of_run(seven)), drawn(FLoRA(seed=7)))
+    assert torch.equal(drawn(FLoRA(seed=3).of_run(seven)), drawn(FLoRA(seed=3)))
+    assert torch.equal(drawn(FLoRA()), drawn(FLoRA(seed=0)))
+    assert not torch.equal(drawn(FLoRA(seed=7)), drawn(FLoRA(seed=3)))
+    seeded = FedSB(basis="seeded").of_run(seven)
+    assert seeded.plan(seeded.init(START), Site("a", 1)).basis == 7

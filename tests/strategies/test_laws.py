@@ -22,6 +22,7 @@ from fedft.core.types import (
     Factors,
     ServerState,
     Site,
+    TrainPlan,
     factor_name,
     part_of,
 )
@@ -35,8 +36,10 @@ from fedft.strategies import (
     FedAvgLoRA,
     FedAvgM,
     FedBuff,
+    FedDyn,
     FedExLoRA,
     FedMomentum,
+    FedNova,
     FedProx,
     FedRotLoRA,
     FedSALoRA,
@@ -54,6 +57,7 @@ from fedft.strategies import (
     NormClip,
     RaFLoRA,
     RoLoRA,
+    Scaffold,
     Strategy,
     TrimmedMean,
 )
@@ -98,6 +102,11 @@ Wire = Callable[[int, int], tuple[int, int]]
 
 def both(t: int, K: int) -> tuple[int, int]:
     return pi(RANK) + HEADS, pi(RANK) + HEADS
+
+
+def twice(t: int, K: int) -> tuple[int, int]:
+    """Control variates beside the adapter."""
+    return 2 * (pi(RANK) + HEADS), 2 * (pi(RANK) + HEADS)
 
 
 def fedex(t: int, K: int) -> tuple[int, int]:
@@ -190,6 +199,22 @@ TABLE = {
         unbiased=True,
     ),
     "fedprox": Row(FedProx(mu=0.1, inner=LoRAFAIR())),
+    "scaffold": Row(Scaffold(), twice),
+    "scaffold over lora-fair": Row(Scaffold(inner=LoRAFAIR()), twice),
+    "scaffold over hetlora": Row(Scaffold(inner=HetLoRA(gamma=1.0, beyond_rank="server")), twice),
+    "scaffold over rolora": Row(
+        Scaffold(inner=RoLoRA()),
+        lambda t, K: (
+            pi(RANK) + RANK * (OUT if t % 2 else IN) + 2 * HEADS,
+            2 * RANK * (OUT if t % 2 else IN) + 2 * HEADS,
+        ),
+    ),
+    "feddyn": Row(FedDyn(), own=False, layerwise=False),
+    "fednova": Row(FedNova(), lambda t, K: (pi(RANK) + HEADS, pi(RANK) + HEADS + 1)),
+    "fednova over scaffold": Row(
+        FedNova(inner=Scaffold()),
+        lambda t, K: (twice(t, K)[0], twice(t, K)[1] + 1),
+    ),
     "fedavgm": Row(FedAvgM(beta=0.0, lr=1.0)),
     "fedavgm over flexlora": Row(FedAvgM(inner=FlexLoRA()), own=False),
     "fedadam": Row(FedAdam(inner=LoRAFAIR()), own=False),
@@ -298,7 +323,23 @@ def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = No
         for name, tensor in plan.start.tensors().items()
     }
     sent = {name: tensors[name] for name in plan.sent()}
-    return ClientUpdate(site.name, site.examples, sent, plan.start)
+    records = {
+        record: {
+            name: 2 + 0.3 * torch.randn(shape, generator=g, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+        for record, shapes in plan.schema("sends").items()
+    }
+    return ClientUpdate(site.name, site.examples, sent, plan.start, records=records)
+
+
+def still(name: str, plan: TrainPlan) -> ClientUpdate:
+    """The reply of a client that learned nothing."""
+    zeros = {
+        record: {name: torch.zeros(shape) for name, shape in shapes.items()}
+        for record, shapes in plan.schema("sends").items()
+    }
+    return ClientUpdate(name, 4, plan.sent(), plan.start, records=zeros)
 
 
 def warm(rule: Strategy, dtype: torch.dtype = torch.float64, rounds: int = 2) -> ServerState:
@@ -436,7 +477,7 @@ def test_sites_that_learned_nothing_change_nothing(row: Row, dtype: torch.dtype)
     rule = row.rule
     state = replace(warm(rule, dtype), slots={})
     plans = {f"site-{k}": rule.plan(state, Site(f"site-{k}", 1)) for k in range(3)}
-    updates = [ClientUpdate(name, 4, plan.sent(), plan.start) for name, plan in plans.items()]
+    updates = [still(name, plan) for name, plan in plans.items()]
     after = rule.aggregate(state, updates)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-12
     assert (
@@ -535,7 +576,9 @@ def test_bytes_on_the_wire_are_the_formula(row: Row, count: int) -> None:
         plan = rule.plan(state, sites[0])
         updates = [reply(rule, state, site) for site in sites]
         down = codec.content_bytes(codec.Encoder("task").train(plan))
-        up = codec.content_bytes(codec.reply_content(updates[0].tensors, 3, {}))
+        up = codec.content_bytes(
+            codec.reply_content(updates[0].tensors, 3, {}, records=updates[0].records)
+        )
         expected_down, expected_up = row.wire(t, count)
         assert (down, up) == (4 * expected_down, 4 * expected_up), f"round {t}"
         state = rule.aggregate(state, updates)
@@ -626,6 +669,11 @@ def test_a_rank_above_the_global_one_is_refused() -> None:
         ({"name": "fedrot-lora", "strength": 1.5}, "strength"),
         ({"name": "fedprox", "mu": 0}, "mu"),
         ({"name": "fedprox", "inner": {"name": "flora", "delta-rank": -3}}, "delta-rank"),
+        ({"name": "scaffold", "inner": {"name": "flora"}}, "writes the entries anew"),
+        ({"name": "scaffold", "inner": {"name": "fedsa-lora"}}, "keeps B"),
+        ({"name": "scaffold", "inner": {"name": "hetlora"}}, "gamma = 1"),
+        ({"name": "feddyn", "inner": {"name": "fedbuff"}}, "rule of rounds"),
+        ({"name": "feddyn", "alpha": 0}, "alpha"),
         ({"name": "fedavgm", "beta": 1.0}, "beta"),
         ({"name": "fedadam", "tau": 0}, "tau"),
         ({"name": "fedyogi", "beta2": 1}, "beta2"),

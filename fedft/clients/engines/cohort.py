@@ -29,6 +29,8 @@ from fedft.clients.engines.checkpointing import (
 )
 from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.engines.frozen_blocks import Kept, Prefix
+from fedft.clients.engines.grouping import groups
+from fedft.clients.engines.rows import StackLosses, StackRows, records
 from fedft.clients.engines.stacked import (
     AdaptedLinear,
     Branch,
@@ -36,9 +38,9 @@ from fedft.clients.engines.stacked import (
     Segments,
     Stack,
     StackOptimizer,
-    same_layout,
 )
 from fedft.clients.engines.unpadded import Packing, Step, form_now, here, join
+from fedft.clients.methods import Method, asked, methods
 from fedft.core import seeds
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import Tally
@@ -48,6 +50,7 @@ from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.tasks import task_of
+from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
 
@@ -136,15 +139,17 @@ class CohortEngine:
         proximal terms, and the number and size of batches may differ.
 
         Raises:
-            ConfigError: a plan trains nothing, or asks for DP-SGD.
+            ConfigError: a plan trains nothing, or asks for gradients example by example (DP-SGD).
+            MismatchError: a plan asks for a method that is not known here.
         """
-        if any(plan.training.dp_noise for plan in plans):
+        for method in {method for plan in plans for method in asked(plan) if method.by_example}:
             raise ConfigError(
-                "DP-SGD takes gradients example by example, and a cohort's are taken site by site",
+                f"{kind_of(method.term)} takes gradients example by example, and a cohort's are taken "
+                "client by client",
                 fix="Set [engine] cohort = 1.",
             )
         results: dict[int, Trained] = {}
-        for members in _groups(plans):
+        for members in groups(plans):
             shared = plans[members[0]]
             # Sites with most steps first: those that have finished leave from the end.
             members = sorted(members, key=lambda k: -len(batches[k]))
@@ -158,6 +163,8 @@ class CohortEngine:
     ) -> list[Trained]:
         stack = self._stack([plan.start for plan in plans], plans[0])
         optimizer = StackOptimizer(stack, [plan.training for plan in plans])
+        rows = StackRows(plans, stack)
+        applied = methods(rows)
         scales = tuple(_scale(plan.start) for plan in plans)
         generators = self._generators(plans)
         device = self.base.device
@@ -176,24 +183,51 @@ class CohortEngine:
                     leaves = stack.leaves(count)
                 step = self._step(own, kept)
                 now = _Now(step, leaves, scales[:count], generators[:count])
-                losses[:count] += self._backward(now, stack, optimizer)
-                optimizer.add_proximal(count)
+                made, found = self._gradient(now, stack, rows, applied)
+                losses[:count] += found
+                for method in applied:
+                    method.correct(rows, count)
                 norms = norms or {
                     "grad_A_norm": stack.gradient_norms("A").tolist(),
                     "grad_B_norm": stack.gradient_norms("B").tolist(),
                 }
-                optimizer.step(count)
+                optimizer.step(count, clip=not made)
+        ends = [method.end(rows, [len(mine) for mine in batches]) for method in applied]
         return [
-            Trained(stack.read(k), _metrics(float(losses[k]), seen[k], len(mine), norms, k))
+            Trained(
+                stack.read(k),
+                _metrics(float(losses[k]), seen[k], len(mine), norms, k),
+                records(rows, k, ends),
+            )
             for k, mine in enumerate(batches)
         ]
 
-    def _backward(self, now: _Now, stack: Stack, optimizer: StackOptimizer) -> Tensor:
+    def _gradient(
+        self, now: _Now, stack: Stack, rows: StackRows, applied: Sequence[Method]
+    ) -> tuple[bool, Tensor]:
+        """The gradient of one step; whether a method made it; each site's loss times its rows, [K]."""
+        makers = [method for method in applied if method.makes_gradient]
+        if makers:
+            losses = StackLosses(partial(self._means, now))
+            if any(method.gradient(rows, losses) for method in makers):
+                sizes = torch.tensor(now.step.rows)
+                zero = torch.zeros(len(sizes), dtype=widest(self.base.device))
+                found = zero if losses.first is None else widened(losses.first).cpu() * sizes
+                return True, found.to(self.base.device)
+        return False, self._backward(now, stack)
+
+    def _means(self, now: _Now) -> Tensor:
+        """Each site's mean loss, without gradients. [K]"""
+        with torch.no_grad():
+            each = self._losses(now)
+        return torch.stack([own.sum() / max(len(own), 1) for own in each.split(now.step.items)])
+
+    def _backward(self, now: _Now, stack: Stack) -> Tensor:
         """Forward and backward of one step; each site's loss times its rows, [K]."""
         each, step = self._losses(now), now.step  # [m]
         share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
         weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
-        stack.backward(each @ weight + optimizer.penalty(now.leaves), now.leaves)
+        stack.backward(each @ weight, now.leaves)
         per_site = widened(each.detach() * weight).split(step.items)
         return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
 
@@ -410,43 +444,6 @@ def _weight(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight if isinstance(linear, nn.Linear) else weight.T
-
-
-def _groups(plans: Sequence[TrainPlan]) -> list[list[int]]:
-    """Indices of the plans that can share a pass, in order of first appearance."""
-    groups: list[list[int]] = []
-    for k, plan in enumerate(plans):
-        if not plan.start.tensors(plan.train):
-            raise ConfigError(f"the plan for site {plan.site!r} trains nothing")
-        for group in groups:
-            if _together(plans[group[0]], plan):
-                group.append(k)
-                break
-        else:
-            groups.append([k])
-    return groups
-
-
-def _together(a: TrainPlan, b: TrainPlan) -> bool:
-    return (
-        a.train == b.train
-        and a.training.optimizer == b.training.optimizer
-        and a.layers == b.layers
-        and same_layout(a.start, b.start)
-        and _same_delta(a.delta, b.delta)
-    )
-
-
-def _same_delta(a: Delta, b: Delta) -> bool:
-    return a is b or (
-        a.keys() == b.keys()
-        and all(
-            a[m].scale == b[m].scale
-            and torch.equal(a[m].folded_A(), b[m].folded_A())
-            and torch.equal(a[m].B, b[m].B)
-            for m in a
-        )
-    )
 
 
 def _scale(adapter: Adapter) -> float:

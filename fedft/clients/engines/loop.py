@@ -7,7 +7,7 @@ the loss over a vocabulary from :mod:`fedft.clients.engines.chunked_loss`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedft.clients.engines.base import Trained
+from fedft.clients.engines.by_example import own_gradients, recording
 from fedft.clients.engines.checkpointing import recomputable, recomputed, without_cache
 from fedft.clients.engines.chunked_loss import Vocabulary
-from fedft.clients.methods.dp_sgd import private_steps
+from fedft.clients.engines.rows import LoopRows, records
+from fedft.clients.methods import Method, methods
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
@@ -36,7 +38,6 @@ from fedft.core.types import (
     Part,
     TrainPlan,
     factor_name,
-    module_of,
     part_of,
 )
 from fedft.core.types import clone as copy_of
@@ -93,47 +94,70 @@ class LoopEngine(ABC):
         with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
             with recomputed(self._recomputed), without_cache(self.base.model):
-                metrics = self._loop(plan, batches)
+                metrics, left = self._loop(plan, batches)
         self._dropout(False)
-        return Trained(self._read(plan.start), metrics)
+        return Trained(self._read(plan.start), metrics, left)
 
-    def _loop(self, plan: TrainPlan, batches: Sequence[Batch]) -> dict[str, float]:
-        trained = [p for _, p in self._named() if p.requires_grad]
-        anchor = [p.detach().clone() for p in trained] if plan.training.proximal_mu else []
+    def _loop(
+        self, plan: TrainPlan, batches: Sequence[Batch]
+    ) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
+        """Train in place; the metrics, and what the plan's methods leave behind."""
+        present = plan.start.tensors()
+        named = {n: p for n, p in self._named() if p.requires_grad}
+        trained = list(named.values())
+        frozen = {n: p for n, p in self._named() if n not in named and n in present}
+        rows = LoopRows(plan, named, frozen)
+        applied = methods(rows)
         optimizer = make_optimizer(trained, plan.training)
-
-        def penalties() -> Iterator[Tensor]:
-            return self._penalties(plan.training, trained, anchor)
-
-        if plan.training.dp_noise:
-            return private_steps(
-                self._model, optimizer, plan.training, batches, self._own_losses, penalties
-            )
         loss_sum, examples = 0.0, 0
         first: dict[str, float] = {}
-        for batch in batches:
-            loss = self._mean_loss(batch)
-            total = sum(penalties(), loss)
-            optimizer.zero_grad()
-            total.backward()
-            first = first or self._gradient_norms()
-            if plan.training.clip_norm is not None:
-                nn.utils.clip_grad_norm_(trained, plan.training.clip_norm)
-            optimizer.step()
-            loss_sum += float(loss.detach()) * len(batch)
-            examples += len(batch)
-        return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}
+        with recording(self._model) if any(m.by_example for m in applied) else nullcontext():
+            for batch in batches:
+                made, loss = self._gradient(batch, rows, trained, applied)
+                first = first or self._gradient_norms()
+                if plan.training.clip_norm is not None and not made:
+                    nn.utils.clip_grad_norm_(trained, plan.training.clip_norm)
+                optimizer.step()
+                loss_sum += loss * len(batch)
+                examples += len(batch)
+        if applied:
+            rows.take()
+        left = records(rows, 0, [method.end(rows, [len(batches)]) for method in applied])
+        if any(method.silent for method in applied):
+            return {"steps": float(len(batches))}, left
+        return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}, left
 
-    def _penalties(
-        self, training: LocalTraining, trained: Sequence[Tensor], anchor: Sequence[Tensor]
-    ) -> Iterator[Tensor]:
-        """The terms of the loss that depend on the weights alone."""
-        for parameter, start in zip(trained, anchor, strict=False):
-            yield training.proximal_mu / 2 * (parameter - start).square().sum()
-        if training.tail_penalty:
-            yield training.tail_penalty * self._tail(training.tail_keep)
+    def _gradient(
+        self,
+        batch: Batch,
+        rows: LoopRows,
+        trained: Sequence[nn.Parameter],
+        applied: Sequence[Method],
+    ) -> tuple[bool, float]:
+        """The gradient of one step, in the parameters; whether a method made it; the mean loss."""
+        makers = [method for method in applied if method.makes_gradient]
+        losses = _Losses(self, batch, rows, trained)
+        if makers:
+            rows.take()
+        made = any(method.gradient(rows, losses) for method in makers)
+        if made:
+            rows.put()  # as it was, whatever was tried in between
+            loss = losses.first
+        else:
+            value = self.mean_loss(batch)
+            for parameter in trained:
+                parameter.grad = None
+            value.backward()
+            loss = float(value.detach())
+            if applied:
+                rows.take()
+        for method in applied:
+            method.correct(rows, 1)
+        if applied:
+            rows.give()
+        return made, loss
 
-    def _mean_loss(self, batch: Batch) -> Tensor:
+    def mean_loss(self, batch: Batch) -> Tensor:
         """The task's loss. Scalar"""
         if self._vocabulary is None:
             return self._mean(self._outputs(batch), batch.labels.to(self.base.device))
@@ -161,7 +185,7 @@ class LoopEngine(ABC):
         scored = self._task.scored(targets)
         return states[scored], targets[scored]
 
-    def _own_losses(self, batch: Batch) -> Tensor:
+    def own_losses(self, batch: Batch) -> Tensor:
         """The sum of each example's own mean loss, which no other example of the batch changes."""
         if not self._task.alone:
             raise MismatchError(
@@ -210,16 +234,6 @@ class LoopEngine(ABC):
     def _read(self, start: Adapter) -> Adapter:
         present = start.tensors()
         return start.replaced({n: copy_of(p) for n, p in self._named() if n in present})
-
-    def _tail(self, keep: float) -> Tensor:
-        """HetLoRA's regulariser: sum of ||B[:, k:]||_F ||A[k:, :]||_F, k = floor(keep * r)."""
-        named = dict(self._layers_named())
-        products: list[Tensor] = []
-        for module in dict.fromkeys(map(module_of, named)):
-            A, B = named[factor_name(module, "A")], named[factor_name(module, "B")]
-            k = int(keep * A.shape[0])
-            products.append(_norm(B[:, k:]) * _norm(A[k:]))
-        return torch.stack(products).sum()
 
     def _gradient_norms(self) -> dict[str, float]:
         def norm(part: Part) -> float:
@@ -301,9 +315,33 @@ class PeftEngine(LoopEngine):
         self._load_head(adapter, plan)
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Frobenius norm, with a gradient of zero where x is zero."""
-    return torch.sqrt(x.square().sum() + torch.finfo(x.dtype).tiny)
+class _Losses:
+    """The step in hand, see :class:`fedft.clients.methods.Losses`."""
+
+    def __init__(
+        self, engine: LoopEngine, batch: Batch, rows: LoopRows, trained: Sequence[nn.Parameter]
+    ) -> None:
+        self._engine, self._batch, self._rows, self._trained = engine, batch, rows, trained
+        self._first: float | None = None
+
+    @property
+    def first(self) -> float:
+        """What the first call of :meth:`mean` gave; zero without any."""
+        return self._first or 0.0
+
+    def mean(self) -> Tensor:
+        """See :class:`fedft.clients.methods.Losses`. [1]"""
+        self._rows.put()
+        with torch.no_grad():
+            loss = self._engine.mean_loss(self._batch)
+        if self._first is None:
+            self._first = float(loss)
+        return loss[None]
+
+    def by_example(self) -> list[Tensor]:
+        """See :class:`fedft.clients.methods.Losses`."""
+        engine, batch = self._engine, self._batch
+        return own_gradients(self._trained, len(batch), lambda: engine.own_losses(batch))
 
 
 class _Cored(nn.Module):

@@ -232,6 +232,24 @@ class Stack:
         for (name, leaf), gradient in zip(trained.items(), gradients, strict=True):
             self._view(name, self.grad)[: len(leaf)].copy_(gradient)
 
+    def add_gradient(self, term: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Add the gradient of a scalar to :attr:`grad`, as far as it depends on what trains."""
+        if not term.requires_grad:
+            return
+        trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        gradients = torch.autograd.grad(term, list(trained.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(trained.items(), gradients, strict=True):
+            if gradient is not None:
+                self._view(name, self.grad)[: len(leaf)].add_(gradient)
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of this PEFT name is in :attr:`theta`."""
+        return name in self._slots and self._slots[name].trains
+
+    def own(self, name: str, k: int, flat: Tensor) -> Tensor:
+        """One site's tensor in a buffer laid out as :attr:`theta`, without its padding. A view."""
+        return self._own(name, k, self.adapters[k].tensors()[name].shape, flat)
+
     def gradient_norms(self, part: Part) -> Tensor:
         """Norm of the present gradient over one part of every site, [K], float64 if the device has it."""
         squares = torch.zeros(len(self.adapters), dtype=widest(self.device), device=self.device)
@@ -249,9 +267,9 @@ class Stack:
         }
         return start.replaced({name: tensor.contiguous() for name, tensor in trained.items()})
 
-    def _own(self, name: str, k: int, shape: Sequence[int]) -> Tensor:
+    def _own(self, name: str, k: int, shape: Sequence[int], buffer: Tensor | None = None) -> Tensor:
         """One site's tensor without its padding, as adapters shape it. A view."""
-        own = self._view(name)[k]
+        own = self._view(name, buffer)[k]
         own = own.T if part_of(name) == "B" else own
         return own[tuple(slice(size) for size in shape)]
 
@@ -316,65 +334,16 @@ class StackOptimizer:
         clips = [float("inf") if s.clip_norm is None else s.clip_norm for s in settings]
         self._clip = torch.tensor(clips, dtype=dtype, device=device)
         self._clips = any(s.clip_norm is not None for s in settings)
-        mu = [s.proximal_mu for s in settings]
-        self._mu = torch.tensor(mu, dtype=dtype, device=device)[:, None]
-        self._anchor = stack.theta.clone() if any(mu) else None
-        self._tails = _Tails.of(stack, settings)
 
-    def penalty(self, leaves: Mapping[str, Tensor]) -> Tensor | float:
-        """The sum of the sites' tail penalties; zero where no site has one."""
-        return 0.0 if self._tails is None else self._tails.penalty(leaves)
-
-    def add_proximal(self, count: int) -> None:
-        """Add ``mu (theta - theta_start)``, the proximal term's gradient."""
-        if self._anchor is not None:
-            drift = self._stack.theta[:count] - self._anchor[:count]
-            self._stack.grad[:count].add_(drift.mul_(self._mu[:count]))
-
-    def step(self, count: int) -> None:
+    def step(self, count: int, *, clip: bool = True) -> None:
         """Clip each site's gradient by its own norm and step the first ``count`` sites."""
         grad = self._stack.grad[:count]
-        if self._clips:  # as torch.nn.utils.clip_grad_norm_
+        if self._clips and clip:  # as torch.nn.utils.clip_grad_norm_
             norm = torch.linalg.vector_norm(grad, dim=1)
             grad.mul_((self._clip[:count] / (norm + 1e-6)).clamp_(max=1.0)[:, None])
         for k, row in enumerate(self._rows):
             row.grad = grad[k] if k < count else None
         self._optimizer.step()
-
-
-@dataclass(frozen=True, eq=False)
-class _Tails:
-    """HetLoRA's regulariser of each site, see :class:`~fedft.core.types.LocalTraining`.
-
-    Attributes:
-        strength: lambda of each site, [K].
-        tail: 1 for the ranks that are penalised, [K, r, 1]. Pads count too: they are zero.
-    """
-
-    strength: Tensor
-    tail: Tensor
-
-    @staticmethod
-    def of(stack: Stack, settings: Sequence[LocalTraining]) -> "_Tails | None":
-        if not any(own.tail_penalty for own in settings):
-            return None
-        ranks = [adapter.rank for adapter in stack.adapters]
-        first = [int(own.tail_keep * rank) for own, rank in zip(settings, ranks, strict=True)]
-        like = {"dtype": stack.theta.dtype, "device": stack.device}
-        tail = torch.arange(max(ranks)) >= torch.tensor(first)[:, None]
-        strength = torch.tensor([own.tail_penalty for own in settings], **like)
-        return _Tails(strength, tail[..., None].to(**like))
-
-    def penalty(self, leaves: Mapping[str, Tensor]) -> Tensor:
-        """``sum_k lambda_k sum_modules ||B[:, tail]||_F ||A[tail, :]||_F``. Scalar."""
-        norms: dict[Part, list[Tensor]] = {"A": [], "B": []}
-        for name, leaf in leaves.items():
-            if (part := part_of(name)) in norms:
-                squares = (leaf * self.tail[: len(leaf)]).square().sum((1, 2))
-                # The gradient at zero is zero, as in the plain loop.
-                norms[part].append((squares + torch.finfo(leaf.dtype).tiny).sqrt())
-        products = torch.stack(norms["A"]) * torch.stack(norms["B"])  # [modules, K]
-        return (products.sum(0) * self.strength[: products.shape[1]]).sum()
 
 
 def _make(kind: str, groups: dict[tuple[float, ...], list[Tensor]]) -> torch.optim.Optimizer:
