@@ -1,6 +1,8 @@
 """Terms: what they say of themselves is one schema, and what comes from others is held to it."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -201,3 +203,20 @@ def test_a_name_belongs_to_the_part_that_made_it() -> None:
 def test_a_plan_names_parts_that_there_are() -> None:
     with pytest.raises(ValueError, match="'a' is no part of an adapter"):
         TrainPlan(adapter(), train=frozenset({"a"}))
+
+
+def test_the_recipe_as_it_is_printed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.split("## A new record of tensors")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    made: dict[str, Any] = {"__name__": __name__}
+    exec(code, made)
+    term = made["Pull"]()
+    asked = plan(terms=(term,))
+    schema = PlanSchema.of(asked)
+    assert (schema.down.keys(), schema.up.keys(), schema.kept.keys()) == (
+        {"arrays", "anchor"},
+        {"arrays", "distance"},
+        {"own-anchor"},
+    )
+    assert schema.up["distance"] == schema.up["arrays"]
