@@ -167,8 +167,8 @@ def test_what_a_refused_reply_left_at_its_client_does_not_count(
         monkeypatch.setattr(setting, "CLIENT_APP", "tests.server.drift_app:app")
     honest = exchange.validate
 
-    def strict(content: Any, plan: TrainPlan, site: Any, limits: Any) -> Any:
-        update = honest(content, plan, site, limits)
+    def strict(content: Any, plan: TrainPlan, site: Any, *rest: Any) -> Any:
+        update = honest(content, plan, site, *rest)
         if plan.round in (2, 3) and site.name.endswith(("1", "4", "6")):
             raise UpdateRejected("norm", "as it happens")
         return update
@@ -185,12 +185,12 @@ def test_an_attempt_that_does_not_count_leaves_nothing_at_clients(
 ) -> None:
     honest, refused = exchange.validate, 3
 
-    def strict(content: Any, plan: TrainPlan, site: Any, limits: Any) -> Any:
+    def strict(content: Any, plan: TrainPlan, site: Any, *rest: Any) -> Any:
         nonlocal refused
         if plan.round == 2 and refused:
             refused -= 1
             raise UpdateRejected("norm", "as it happens")
-        return honest(content, plan, site, limits)
+        return honest(content, plan, site, *rest)
 
     monkeypatch.setattr(exchange, "validate", strict)
     table = tiny_table(rounds={"quorum": 2, "retries": 2, "count": 4})
