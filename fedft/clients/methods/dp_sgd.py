@@ -27,7 +27,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedft.core.errors import EnvironmentFailure, MismatchError
+from fedft.core.errors import MismatchError
+from fedft.core.extras import extra
 from fedft.core.privacy import entropy
 from fedft.core.privacy.mechanism import GaussianSum
 from fedft.core.types import Batch, LocalTraining
@@ -128,11 +129,7 @@ def _per_example(model: nn.Module) -> Iterator[None]:
 
 
 def _opacus() -> Any:
-    try:
+    with extra("privacy", "this run trains with differential privacy"):
         import opacus
-    except ImportError as error:
-        raise EnvironmentFailure(
-            "opacus is not installed, and this run trains with differential privacy",
-            fix="pip install 'fedft[privacy]'",
-        ) from error
+
     return opacus

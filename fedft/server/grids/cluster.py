@@ -9,7 +9,7 @@ reads the token settings from the environment of that moment.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import logging
 import os
 import secrets
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core.errors import EnvironmentFailure, SecurityRefusal
+from fedft.core.extras import extra
 from fedft.server.grids import ray_cleanup
 
 _OBJECT_STORE_BYTES = 2**30
@@ -251,13 +252,9 @@ class _Session:
 
 def _connect(environment: Mapping[str, str], **settings: Any) -> Any:
     """``ray.init``, quietly and without its side effects on this process. Returns the module."""
-    if importlib.util.find_spec("ray") is None:
-        raise EnvironmentFailure(
-            "Ray is not installed, and the Ray engine needs it",
-            fix="Install it with pip install 'flwr[simulation]', or set engine.backend to 'inline'.",
-        )
     with _environment(_QUIET | {"RAY_AUTH_MODE": "token"}, environment), _own_signal_handler():
-        import ray
+        with extra("simulation", "[engine] backend = 'ray' needs it; 'processes' does without"):
+            import ray
 
         _read_auth_settings()
         try:
