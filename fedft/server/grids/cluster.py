@@ -255,6 +255,17 @@ def _connect(environment: Mapping[str, str], **settings: Any) -> Any:
     with _environment(_QUIET | {"RAY_AUTH_MODE": "token"}, environment), _own_signal_handler():
         with extra("simulation", "[engine] backend = 'ray' needs it; 'processes' does without"):
             import ray
+            from ray.job_config import JobConfig
+
+        class Here(JobConfig):
+            """A job whose workers search where this process does, and not in its folder first.
+
+            Ray puts the current folder before all else on their path: a file there that is called
+            as a package (``types.py``, ``torch.py``) would be imported in its place.
+            """
+
+            def _runtime_env_has_working_dir(self) -> bool:
+                return True  # Ray leaves the path alone then
 
         _read_auth_settings()
         try:
@@ -262,6 +273,7 @@ def _connect(environment: Mapping[str, str], **settings: Any) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=Here(),
                 **settings,
             )
         except Exception as error:
