@@ -226,6 +226,7 @@ def test_every_command_and_every_module_has_its_place() -> None:
 
 
 @pytest.mark.deploy
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="no mkdocstrings")
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for page in ("index", "papers", "reference/options", "reference/commands"):
