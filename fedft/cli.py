@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fedft.core.errors import FedftError
+from fedft.core.extras import need
 from fedft.core.quiet import quiet
 from fedft.deploy_cli import add_commands
 
@@ -38,8 +39,19 @@ Confidence = Annotated[
 _debug = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from fedft import __version__
+
+        print(f"fedft {__version__}")
+        raise typer.Exit
+
+
 @cli.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks of expected errors.")] = False,
     verbose: Annotated[bool, typer.Option(help="Let the libraries below speak.")] = False,
 ) -> None:
@@ -65,6 +77,8 @@ def simulate(
     from fedft.server.run import simulate
 
     parsed = load_config(config, _overrides(settings, backend, workers))
+    if report_too:
+        need("report", "--report needs it")
     with _graceful() as stop, RunConsole(json_output=json) as console:
         run = simulate(parsed, run_dir, observer=console, stop=stop)
     if report_too:
@@ -98,6 +112,8 @@ def compare(
     from fedft.server import compare as comparison
     from fedft.server.config_file import load_config
 
+    if report_to is not None:
+        need("report", "--report needs it")
     names = [name.strip() for name in strategies.split(",")] if arms is None else []
     parsed = load_config(config, _overrides(settings, backend, workers), names)
     numbers = _numbers(seeds)
@@ -218,6 +234,28 @@ def report(
     target = output or run_dirs[0] / "report" / "report.html"
     write_report(run_dirs, target, confidence)
     print(target)
+
+
+@cli.command()
+def init(
+    folder: Annotated[
+        Path | None, typer.Argument(help="To make; by default called as the example is.")
+    ] = None,
+    example: Annotated[str, typer.Option(help="Which one; see --list.")] = "quickstart",
+    list_: Annotated[bool, typer.Option("--list", help="List the examples.")] = False,
+) -> None:
+    """Copy an example, to be edited and run."""
+    from fedft.init import copy_example, examples
+
+    if list_:
+        known = examples()
+        width = max(len(one.name) for one in known)
+        print("\n".join(f"{one.name:<{width}}  {one.about}" for one in known))
+        return
+    target = folder or Path(example)
+    commands = copy_example(example, target)
+    print(f"{example} → {target}. Next:")
+    print("\n".join(f"  {command}" for command in commands))
 
 
 @cli.command()

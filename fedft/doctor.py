@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_REQUIRED = ("torch", "transformers", "peft", "flwr", "ray", "datasets", "safetensors", "pydantic")
+from fedft.core.extras import EXTRAS, installed
+
+_REQUIRED = ("torch", "transformers", "peft", "flwr", "safetensors", "pydantic")
 _ROOM_MIB = 1024
 
 
@@ -33,6 +35,7 @@ def examine() -> list[Finding]:
     looks: tuple[Callable[[], Finding], ...] = (
         _python,
         _packages,
+        _extras,
         _processor,
         _accelerator,
         _disk,
@@ -53,6 +56,13 @@ def _packages() -> Finding:
     if missing:
         return Finding("packages", False, f"missing: {', '.join(missing)}; pip install fedft")
     return Finding("packages", True, ", ".join(f"{name} {_version(name)}" for name in _REQUIRED))
+
+
+def _extras() -> Finding:
+    missing = [name for name in EXTRAS if not installed(name)]
+    there = ", ".join(name for name in EXTRAS if name not in missing) or "none"
+    rest = f"; without {', '.join(missing)}: pip install 'fedft[NAME]'" if missing else ""
+    return Finding("extras", True, there + rest)
 
 
 def _version(name: str) -> str | None:

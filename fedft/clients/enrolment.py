@@ -70,7 +70,9 @@ class Renewal:
     """Credentials of a site that runs for longer than a certificate lasts.
 
     Args:
-        kit, folder, tell: as for :func:`enrolled`.
+        kit: as for :func:`enrolled`.
+        folder: likewise.
+        tell: likewise.
         clock: in seconds.
     """
 

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from fedft.core.errors import MismatchError
+from fedft.core.extras import extra
 from fedft.core.files import MIB
 
 ALWAYS = 256 * MIB
@@ -87,7 +88,8 @@ def read_parquet(source: str, data: bytes) -> Any:
     """
     import io
 
-    import pyarrow.parquet as parquet
+    with extra("data", f"{source} is a Parquet file"):
+        import pyarrow.parquet as parquet
 
     about = parquet.ParquetFile(io.BytesIO(data)).metadata
     values = sum(
@@ -108,8 +110,9 @@ def read_parquet(source: str, data: bytes) -> Any:
 
 def _decoded(array: Any) -> int:
     """Bytes of an array once no value stands for several, as Python's objects would hold them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    with extra("data", "a Parquet file is read by it"):
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
     kind = array.type
     if pa.types.is_dictionary(kind):

@@ -10,6 +10,7 @@ it can be mailed, archived beside a paper, printed, or read on a phone.
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedft.core.extras import need
 from fedft.core.files import disk, write_file
 from fedft.report import page
 from fedft.report.records import load
@@ -30,8 +31,9 @@ def write_report(run_dirs: Sequence[Path], output: Path, confidence: float | Non
         ConfigError: a path is no run directory, nothing has been completed yet, two runs are the
             same, or an interval is asked for where there is one seed.
         IntegrityError: a run directory is damaged.
-        EnvironmentFailure: the file cannot be written.
+        EnvironmentFailure: the file cannot be written, or matplotlib is not installed.
     """
+    need("report", "a report needs it")
     records, waiting = load(run_dirs)
     if len(records) == 1 and not waiting and confidence is None:
         html = page.of_run(records[0])

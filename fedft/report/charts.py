@@ -16,6 +16,7 @@ from html import escape
 from math import floor, log10
 from typing import TYPE_CHECKING, Any
 
+from fedft.core.extras import extra
 from fedft.report.groups import Group
 from fedft.report.records import clean
 
@@ -141,8 +142,9 @@ def numbered(slot: int) -> Style:
 @contextmanager
 def canvas(width: float = 4.7, height: float = 3.0) -> "Iterator[tuple[Figure, Axes]]":
     """An empty figure of one pair of axes, in inches, in the page's style."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    with extra("report", "a report needs it"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_RC):
         # 72 dots an inch: pixels are points, in what is measured here and in the SVG.

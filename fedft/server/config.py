@@ -220,7 +220,11 @@ class EngineSpec(Table):
 
 
 class RunConfig(Table):
-    """A whole run. Every key has its default in code; :meth:`to_toml` writes all of them out."""
+    """A whole run. Every key has its default in code; :meth:`to_toml` writes all of them out.
+
+    Attributes:
+        seed: of everything that is drawn: the partition, the first adapter, cohorts and batches.
+    """
 
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()

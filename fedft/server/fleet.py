@@ -101,7 +101,17 @@ WholeNumbers = Annotated[
 
 
 class Device(Table):
-    """One device, or one class of devices: a row of the file. See the module for the columns."""
+    """One device, or one class of devices: a row of the file.
+
+    Attributes:
+        site: the one client that has it; None where devices are dealt out by ``share``.
+        name: of the class of devices, for reading alone.
+        share: weight of the class in the deal, relative to the others.
+        rank: LoRA rank; None is the run's.
+        memory_mib: what it grants to training; None is no limit.
+        samples_per_s: examples that it trains on in a second; None takes no time.
+        up_mbps, down_mbps: bandwidth in megabits a second; None takes no time.
+    """
 
     site: str | None = None
     name: str | None = None

@@ -24,6 +24,8 @@ The base change D since the first round travels with every plan, since sites are
 stored at no more than rank min(d_out, d_in), without loss, and may be cut by an SVD
 (``delta_rank``), with loss. The tails are never cut. The head is averaged.
 
+State: experimental, as it is in no paper.
+
 Wire, round t: pi(r_k) numbers down and as many up, plus the frozen part, down, at rank
 min(d, rank of D + R - r_k) times (d_in + d_out) numbers a layer, where d = min(d_out, d_in) and the
 rank of D is min(d, delta_rank, sum over all earlier rounds of (min(d, sum_k r_k + R - min_k r_k) -

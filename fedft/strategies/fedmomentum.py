@@ -9,6 +9,8 @@
 The total is exact, as with FLoRA, and sites go on from the leading directions, where FLoRA starts
 from nothing.
 
+State: experimental, as the paper's opening alone could be read.
+
 Departures from the paper, of which the opening was read: the square root on both factors is our
 reading; the decomposition is exact where the paper's is randomised; and the residual is always
 merged, where the paper says it "can be". Mixed ranks are ours: a site of rank r trains the r

@@ -16,6 +16,8 @@ comes back with zeros and averages the factors, weighted by the norm of each sit
 The truncated rows are the same for all ranks only if all use one scale: sites train with the
 server's s = alpha / R whatever their rank.
 
+State: experimental, as the paper's full text could not be read.
+
 Departures from the paper, of which only the abstract, figures and third-party notes could be read.
 The decision to prune is taken by the server, which knows both ends of the comparison (what it sent,
 what came back), by the same inequality; the site's reply then travels at the rank it had, and the

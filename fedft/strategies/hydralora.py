@@ -6,7 +6,9 @@
 
     y = W x + s sum_i w_i(x) B_i A x        w(x) = softmax(W_g x)        i = 1 … N
 
-The paper does not federate it. There are three ways to, by ``mode``:
+State: experimental, as the first paper trains in one place.
+
+Departures from the paper: it does not federate the method. There are three ways to, by ``mode``.
 
 ``clustered`` (default). Each site belongs to one of at most N clusters and trains A, the head of
 its cluster, its own router and the task head, beside the other clusters' heads, which are frozen:

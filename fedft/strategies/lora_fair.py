@@ -32,6 +32,8 @@ curvature, and is halved for as long as the objective would rise: dB is never wo
 B is of ordinary size (||X A||_F^2 / lambda_max above four steps) neither comes into play. With X A
 or dW at zero there is no direction, and dB = 0.
 
+State: experimental, as neither the paper's full text nor its code could be read.
+
 Departures from the paper, whose code could not be read. As printed, the objective would minimise
 the similarity: 1 - cos is meant. The printed norm is not squared; started from dB = 0 it has a dead
 zone in which the rule silently is FedAvg-LoRA, so the square is used, as forks do. Some forks start

@@ -13,6 +13,8 @@ blocks (l, h] at the ranks of the fleet, and each is averaged over the sites tha
 Since a site takes part in a block in whole or not at all, the weight of rank i of site k is
 n_k [r_k >= i] / sum_j n_j [r_j >= i]: no list of levels is needed.
 
+State: experimental, as the paper's abstract alone could be read.
+
 Departures from the paper, of which abstract and notes were read: ranks that no site of the round
 holds keep the server's present components (ours; without it, one cohort of small sites would erase
 what the large ones learned). Fresh directions get a unit row in A, as in FlexLoRA. The head is

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fedft.core.errors import EnvironmentFailure, MismatchError
+from fedft.core.errors import MismatchError
+from fedft.core.extras import extra
 
 
 def own_gradients(
@@ -69,11 +70,6 @@ def recording(model: nn.Module) -> Iterator[None]:
 
 
 def _opacus() -> Any:
-    try:
+    with extra("privacy", "this run trains with differential privacy"):
         import opacus
-    except ImportError as error:
-        raise EnvironmentFailure(
-            "opacus is not installed, and this run trains with differential privacy",
-            fix="pip install 'fedft[privacy]'",
-        ) from error
     return opacus

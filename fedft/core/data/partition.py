@@ -15,6 +15,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from fedft.core.data.source import codes
 from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
+from fedft.core.extras import extra
 from fedft.core.files import MIB, open_plain, read_plain
 from fedft.core.seeds import derive, numpy_generator
 from fedft.core.spec import PartitionSpec
@@ -337,9 +339,10 @@ def _try_dirichlet(
     skewed: NDArray[np.int64], clients: int, alpha: float, min_rows: int, seed: int
 ) -> Parts | None:
     """The library draws eleven times before it gives up: None then."""
-    from flwr_datasets.partitioner import (  # pyright: ignore[reportMissingTypeStubs]
-        DirichletPartitioner,
-    )
+    with _library("dirichlet"):
+        from flwr_datasets.partitioner import (  # pyright: ignore[reportMissingTypeStubs]
+            DirichletPartitioner,
+        )
 
     partitioner = DirichletPartitioner(
         clients, "skewed", float(alpha), min_rows, seed=derive(seed, "partition")
@@ -370,9 +373,10 @@ def _feasible(spec: PartitionSpec, skewed: NDArray[np.int64], clients: int, seed
 
 
 def _shards(spec: PartitionSpec, skewed: NDArray[np.int64], clients: int, seed: int) -> Parts:
-    from flwr_datasets.partitioner import (  # pyright: ignore[reportMissingTypeStubs]
-        ShardPartitioner,
-    )
+    with _library("shards"):
+        from flwr_datasets.partitioner import (  # pyright: ignore[reportMissingTypeStubs]
+            ShardPartitioner,
+        )
 
     _check_enough(len(skewed), clients, spec.shards_per_client, "shards")
     partitioner = ShardPartitioner(
@@ -384,9 +388,14 @@ def _shards(spec: PartitionSpec, skewed: NDArray[np.int64], clients: int, seed: 
         return _drained(partitioner, skewed, clients)
 
 
+def _library(kind: str) -> AbstractContextManager[None]:
+    return extra("simulation", f"[data] partition = {{ kind = {kind!r} }} needs it")
+
+
 def _drained(partitioner: Any, skewed: NDArray[np.int64], clients: int) -> Parts:
     """All parts of a flwr-datasets partitioner, through its public interface."""
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
+    with extra("data", "a partition by flwr-datasets needs it"):
+        import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     columns = {"row": np.arange(len(skewed), dtype=np.int32), "skewed": skewed}
     table: Any = datasets.Dataset

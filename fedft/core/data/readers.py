@@ -22,6 +22,7 @@ from fedft.core import bombs
 from fedft.core.data.raw import BadRows, RawTable
 from fedft.core.data.text_files import Read, Stream, read_csv, read_json, read_tsv, table_of
 from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.extras import extra
 from fedft.core.packages import package_folder
 
 WORDNET = "wordnet-supersenses"
@@ -85,7 +86,8 @@ def local_path(source: str) -> Path | None:
 
 
 def _read_parquet(source: str, stream: Stream, _: BadRows) -> RawTable:
-    import pyarrow as pa
+    with extra("data", f"{source} is a Parquet file"):
+        import pyarrow as pa
 
     try:
         table: Any = bombs.read_parquet(source, stream.read())
@@ -254,7 +256,8 @@ _WHEELS: Mapping[str, Callable[[str, Path, BadRows], RawTable]] = {
 def _read_datasets(
     source: str, subset: str | None, split: str, key: str, *, local: bool
 ) -> RawTable:
-    import datasets
+    with extra("data", f"{key} = {source!r} is read by it"):
+        import datasets
 
     arguments = ", ".join([repr(source), *([repr(subset)] if subset else []), f"split={split!r}"])
     try:
@@ -275,7 +278,8 @@ def _read_datasets(
 
 def _from_dataset(source: str, data: Any) -> RawTable:
     """Class ids become names, and images stay encoded: thousands of decoded ones fill memory."""
-    import datasets
+    with extra("data", f"{source} is read by it"):
+        import datasets
 
     columns: dict[str, Sequence[object]] = {}
     for name, feature in data.features.items():
@@ -308,8 +312,10 @@ def _hub_answers() -> bool:
 @contextmanager
 def _offline_unless(online: bool) -> Generator[None]:
     """Sends the library straight to its cache; it reads its setting at import, so it is set there."""
-    from datasets import config
     from huggingface_hub import constants
+
+    with extra("data", "a source on the hub is read by it"):
+        from datasets import config
 
     if online:
         yield

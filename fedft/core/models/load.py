@@ -3,7 +3,6 @@
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
 import hashlib
-import importlib.util
 import json
 import re
 import tempfile
@@ -24,6 +23,7 @@ from fedft.core.checkpoint import (
     refusing,
 )
 from fedft.core.errors import EnvironmentFailure, MismatchError
+from fedft.core.extras import need
 from fedft.core.models.base import Base, block_index
 from fedft.core.models.layers import block_list
 from fedft.core.models.sizes import check_known, geometry
@@ -195,11 +195,7 @@ def check_quantized(bits: str, device: str) -> None:
             f"{wanted} needs a CUDA device, and the workers here run on the CPU",
             fix="Set [engine] gpus-per-worker on a machine with one, or leave load-in out.",
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EnvironmentFailure(
-            f"{wanted} needs bitsandbytes, which is not installed",
-            fix="pip install 'fedft[quantized]'",
-        )
+    need("quantized", f"{wanted} needs it")
 
 
 def _quantization(bits: str, dtype: torch.dtype, device: str, head: Head) -> dict[str, Any]:

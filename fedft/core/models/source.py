@@ -19,6 +19,7 @@ from fedft.core.checkpoint import (
     reading,
 )
 from fedft.core.errors import MismatchError, SecurityRefusal
+from fedft.core.extras import need
 from fedft.core.files import disk
 from fedft.core.packages import package_folder
 from fedft.core.spec import ModelSpec
@@ -80,6 +81,7 @@ def _converted(gguf: Path, version: str) -> Path:
     folder = cache_folder() / f"{gguf.stem}-{version}"
     if (folder / "complete").exists():
         return folder
+    need("gguf", f"{gguf.name} is a GGUF file")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": gguf.name}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.core.errors import ConfigError, EnvironmentFailure
+from fedft.core.errors import ConfigError
+from fedft.core.extras import extra
 
 Event = tuple[float, float, int]
 """Noise multiplier, sampling rate, and how often."""
@@ -31,6 +32,8 @@ _VAST = 1e3
 
 _LEAST = 1e-6
 """Noise multiplier below which no accountant is asked."""
+
+_PROMISED = "this run promises differential privacy"
 
 
 def site_epsilon(events: Sequence[Event], delta: float) -> float:
@@ -60,8 +63,9 @@ def example_epsilon(events: Sequence[Event], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _pld(events: tuple[Event, ...], delta: float) -> float:
-    dp = _accounting()
-    from dp_accounting.pld import PLDAccountant
+    with extra("privacy", _PROMISED):
+        import dp_accounting as dp
+        from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
     for event in events:
@@ -76,7 +80,8 @@ def _rdp(events: tuple[Event, ...], delta: float) -> float:
     with warnings.catch_warnings():
         # "Optimal order is the largest alpha": a tighter figure exists, this one holds.
         warnings.simplefilter("ignore", UserWarning)
-        from opacus.accountants.analysis import rdp
+        with extra("privacy", _PROMISED):
+            from opacus.accountants.analysis import rdp
 
         return float(rdp.get_privacy_spent(orders=orders, rdp=divergences, delta=delta)[0])
 
@@ -85,17 +90,17 @@ def _rdp(events: tuple[Event, ...], delta: float) -> float:
 def _divergences(z: float, rate: float) -> NDArray[np.float64]:
     """Rényi divergences of one release at each of Opacus's orders, as its accountant adds them up."""
     orders = _opacus_orders()
-    from opacus.accountants.analysis import rdp
+    with extra("privacy", _PROMISED):
+        from opacus.accountants.analysis import rdp
 
     found = rdp.compute_rdp(q=rate, noise_multiplier=z, steps=1, orders=orders)
     return np.asarray(found, dtype=np.float64)
 
 
 def _opacus_orders() -> list[float]:
-    try:
+    with extra("privacy", _PROMISED):
         from opacus.accountants import RDPAccountant
-    except ImportError as error:
-        raise _not_installed("opacus") from error
+
     return RDPAccountant.DEFAULT_ALPHAS
 
 
@@ -106,10 +111,11 @@ def solved_noise(target: float, rate: float, releases: int, delta: float) -> flo
     Raises:
         ConfigError: none below a million does.
     """
-    dp = _accounting()
-    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
+    with extra("privacy", _PROMISED):
+        import dp_accounting as dp
+        from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
+        from dp_accounting.pld import PLDAccountant
+        from dp_accounting.rdp import RdpAccountant
 
     def event(z: float) -> Any:
         return _composed(dp, z, rate, releases)
@@ -142,18 +148,3 @@ _ORDERS = (*range(2, 64), 96, 128, 256, 512, 1024)
 def _composed(dp: Any, noise_multiplier: float, rate: float, count: int) -> Any:
     once = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise_multiplier))
     return dp.SelfComposedDpEvent(once, count)
-
-
-def _accounting() -> Any:
-    try:
-        import dp_accounting
-    except ImportError as error:
-        raise _not_installed("dp-accounting") from error
-    return dp_accounting
-
-
-def _not_installed(package: str) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        f"{package} is not installed, and this run promises differential privacy",
-        fix="pip install 'fedft[privacy]'",
-    )

@@ -9,7 +9,7 @@ reads the token settings from the environment of that moment.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import logging
 import os
 import secrets
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core.errors import EnvironmentFailure, SecurityRefusal
+from fedft.core.extras import extra
 from fedft.server.grids import ray_cleanup
 
 _OBJECT_STORE_BYTES = 2**30
@@ -251,13 +252,20 @@ class _Session:
 
 def _connect(environment: Mapping[str, str], **settings: Any) -> Any:
     """``ray.init``, quietly and without its side effects on this process. Returns the module."""
-    if importlib.util.find_spec("ray") is None:
-        raise EnvironmentFailure(
-            "Ray is not installed, and the Ray engine needs it",
-            fix="Install it with pip install 'flwr[simulation]', or set engine.backend to 'inline'.",
-        )
     with _environment(_QUIET | {"RAY_AUTH_MODE": "token"}, environment), _own_signal_handler():
-        import ray
+        with extra("simulation", "[engine] backend = 'ray' needs it; 'processes' does without"):
+            import ray
+            from ray.job_config import JobConfig
+
+        class Here(JobConfig):
+            """A job whose workers search where this process does, and not in its folder first.
+
+            Ray puts the current folder before all else on their path: a file there that is called
+            as a package (``types.py``, ``torch.py``) would be imported in its place.
+            """
+
+            def _runtime_env_has_working_dir(self) -> bool:
+                return True  # Ray leaves the path alone then
 
         _read_auth_settings()
         try:
@@ -265,6 +273,7 @@ def _connect(environment: Mapping[str, str], **settings: Any) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=Here(),
                 **settings,
             )
         except Exception as error:

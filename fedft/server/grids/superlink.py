@@ -34,7 +34,8 @@ class SuperLinkGrid:
     Args:
         grid: as Flower hands it to a ``ServerApp``.
         sites: how many there are; nodes with a larger partition id are left alone.
-        registration_s, identity_s: how long to wait for the nodes, in seconds.
+        registration_s: how long to wait for all nodes, in seconds.
+        identity_s: how long to wait for them to say who they are, in seconds.
 
     Raises:
         EnvironmentFailure: too few nodes in time, or one that cannot say who it is.
