@@ -1,16 +1,13 @@
-"""The aggregation rules, one file each, and the union that the `[strategy]` table is read as."""
+"""The aggregation rules, one file each, and one row each here."""
 
 from collections.abc import Iterable
-from typing import Annotated, get_args
 
 import torch
-from pydantic import Field
 
 from fedft.core.errors import ConfigError
 from fedft.core.types import Adapter, Factors, Site
 from fedft.strategies.base import Strategy
 from fedft.strategies.central_dp import CentralDP
-from fedft.strategies.combinator import Combinator
 from fedft.strategies.coordinate_median import CoordinateMedian
 from fedft.strategies.exact_mixed_rank import ExactMixedRank
 from fedft.strategies.fed_sb import FedSB
@@ -31,52 +28,44 @@ from fedft.strategies.hydralora import HydraLoRA
 from fedft.strategies.krum import Krum
 from fedft.strategies.lora_fair import LoRAFAIR
 from fedft.strategies.multi_krum import MultiKrum
+from fedft.strategies.named import REGISTRY, AnyStrategy, enter
 from fedft.strategies.norm_clip import NormClip
 from fedft.strategies.raflora import RaFLoRA
 from fedft.strategies.rolora import RoLoRA
 from fedft.strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
 from fedft.strategies.trimmed_mean import TrimmedMean
 
-Rule = (
-    FedAvgLoRA
-    | FFALoRA
-    | LoRAFAIR
-    | FLoRA
-    | FlexLoRA
-    | HetLoRA
-    | RaFLoRA
-    | ExactMixedRank
-    | FedExLoRA
-    | RoLoRA
-    | FedSALoRA
-    | FedRotLoRA
-    | FedSVD
-    | FedMomentum
-    | FedSB
-    | FedProx
-    | FedAvgM
-    | FedAdam
-    | FedYogi
-    | FedAsync
-    | FedBuff
-    | NormClip
-    | CoordinateMedian
-    | TrimmedMean
-    | HydraLoRA
-    | Krum
-    | MultiKrum
-    | CentralDP
+RULES = enter(
+    FedAvgLoRA,
+    FFALoRA,
+    LoRAFAIR,
+    FLoRA,
+    FlexLoRA,
+    HetLoRA,
+    RaFLoRA,
+    ExactMixedRank,
+    FedExLoRA,
+    RoLoRA,
+    FedSALoRA,
+    FedRotLoRA,
+    FedSVD,
+    FedMomentum,
+    FedSB,
+    FedProx,
+    FedAvgM,
+    FedAdam,
+    FedYogi,
+    FedAsync,
+    FedBuff,
+    NormClip,
+    CoordinateMedian,
+    TrimmedMean,
+    HydraLoRA,
+    Krum,
+    MultiKrum,
+    CentralDP,
 )
-
-AnyStrategy = Annotated[Rule, Field(discriminator="name")]
-"""Any rule, chosen by its ``name``."""
-
-RULES: tuple[type[Strategy], ...] = get_args(Rule)
-"""Every rule's class, in the order in which they are listed to users."""
-
-for combinator in RULES:
-    if issubclass(combinator, Combinator):  # its `inner` is any rule, itself too
-        combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
+"""Our own rules, in the order in which they are listed to users."""
 
 
 def rule_names(*, mixed_ranks: bool = False) -> list[str]:
@@ -85,7 +74,7 @@ def rule_names(*, mixed_ranks: bool = False) -> list[str]:
     return [str(rule.model_fields["name"].default) for rule in chosen]
 
 
-def check_method(strategy: Rule, method: str) -> None:
+def check_method(strategy: Strategy, method: str) -> None:
     """Refuse an `[lora] method` whose adapters the rule cannot aggregate.
 
     Raises:
@@ -101,7 +90,7 @@ def check_method(strategy: Rule, method: str) -> None:
     )
 
 
-def check_init(strategy: Rule, init: str) -> None:
+def check_init(strategy: Strategy, init: str) -> None:
     """Refuse a start of A and B that depends on the base weights, where sites make part of it.
 
     Raises:
@@ -117,7 +106,7 @@ def check_init(strategy: Rule, init: str) -> None:
         )
 
 
-def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
+def check_ranks(strategy: Strategy, ranks: Iterable[int | None]) -> None:
     """Refuse ranks that the rule cannot take.
 
     Args:
@@ -139,6 +128,7 @@ def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
 
 
 __all__ = [
+    "REGISTRY",
     "RULES",
     "AnyStrategy",
     "CentralDP",
@@ -168,7 +158,6 @@ __all__ = [
     "NormClip",
     "RaFLoRA",
     "RoLoRA",
-    "Rule",
     "Strategy",
     "TrimmedMean",
     "check_init",

@@ -6,14 +6,11 @@ nest: ``{name = "fedprox", mu = 0.1, inner = {name = "fedadam", inner = {name = 
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fedft.core.types import Adapter, ClientUpdate, Part, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
 from fedft.strategies.fedavg_lora import FedAvgLoRA
-
-if TYPE_CHECKING:
-    from fedft.strategies import AnyStrategy
+from fedft.strategies.named import AnyStrategy
 
 
 class Combinator(Strategy, ABC):
@@ -23,7 +20,7 @@ class Combinator(Strategy, ABC):
         inner: the rule underneath.
     """
 
-    inner: "AnyStrategy" = FedAvgLoRA()
+    inner: AnyStrategy = FedAvgLoRA()
 
     @property
     def mixed_ranks(self) -> bool:
