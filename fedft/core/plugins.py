@@ -101,7 +101,7 @@ class Registry(Generic[T]):
         self.group = f"fedft.{kind}"
         self.noun = noun
         self.own = own
-        self._accept = accept
+        self.accept = accept
         self._known: dict[str, Member[T]] = {}
 
     def names(self) -> list[str]:
@@ -218,7 +218,7 @@ class Registry(Generic[T]):
 
     def _fit(self, found: object, name: str) -> T:
         try:
-            return self._accept(found)
+            return self.accept(found)
         except Unfit as why:
             raise ConfigError(
                 f"{name} is no {self.noun}: {why}",
@@ -263,10 +263,13 @@ def subclass_of(base: type[T], how: str) -> Callable[[object], type[T]]:
     return accept
 
 
+def distribution_of(entry: metadata.EntryPoint) -> str:
+    """Name of the installed package that an entry point is of."""
+    return "" if entry.dist is None else entry.dist.name
+
+
 def _package(entry: metadata.EntryPoint) -> str:
-    if entry.dist is None:
-        return "(unknown)"
-    return f"{entry.dist.name} {entry.dist.version}"
+    return "unknown" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
 
 
 def _entries(group: str) -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
