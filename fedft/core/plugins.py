@@ -20,8 +20,8 @@ time would run nothing new.
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from typing import Generic, TypeVar, cast
@@ -36,17 +36,44 @@ T = TypeVar("T")
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.([^\W\d]\w*|<locals>))*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trust:
     """On whose word code from outside of fedft is imported.
 
     Attributes:
         named: ``module:Class`` names that may be imported; None for any.
         installed: whether entry points of installed packages may be.
+        given: classes that Python handed over, by ``module:Class``; nothing is imported for them.
     """
 
     named: frozenset[str] | None = frozenset()
     installed: bool = True
+    given: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def also(self, allowed: Iterable[object]) -> "Trust":
+        """The same, and what is named here.
+
+        Args:
+            allowed: ``module:Class`` names, or classes, or objects of these classes.
+
+        Raises:
+            ConfigError: a text is no such name.
+        """
+        members = list(allowed)
+        names = [one for one in members if isinstance(one, str)]
+        if wrong := [name for name in names if not is_reference(name)]:
+            raise ConfigError(
+                f"{shown(wrong[0])} is no name of code from outside of fedft",
+                fix="Write it as package.module:Class; other names need no permission.",
+            )
+        classes = [one if isinstance(one, type) else type(one) for one in members]
+        given = {
+            reference_of(c): c
+            for one, c in zip(members, classes, strict=True)
+            if not isinstance(one, str)
+        }
+        named = None if self.named is None else self.named | frozenset(names)
+        return Trust(named, self.installed, {**self.given, **given})
 
 
 USER = Trust(None)
@@ -149,6 +176,10 @@ class Registry(Generic[T]):
             )
         return self._registered(name, rivals, trust)
 
+    def distribution(self, name: str) -> str | None:
+        """Name and version of the package that registered a member; None of any other."""
+        return self._known[name].distribution if name in self._known else None
+
     def admit(self, value: object) -> Member[T]:
         """A member given as an object from Python; its name finds it again in this process.
 
@@ -160,6 +191,11 @@ class Registry(Generic[T]):
         if own is not None:
             return Member(own, member)
         name = reference_of(value)
+        for plain, entries in self.installed().items():
+            if plain not in self.own and {entry.value for entry in entries} == {name}:
+                name = (
+                    plain  # as a configuration would call it, and as it is found without its user
+                )
         self._known[name] = Member(name, member)
         return self._known[name]
 
@@ -170,6 +206,9 @@ class Registry(Generic[T]):
         for own, value in self.own.items():
             if reference_of(value) == name:
                 return Member(own, value)
+        if name in trust.given:
+            self._known[name] = Member(name, self._fit(trust.given[name], name))
+            return self._known[name]
         if trust.named is not None and name not in trust.named:
             raise SecurityRefusal(
                 f"the {self.noun} {name} is code from outside of fedft, and is not imported because "

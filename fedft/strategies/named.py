@@ -50,7 +50,7 @@ def _read(table: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> 
     try:
         member = REGISTRY.find(given, trusted(info.context))
     except ConfigError as error:
-        raise _said("unknown_name", f"{error.what}; {error.fix}") from error
+        raise _said("unknown_name", _sentence(error)) from error
     settings = {k: v for k, v in cast(Mapping[str, Any], table).items() if k != "name"}
     rules = _under_its_name(member.value)
     own = member.name in _OWN
@@ -74,7 +74,7 @@ def _given(rule: Strategy) -> Strategy:
     try:
         member = REGISTRY.admit(type(rule))
     except ConfigError as error:
-        raise _said("value_error", f"{error.what}; {error.fix}") from error
+        raise _said("value_error", _sentence(error)) from error
     if rule.name == member.name:
         return rule
     return _comes_back(rule.model_copy(update={"name": member.name}))
@@ -111,6 +111,10 @@ def _comes_back(rule: Strategy) -> Strategy:
 def _under_its_name(rule: type[Strategy]) -> TypeAdapter[dict[str, Strategy]]:
     one: Any = GenericAlias(dict, (str, rule))
     return TypeAdapter(one)
+
+
+def _sentence(error: ConfigError) -> str:
+    return f"{error.what}; {error.fix[:1].lower()}{error.fix[1:].removesuffix('.')}"
 
 
 def _said(kind: Any, text: str) -> PydanticCustomError:

@@ -1,0 +1,51 @@
+"""Code from outside of fedft that a run uses: which it is, and whether it is still the same."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from fedft.core.foreign import source_of
+from fedft.server.config import RunConfig
+from fedft.strategies import REGISTRY, Strategy
+
+Sources = Mapping[str, Mapping[str, str | None]]
+"""Name in the configuration → what :func:`~fedft.core.foreign.source_of` says of it."""
+
+
+def outside(config: RunConfig) -> Sources:
+    """Where each member of a run that is not fedft's own comes from."""
+    return {
+        rule.name: source_of(type(rule), REGISTRY.distribution(rule.name))
+        for rule in _rules(config.strategy)
+        if rule.name not in REGISTRY.own
+    }
+
+
+def _rules(rule: Strategy) -> Iterator[Strategy]:
+    """A rule and those inside of it."""
+    yield rule
+    for value in dict(cast(BaseModel, rule)).values():
+        if isinstance(value, Strategy):
+            yield from _rules(value)
+
+
+def changes(recorded: Any, config: RunConfig) -> Iterator[str]:
+    """A sentence for each member that is not what it was when the run started.
+
+    Args:
+        recorded: what :func:`outside` said then, as it was read from the run directory.
+        config: of the run.
+    """
+    then = cast(Mapping[str, Any], recorded) if isinstance(recorded, Mapping) else {}
+    for name, now in outside(config).items():
+        before = then.get(name)
+        if not isinstance(before, Mapping) or dict(cast(Mapping[str, Any], before)) == now:
+            continue
+        was, package = str(before.get("package")), str(now["package"])
+        what = (
+            f"of {was} and is of {package}"
+            if was != package
+            else "other code under the same version"
+        )
+        yield f"{name} was {what}: the rest of this run is not bit-exact"
