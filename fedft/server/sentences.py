@@ -29,20 +29,25 @@ def sentence(fault: Complaint, root: type[BaseModel]) -> str:
     if fault.kind == "unknown_name":
         return f"{place((*path, 'name'))}: {fault.rule}"
     if fault.about_table:
-        return f"[{'.'.join(path)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+        tables = [part for part in path if not _is_name(part)]
+        return f"[{'.'.join(tables)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
     return f"{place(path)} = {fault.shown}: {fault.rule}"
 
 
 def place(path: tuple[str, ...]) -> str:
     """``[table] key``, with the position behind the key where it is one value of a list."""
-    names = REGISTRY.names()
     parts: list[str] = []
     for part in (part if len(part) <= 60 else f"{part[:60]}…" for part in path):
         if part.isdecimal() and parts:
             parts[-1] += f"[{part}]"
-        elif part == path[-1] or not (part in names or is_reference(part)):
+        elif part == path[-1] or not _is_name(part):
             parts.append(part)
     return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _is_name(part: str) -> bool:
+    """Whether a part of a path is the name of a rule, which stands there beside the keys."""
+    return is_reference(part) or part in REGISTRY.names()
 
 
 def _keys_beside(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:
