@@ -86,9 +86,22 @@ REMOTE = Trust(installed=False)
 """A server's word, at a client: nothing but fedft's own."""
 
 
+_process = RECORD
+
+
+def trust_process(trust: Trust) -> None:
+    """Say once for this process on whose word code is imported where nobody says it.
+
+    It is :data:`RECORD` to begin with. A worker of a simulation is told :data:`USER`, as all that it
+    is told comes from the user's own driver; the process of a real client :data:`REMOTE`.
+    """
+    global _process
+    _process = trust
+
+
 def trusted(context: object) -> Trust:
-    """The trust that a validation was given as its context; that of a run directory by default."""
-    return context if isinstance(context, Trust) else RECORD
+    """The trust that a validation was given as its context, or else that of the process."""
+    return context if isinstance(context, Trust) else _process
 
 
 @dataclass(frozen=True)
@@ -144,12 +157,12 @@ class Registry(Generic[T]):
         found = self._known.get(name)
         return self.own.get(name) if found is None else found.value
 
-    def find(self, name: str, trust: Trust = RECORD) -> Member[T]:
+    def find(self, name: str, trust: Trust | None = None) -> Member[T]:
         """The member of a name.
 
         Args:
             name: as a configuration has it.
-            trust: what may be imported for it.
+            trust: what may be imported for it; None for what the process trusts.
 
         Raises:
             ConfigError: no member has the name, several have, it cannot be imported, or is not of
@@ -158,6 +171,7 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name]
+        trust = trusted(trust)
         if is_reference(name):
             return self._referred(name, trust)
         rivals = self.installed().get(name, ())

@@ -30,7 +30,9 @@ def sentence(fault: Complaint, root: type[BaseModel]) -> str:
         return f"{place((*path, 'name'))}: {fault.rule}"
     if fault.about_table:
         tables = [part for part in path if not _is_name(part)]
-        return f"[{'.'.join(tables)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+        return (
+            f"[{'.'.join(tables)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+        )
     return f"{place(path)} = {fault.shown}: {fault.rule}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedft.core import plugins
 from fedft.core.errors import ConfigError, SecurityRefusal
 from fedft.core.foreign import source_of
 from fedft.core.plugins import (
@@ -21,6 +22,7 @@ from fedft.core.plugins import (
     reference_of,
     short_name,
     subclass_of,
+    trust_process,
     trusted,
 )
 
@@ -279,10 +281,19 @@ def test_no_permission_is_needed_for_other_names() -> None:
     assert USER.also(["a.b:C"]).named is None, "any stays any"
 
 
-def test_a_validation_without_a_word_has_that_of_a_run_directory() -> None:
-    assert trusted(None) is RECORD
+def test_a_validation_without_a_word_has_that_of_the_process(
+    install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trusted(None) is RECORD, "a run directory's, unless it is told"
     assert trusted({"trust": USER}) is RECORD
     assert trusted(REMOTE) is REMOTE
+    monkeypatch.setattr(plugins, "_process", RECORD)  # to be put back
+    install("sigma", "new = sigma:Member")
+    trust_process(REMOTE)
+    with pytest.raises(SecurityRefusal):
+        registry().find("new")
+    trust_process(USER)
+    assert registry().find("sigma:Member").value.__module__ == "sigma"
 
 
 def test_a_name_as_a_part_of_a_folders_name() -> None:
