@@ -60,7 +60,7 @@ def hydra_adapter(plain: Adapter) -> Adapter:
 def initial(rule: Strategy, dtype: torch.dtype = torch.float64) -> ServerState:
     """The state before the first round."""
     plain = first_adapter(dtype)
-    return rule.init(plain if rule.takes("lora") else hydra_adapter(plain))
+    return rule.init(plain if rule.supports("lora") else hydra_adapter(plain))
 
 
 def fleet(rule: Strategy, count: int = 4) -> list[Site]:

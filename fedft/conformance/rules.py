@@ -177,7 +177,7 @@ def clients_that_learned_nothing_change_nothing(rule: Strategy, dtype: torch.dty
     require(moved < tolerance, f"all sent what they were sent, and the model moved by {moved:.2g}")
 
 
-@_law(lambda rule: rule.mean_only)
+@_law(lambda rule: rule.uses_mean_only)
 def the_mean_may_stand_for_the_replies(rule: Strategy, dtype: torch.dtype) -> None:
     """The mean of the replies gives the same bits as they do.
 
@@ -192,7 +192,7 @@ def the_mean_may_stand_for_the_replies(rule: Strategy, dtype: torch.dtype) -> No
             whole = rule.aggregate(state, updates)
             require(
                 same(rule.combine(replace(state, round=state.round + 1), [mean]), whole),
-                f"mean_only, and the mean of {count} replies gives another state than they do",
+                f"uses_mean_only, and the mean of {count} replies gives another state than they do",
             )
             state = whole
 

@@ -26,7 +26,7 @@ class Listed(FedAvgLoRA):
     """FedAvg that asks for all replies, so that one law less is about it."""
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return False
 
 
@@ -119,7 +119,7 @@ class SaysMeanOnly(FlexLoRA):
         return False
 
     @property
-    def mean_only(self) -> bool:
+    def uses_mean_only(self) -> bool:
         return True
 
 

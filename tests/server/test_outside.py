@@ -31,7 +31,7 @@ with Path(__file__).with_name("imports").open("a") as log:
 class Damped(FedAvgLoRA):
     step: float = 0.5
     @property
-    def mean_only(self):
+    def uses_mean_only(self):
         return False
     def combine(self, state, updates):
         after = super().combine(state, updates).adapter.tensors()
