@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedft.conformance import rules
+from fedft.conformance import meters, rules
 from fedft.conformance.laws import Broken, Finding, Law, first_line, require
 from fedft.core.errors import ConfigError
 from fedft.core.foreign import imported
+from fedft.core.meters import REGISTRY as METERS
 from fedft.core.names import hint
 from fedft.core.plugins import USER, Registry, Unfit, distribution_of, is_reference
 from fedft.strategies import REGISTRY as STRATEGIES
@@ -29,7 +30,7 @@ class Kind:
     examine: Callable[[str, Any], Iterator[Finding]]
 
 
-KINDS: Sequence[Kind] = (Kind(STRATEGIES, rules.examine),)
+KINDS: Sequence[Kind] = (Kind(STRATEGIES, rules.examine), Kind(METERS, meters.examine))
 """The kinds that a package can add to: a row each."""
 
 
@@ -77,8 +78,8 @@ def _one(reference: str) -> Iterator[Finding]:
     for kind in KINDS:
         try:
             member = kind.registry.accept(value)
-        except Unfit as why:
-            reasons.append(f"no {kind.registry.noun}, as {why}")
+        except (Unfit, ConfigError) as why:
+            reasons.append(f"no {kind.registry.noun}, as {str(why).splitlines()[0]}")
             continue
         yield from kind.examine(reference, member)
         return

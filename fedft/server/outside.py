@@ -6,8 +6,11 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from fedft.core.foreign import source_of
+from fedft.core.meters import REGISTRY as METERS
+from fedft.core.plugins import Registry
 from fedft.server.config import RunConfig
-from fedft.strategies import REGISTRY, Strategy
+from fedft.strategies import REGISTRY as STRATEGIES
+from fedft.strategies import Strategy
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """Name in the configuration → what :func:`~fedft.core.foreign.source_of` says of it."""
@@ -16,10 +19,18 @@ Sources = Mapping[str, Mapping[str, str | None]]
 def outside(config: RunConfig) -> Sources:
     """Where each member of a run that is not fedft's own comes from."""
     return {
-        rule.name: source_of(type(rule), REGISTRY.distribution(rule.name))
-        for rule in _rules(config.strategy)
-        if rule.name not in REGISTRY.own
+        name: source_of(member, registry.distribution(name))
+        for registry, name, member in _members(config)
+        if name not in registry.own
     }
+
+
+def _members(config: RunConfig) -> Iterator[tuple[Registry[Any], str, object]]:
+    """Everything that a configuration names, with where it is found: a row each kind."""
+    for rule in _rules(config.strategy):
+        yield STRATEGIES, rule.name, rule
+    for name, meter in zip(config.evaluation.meters, config.evaluation.kinds, strict=True):
+        yield METERS, name, meter
 
 
 def _rules(rule: Strategy) -> Iterator[Strategy]:
