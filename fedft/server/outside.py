@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from fedft.core.foreign import source_of
 from fedft.core.meters import REGISTRY as METERS
 from fedft.core.plugins import Registry
+from fedft.core.wire.compress import REGISTRY as COMPRESSORS
 from fedft.server.config import RunConfig
 from fedft.strategies import REGISTRY as STRATEGIES
 from fedft.strategies import Strategy
@@ -31,6 +32,8 @@ def _members(config: RunConfig) -> Iterator[tuple[Registry[Any], str, object]]:
         yield STRATEGIES, rule.name, rule
     for name, meter in zip(config.evaluation.meters, config.evaluation.kinds, strict=True):
         yield METERS, name, meter
+    compressor = config.engine.compressor
+    yield COMPRESSORS, COMPRESSORS.admit(type(compressor)).name, compressor
 
 
 def _rules(rule: Strategy) -> Iterator[Strategy]:

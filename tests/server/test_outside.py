@@ -12,11 +12,13 @@ import pytest
 
 import fedft
 from fedft import cli
-from fedft.core.errors import ConfigError, Interrupted, SecurityRefusal
+from fedft.clients.worker import task_of
+from fedft.core.errors import ConfigError, Interrupted, MismatchError, SecurityRefusal
 from fedft.core.plugins import RECORD, USER, reference_of
+from fedft.core.wire import compress
 from fedft.report import write_report
 from fedft.server.app import configuration
-from fedft.server.config_file import parse_config
+from fedft.server.config_file import parse_config, parse_toml
 from fedft.server.run import fork, resume, simulate
 from fedft.strategies import REGISTRY, FedAvgLoRA, FedProx
 
@@ -253,3 +255,29 @@ def test_a_class_of_a_script_runs_and_says_how_it_is_resumed(tmp_path: Path) -> 
         )
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=120)
+
+
+def test_a_compressor_from_outside_is_imported_by_workers_and_by_no_real_client(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tests.core.top_k:TopK"
+    engine = {
+        "backend": "processes",
+        "workers": 1,
+        "compressor": {"name": name, "share": 0.5},
+        "verify": False,
+    }
+    table = tiny_table(rounds={"count": 1}, engine=engine)
+    config = parse_config(table, trust=USER)
+    assert parse_toml(config.to_toml(), "x") == config
+    run = simulate(config, tmp_path / "run")
+    assert run.environment()["plugins"].keys() == {name}
+    assert run.rounds()[0]["failures"] == {}
+    monkeypatch.setattr(compress.REGISTRY, "_known", {})
+    with pytest.raises(SecurityRefusal, match=f"--allow {name}"):
+        resume(run.path)
+    asked = config.task(wire={"name": name}).model_dump_json()
+    monkeypatch.setattr(compress.REGISTRY, "_known", {})
+    with pytest.raises(MismatchError, match="in a way that this client does not know"):
+        task_of(asked)
+    assert task_of(config.task(wire="int8").model_dump_json()).wire == "int8"
