@@ -73,7 +73,9 @@ def test_a_run_from_toml_in_worker_processes(site: Path, tmp_path: Path, tiny_ta
     import tomllib
 
     asked = tomllib.loads(shipped.read_text())
-    table = tiny_table(rounds={"count": 2}, strategy=asked["strategy"])
+    table = tiny_table(
+        rounds={"count": 2}, strategy=asked["strategy"], evaluation=asked["evaluation"]
+    )
     path = config(
         {**table, "engine": {**table.get("engine", {}), "backend": "processes"}}, tmp_path
     )
@@ -82,6 +84,8 @@ def test_a_run_from_toml_in_worker_processes(site: Path, tmp_path: Path, tiny_ta
     recorded = Run(tmp_path / "run").metrics
     assert recorded["rounds"] == 2
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert Run(tmp_path / "run").rounds[-1]["meters"]["head_share"]["share"] is not None
+    assert environment["plugins"].keys() == {"tempered", "head-share"}
     assert environment["plugins"]["tempered"]["package"] == "fedft-example-plugin 0.1.0"
     # What is installed under a plain name needs no repetition.
     assert fedft(site, tmp_path, "resume", "run").returncode == 0
