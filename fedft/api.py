@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedft.report.tables import Table
     from fedft.server.config import RunConfig
     from fedft.server.observer import Observer
+    from fedft.strategies import Strategy
 
 Which = int | Literal["best", "last"]
 """A round, or ``best`` by evaluation, or ``last``."""
@@ -125,7 +126,7 @@ def simulate(
     config: "str | Path | RunConfig",
     *,
     run_dir: str | Path | None = None,
-    strategy: str | None = None,
+    strategy: "str | Strategy | None" = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
     observer: "Observer | None" = None,
@@ -135,7 +136,7 @@ def simulate(
     Args:
         config: a TOML file, or a validated configuration.
         run_dir: an absent or empty folder; None makes ``runs/<time>-<strategy>``.
-        strategy: name of the aggregation rule, in place of the configuration's.
+        strategy: the aggregation rule in place of the configuration's: its name, or an object.
         seed: in place of the configuration's.
         settings: further overrides by dotted key, such as ``{"training.lr": 1e-3}``.
         observer: is told about rounds as they are committed.
@@ -179,11 +180,12 @@ class Comparison:
 def compare(
     config: "str | Path | RunConfig",
     *,
-    strategies: Sequence[str] = (),
+    strategies: "Sequence[str | Strategy]" = (),
     arms: str | Path | None = None,
     seeds: Iterable[int],
     run_dir: str | Path,
     settings: Mapping[str, Any] | None = None,
+    allow: Iterable[object] = (),
 ) -> Comparison:
     """Run several rules, or arms, over several seeds, on the same partitions, cohorts and batches.
 
@@ -191,31 +193,48 @@ def compare(
 
     Args:
         config: a TOML file, or a validated configuration.
-        strategies: names of the rules.
+        strategies: the rules: names, or objects.
         arms: a TOML file with a table of settings for each arm, in place of ``strategies``.
         seeds: one run an arm and seed.
         run_dir: folder of the comparison.
         settings: overrides by dotted key.
+        allow: as for :func:`resume`, where ``run_dir`` holds runs already.
 
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
     """
     from fedft.server import compare
-    from fedft.server.config_file import configured
+    from fedft.server.config_file import configured, repeated
 
     rules = list(strategies) if arms is None else []
     parsed = configured(config, settings or {}, rules)
     folder = Path(run_dir)
     sides = compare.rules(parsed, rules) if arms is None else compare.read_arms(Path(arms))
-    paths = compare.compare(parsed, sides, list(seeds), folder)
+    paths = compare.compare(parsed, sides, list(seeds), folder, trust=repeated((), allow))
     return Comparison(folder, tuple(Run(path) for path in paths))
 
 
-def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
-    """Go on with an unfinished run; the end is the same, byte for byte, as without the pause."""
-    from fedft.server import run
+def resume(
+    run_dir: str | Path,
+    *,
+    observer: "Observer | None" = None,
+    allow: Iterable[object] = (),
+) -> Run:
+    """Go on with an unfinished run; the end is the same, byte for byte, as without the pause.
 
-    return Run(run.resume(Path(run_dir), observer=observer).path)
+    Args:
+        run_dir: its directory.
+        observer: is told about rounds as they are committed.
+        allow: code from outside of fedft that the run may use: ``package.module:Class`` names, or
+            the classes themselves. A run directory alone is no reason to import anything.
+
+    Raises:
+        FedftError: see :mod:`fedft.core.errors`.
+    """
+    from fedft.server import run
+    from fedft.server.config_file import repeated
+
+    return Run(run.resume(Path(run_dir), observer=observer, trust=repeated((), allow)).path)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:
@@ -236,7 +255,7 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 def _config(
     config: "str | Path | RunConfig",
-    strategy: str | None,
+    strategy: "str | Strategy | None",
     seed: int | None,
     settings: Mapping[str, Any],
 ) -> "RunConfig":
@@ -246,5 +265,5 @@ def _config(
     if seed is not None:
         overrides["seed"] = seed
     if strategy is not None:
-        overrides["strategy"] = {"name": strategy}
+        overrides["strategy"] = {"name": strategy} if isinstance(strategy, str) else strategy
     return configured(config, overrides)

@@ -16,6 +16,7 @@ from fedft.core.errors import FedftError
 from fedft.core.extras import need
 from fedft.core.quiet import quiet
 from fedft.deploy_cli import add_commands
+from fedft.plugin_cli import add_check
 
 cli = typer.Typer(
     name="fedft",
@@ -30,6 +31,14 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.", show_default=F
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: training.lr=1e-3", metavar="KEY=VALUE"),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        help="Code from outside of fedft that the run directory may use; repeat its name.",
+        metavar="PACKAGE.MODULE:CLASS",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Confidence = Annotated[
@@ -101,6 +110,7 @@ def compare(
     backend: Annotated[str | None, typer.Option(help="ray, processes or inline.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
     confidence: Confidence = None,
+    allow: Allow = None,
     report_to: Annotated[Path | None, typer.Option("--report", help="HTML file to write.")] = None,
     json: Json = False,
 ) -> None:
@@ -110,7 +120,7 @@ def compare(
     from fedft.report.statistics import check_seeds
     from fedft.report.tables import summarise
     from fedft.server import compare as comparison
-    from fedft.server.config_file import load_config
+    from fedft.server.config_file import load_config, repeated
 
     if report_to is not None:
         need("report", "--report needs it")
@@ -122,7 +132,13 @@ def compare(
     sides = comparison.rules(parsed, names) if arms is None else comparison.read_arms(arms)
     with _graceful() as stop, ComparisonConsole(len(sides) * len(numbers), json) as console:
         paths = comparison.compare(
-            parsed, sides, numbers, run_dir, observer=console.cell, stop=stop
+            parsed,
+            sides,
+            numbers,
+            run_dir,
+            observer=console.cell,
+            stop=stop,
+            trust=repeated((), allow or ()),
         )
     if report_to is not None:
         write_report(paths, report_to, confidence)
@@ -153,21 +169,22 @@ def resume(
     fork: Annotated[
         Path | None, typer.Option(help="Go on in a new run directory, with changes.")
     ] = None,
+    allow: Allow = None,
     json: Json = False,
 ) -> None:
     """Go on with a run after its last committed round."""
     from fedft.api import Run
     from fedft.console import RunConsole
     from fedft.server import run as runs
-    from fedft.server.config_file import load_config
+    from fedft.server.config_file import load_config, repeated
 
-    changed = None
+    changed, trust = None, repeated(settings or (), allow or ())
     if settings:
-        changed = load_config(run_dir / "config.toml", settings)
+        changed = load_config(run_dir / "config.toml", settings, trust=trust)
     with _graceful() as stop, RunConsole(json_output=json) as console:
         if fork is not None:
-            run_dir, changed = runs.fork(run_dir, fork, changed), None
-        run = runs.resume(run_dir, changed=changed, observer=console, stop=stop)
+            run_dir, changed = runs.fork(run_dir, fork, changed, trust), None
+        run = runs.resume(run_dir, changed=changed, observer=console, stop=stop, trust=trust)
     console.result(Run(run.path))
 
 
@@ -299,6 +316,7 @@ def _graceful() -> Iterator[Any]:
 
 
 add_commands(cli, _graceful)
+add_check(cli)
 
 
 def main() -> None:

@@ -52,8 +52,8 @@ class RunConsole:
     def __init__(self, *, json_output: bool = False, real: bool = False) -> None:
         self._json = json_output
         self._real = real
-        self._err = Console(stderr=True, highlight=False)
-        self._out = Console(highlight=False)
+        self._err = Console(stderr=True, highlight=False, emoji=False)
+        self._out = Console(highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._begun = time.monotonic()
 
@@ -127,7 +127,7 @@ class ComparisonConsole:
     def __init__(self, total: int, json_output: bool = False) -> None:
         self._json = json_output
         self._total = total
-        self._err = Console(stderr=True, highlight=False)
+        self._err = Console(stderr=True, highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._fractions: dict[str, float] = {}  # of each run under way, by its folder's name
 
@@ -178,7 +178,7 @@ class ComparisonConsole:
         for cells in table.cells():
             shown.add_row(*map(safe, cells))
         piped = None if sys.stdout.isatty() else 160  # a file has no width to keep to
-        Console(highlight=False, width=piped).print(shown)
+        Console(highlight=False, emoji=False, width=piped).print(shown)
         print(f"runs  {folder}")
 
 
@@ -220,7 +220,9 @@ def _bar(console: Console, what: str, total: int, completed: int = 0) -> Progres
 def print_error(error: FedftError) -> None:
     """An expected error: what, and what to do about it."""
     text = "\n".join(safe(line) for line in str(error).splitlines())
-    Console(stderr=True, highlight=False).print(f"[bold red]error[/] {text}", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(
+        f"[bold red]error[/] {text}", soft_wrap=True
+    )
 
 
 def print_json(value: object) -> None:

@@ -294,7 +294,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             numbers = (c.examples, c.rank or "", c.memory_mib or "")
             cells = (c.name, c.state, *numbers, since, c.expires[:10], c.why)
             table.add_row(*(safe(cell) for cell in cells))
-        Console(highlight=False).print(table)
+        Console(highlight=False, emoji=False).print(table)
 
     @cli.command()
     def revoke(

@@ -36,6 +36,7 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.codes import NUMBERS, coded, under, word_of
 from fedft.core.link.framing import Expected, Ticket, data_schema
 from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
+from fedft.core.plugins import REMOTE
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.wire.compress import compressor_of
 from fedft.core.wire.schema import ARRAYS, numbers
@@ -392,7 +393,7 @@ def task_of(task: str) -> TaskSpec:
         MismatchError: it cannot be read.
     """
     try:
-        given = TaskSpec.model_validate_json(task)
+        given = TaskSpec.model_validate_json(task, context=REMOTE)
     # What a server says is not read further than this; a validator can meet any of these in it.
     except (ValueError, TypeError, ArithmeticError, RecursionError, FedftError) as error:
         raise coded(
@@ -403,8 +404,8 @@ def task_of(task: str) -> TaskSpec:
             "task",
         ) from error
     try:
-        compressor_of(given.wire)
-    except ConfigError as error:
+        compressor_of(given.wire, REMOTE)
+    except (ConfigError, SecurityRefusal) as error:
         raise coded(
             MismatchError(
                 f"the server asks for replies in a way that this client does not know: {error.what}",

@@ -18,6 +18,7 @@ from flwr.app import Context, UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
 from fedft.core.errors import MismatchError
+from fedft.core.plugins import RECORD
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.server.config import RunConfig, check_real
@@ -59,12 +60,17 @@ def main(grid: Grid, context: Context) -> None:
 def configuration(settings: Mapping[str, UserConfigValue]) -> RunConfig:
     """The run that a run config asks for. Flower serves sites one by one: ``cohort`` is 1.
 
+    A rule from outside of fedft is one of a package that is installed here, by its plain name: a
+    bundle's ``module:Class`` is not imported.
+
     Raises:
         ConfigError: see :func:`fedft.server.config_file.load_config`.
     """
-    config = load_config(_bundled(str(settings["config"])), str(settings["set"]).split())
+    config = load_config(
+        _bundled(str(settings["config"])), str(settings["set"]).split(), trust=RECORD
+    )
     check_real(config)
-    return configured(config, {"engine.cohort": 1})
+    return configured(config, {"engine.cohort": 1}, trust=RECORD)
 
 
 def _bundled(name: str) -> Path:

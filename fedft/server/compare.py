@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
 from fedft.core.files import MIB, disk, read_plain, write_file
+from fedft.core.plugins import RECORD, Trust, short_name
 from fedft.core.toml import read_toml
 from fedft.server.config import RunConfig
 from fedft.server.config_file import configured, differences, parse_toml
@@ -23,6 +24,7 @@ from fedft.server.observer import Observer, Silent
 from fedft.server.resolve import resolved
 from fedft.server.run import resume, simulate
 from fedft.server.setting import open_grid
+from fedft.strategies import Strategy
 
 PLAN = "compare.json"
 """In the folder of a comparison: the configuration that its arms share, and the named arms."""
@@ -64,13 +66,21 @@ class Cell:
         return (self.path / "summary.json").exists()
 
 
-def rules(config: RunConfig, names: Sequence[str]) -> list[Arm]:
+def rules(config: RunConfig, names: Sequence[str | Strategy]) -> list[Arm]:
     """An arm for each aggregation rule.
 
     The rule that ``config`` itself names keeps its hyperparameters; the others have their defaults.
+    A rule from Python has its own. What is named ``package.module:Class`` is called ``Class``.
     """
-    own = config.strategy.name
-    return [Arm(name, {} if name == own else {"strategy": {"name": name}}) for name in names]
+
+    def arm(rule: str | Strategy) -> Arm:
+        if isinstance(rule, Strategy):
+            named = configured(config, {"strategy": rule}).strategy
+            return Arm(short_name(named.name), {"strategy": named})
+        own = rule == config.strategy.name
+        return Arm(short_name(rule), {} if own else {"strategy": {"name": rule}})
+
+    return [arm(rule) for rule in names]
 
 
 def read_arms(path: Path) -> list[Arm]:
@@ -100,7 +110,7 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted key → value. A rule is one value: another has other keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        whole = prefix + key == "strategy" and "name" in value
+        whole = prefix + key == "strategy" and isinstance(value, dict) and "name" in value
         if isinstance(value, dict) and not whole:
             flat |= _dotted(cast(dict[str, Any], value), f"{prefix}{key}.")
         else:
@@ -144,6 +154,7 @@ def compare(
     *,
     observer: Callable[[Cell], Observer] = lambda _: Silent(),
     stop: Callable[[], bool] = lambda: False,
+    trust: Trust = RECORD,
 ) -> list[Path]:
     """Run every arm with every seed; returns the run directories, seed by seed.
 
@@ -155,32 +166,33 @@ def compare(
             be given more arms and seeds.
         observer: makes the observer of a run.
         stop: is asked whether to stop.
+        trust: what may be imported because ``folder`` names it.
 
     Raises:
         ConfigError: as for :func:`cells`, or ``folder`` holds a comparison of something else.
     """
     todo = cells(config, arms, seeds, folder)
-    with _claimed(config, arms, folder):
+    with _claimed(config, arms, folder, trust):
         waiting = [cell for cell in todo if not cell.finished]
         if waiting:
             with open_grid(waiting[0].config) as grid:
                 for cell in waiting:
-                    run = _resume_or_start(cell)
+                    run = _resume_or_start(cell, trust)
                     run(observer=observer(cell), stop=stop, grid=grid)
     return [cell.path for cell in todo]
 
 
-def _resume_or_start(cell: Cell) -> Callable[..., Any]:
+def _resume_or_start(cell: Cell, trust: Trust) -> Callable[..., Any]:
     if (cell.path / "config.toml").exists():
-        return lambda **options: resume(cell.path, changed=cell.config, **options)
+        return lambda **options: resume(cell.path, changed=cell.config, trust=trust, **options)
     return lambda **options: simulate(cell.config, cell.path, **options)
 
 
 @contextmanager
-def _claimed(config: RunConfig, arms: Sequence[Arm], folder: Path) -> Iterator[None]:
+def _claimed(config: RunConfig, arms: Sequence[Arm], folder: Path, trust: Trust) -> Iterator[None]:
     """Hold a folder for a comparison; one of which no run could start leaves nothing behind."""
     made = not folder.exists()
-    _claim(config, arms, folder)
+    _claim(config, arms, folder, trust)
     try:
         yield
     except (ConfigError, MismatchError, SecurityRefusal):
@@ -210,14 +222,14 @@ def _read_plan(path: Path) -> dict[str, Any]:
     )
 
 
-def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
+def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path, trust: Trust) -> None:
     """Write down what is compared, or check that it is what was compared here before."""
     shared = resolved(configured(config, {"seed": 0}))
     plan = folder / PLAN
     known: list[str] = []
     if plan.exists() and _started(folder):
         before = _read_plan(plan)
-        if lines := list(_that_matter(parse_toml(before["config"], str(plan)), shared)):
+        if lines := list(_that_matter(parse_toml(before["config"], str(plan), trust), shared)):
             raise ConfigError(
                 f"{folder} compares another configuration:\n  " + "\n  ".join(lines),
                 fix="Choose another --run-dir, or go on with the configuration of this one.",

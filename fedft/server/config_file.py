@@ -1,7 +1,7 @@
 """From a TOML file and settings by dotted key to a validated configuration."""
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -13,33 +13,65 @@ from pydantic import (
 
 from fedft.core.complaints import complaints
 from fedft.core.errors import ConfigError
+from fedft.core.plugins import RECORD, USER, Trust, is_reference
 from fedft.core.toml import read_toml, toml_table
 from fedft.server.config import RunConfig
 from fedft.server.fleet import (
     read_devices,
 )
 from fedft.server.sentences import place, sentence
-from fedft.strategies import (
-    FedAvgLoRA,
-)
+from fedft.strategies import FedAvgLoRA, Strategy
 
 
-def load_config(path: Path, settings: Iterable[str] = (), rules: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: Path,
+    settings: Iterable[str] = (),
+    rules: Sequence[str] = (),
+    trust: Trust = USER,
+) -> RunConfig:
     """Read and validate a TOML file.
 
     Args:
         path: the file.
         settings: overrides such as ``training.lr=1e-3``; values are TOML, bare words are strings.
         rules: as for :func:`configured`.
+        trust: what may be imported because the file or the settings name it.
 
     Raises:
         ConfigError: naming the key, the rule and the nearest valid name.
+        SecurityRefusal: it names code from outside that is not trusted.
     """
-    return configured(path, dict(_setting(text) for text in settings), rules)
+    return configured(path, dict(_setting(text) for text in settings), rules, trust)
+
+
+def repeated(settings: Iterable[str], allowed: Iterable[object] = ()) -> Trust:
+    """What may be imported for a run directory: the names that its user repeats.
+
+    Args:
+        settings: of the command line, as for :func:`load_config`; who writes a name there means it.
+        allowed: names, or classes from Python, as for :meth:`~fedft.core.plugins.Trust.also`.
+    """
+    values = [value for _, value in map(_setting, settings)]
+    return RECORD.also([*allowed, *_named_in(values)])
+
+
+def _named_in(value: object) -> Iterator[str]:
+    """The ``module:Class`` names among settings: who writes one down means it."""
+    if isinstance(value, str):
+        yield from [value] if is_reference(value) else []
+    elif isinstance(value, Mapping):
+        for inner in cast(Mapping[object, object], value).values():
+            yield from _named_in(inner)
+    elif isinstance(value, list):
+        for inner in cast(list[object], value):
+            yield from _named_in(inner)
 
 
 def configured(
-    source: "str | Path | RunConfig", overrides: Mapping[str, Any], rules: Sequence[str] = ()
+    source: "str | Path | RunConfig",
+    overrides: Mapping[str, Any],
+    rules: Sequence[str | Strategy] = (),
+    trust: Trust = USER,
 ) -> RunConfig:
     """A configuration with other values at some dotted keys.
 
@@ -48,6 +80,7 @@ def configured(
         overrides: such as ``{"training.lr": 1e-3, "strategy": {"name": "ffa-lora"}}``.
         rules: the aggregation rules that are to be run in place of the configuration's. Where its
             own is none of them the first takes its place: what nobody runs need not fit the rest.
+        trust: what of it may be imported.
 
     Raises:
         ConfigError: as for :func:`load_config`.
@@ -59,8 +92,9 @@ def configured(
     for key, value in overrides.items():
         _override(table, key, value)
     if rules and _rule(table) not in rules:
-        table["strategy"] = {"name": rules[0]}
-    return parse_config(table, where)
+        first = rules[0]
+        table["strategy"] = {"name": first} if isinstance(first, str) else first
+    return parse_config(table, where, trust)
 
 
 def _rule(table: Mapping[str, Any]) -> Any:
@@ -79,15 +113,17 @@ def _read(path: Path) -> dict[str, Any]:
     return table
 
 
-def parse_toml(text: str, where: str) -> RunConfig:
+def parse_toml(text: str, where: str, trust: Trust = RECORD) -> RunConfig:
     """Read a resolved configuration, as :meth:`RunConfig.to_toml` wrote it."""
-    return parse_config(toml_table(text, where), where)
+    return parse_config(toml_table(text, where), where, trust)
 
 
-def parse_config(table: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
+def parse_config(
+    table: Mapping[str, Any], where: str = "the configuration", trust: Trust = RECORD
+) -> RunConfig:
     """Validate a configuration that is already a table; errors as in :func:`load_config`."""
     try:
-        return RunConfig.model_validate(_with_devices(table))
+        return RunConfig.model_validate(_with_devices(table), context=trust)
     except ValidationError as error:
         faults = [f"  {sentence(complaint, RunConfig)}" for complaint in complaints(error)]
         raise ConfigError(

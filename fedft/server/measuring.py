@@ -1,17 +1,27 @@
 """`[evaluation]`: what a run is measured by."""
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from fedft.core.errors import ConfigError
-from fedft.core.meters import DEFAULT, Meter, chosen
+from fedft.core.meters import DEFAULT, REGISTRY, Meter, chosen
+from fedft.core.plugins import trusted
 from fedft.core.spec import Table
 
 
-def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+def _named(given: Any) -> Any:
+    """Meters that Python gave as classes, by the names that find them again."""
+    if not isinstance(given, list | tuple):
+        return given
+    items = cast(Sequence[object], given)
+    return [REGISTRY.admit(item).name if isinstance(item, type) else item for item in items]
+
+
+def _known(names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     try:
-        chosen(names)
+        chosen(names, trusted(info.context))
     except ConfigError as error:
         raise ValueError(f"{error.what}; {error.fix}") from error
     return names
@@ -21,11 +31,12 @@ class EvaluationSpec(Table):
     """`[evaluation]`: what every round is measured by. It changes no result.
 
     Attributes:
-        meters: names of meters, see :data:`fedft.core.meters.METERS`; an empty list measures nothing.
+        meters: names of meters, see :data:`fedft.core.meters.METERS`, registered ones, or
+            ``package.module:Class``; from Python also the classes. An empty list measures nothing.
             ``spectrum`` is also asked for by ``[rounds] spectrum = true``.
     """
 
-    meters: Annotated[tuple[str, ...], AfterValidator(_known)] = DEFAULT
+    meters: Annotated[tuple[str, ...], BeforeValidator(_named), AfterValidator(_known)] = DEFAULT
 
     @property
     def kinds(self) -> tuple[type[Meter], ...]:

@@ -28,6 +28,7 @@ from fedft.core.errors import (
     SecurityRefusal,
 )
 from fedft.core.files import disk
+from fedft.core.plugins import RECORD, Trust, short_name
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.core.wire import codec
@@ -40,6 +41,7 @@ from fedft.server.federation import Completed, Federation
 from fedft.server.inputs import remarks
 from fedft.server.messages import Courier
 from fedft.server.observer import Observer, Silent
+from fedft.server.outside import changes, outside
 from fedft.server.privacy import PrivacyAccount, check_fork, open_account
 from fedft.server.progress import Progress
 from fedft.server.resolve import resolved
@@ -82,7 +84,10 @@ def simulate(
     """
     config = resolved(config)
     text = config.to_toml()
-    with RunDir.create(run_dir, hint=config.strategy.name, again=text) as run, leaving_nothing(run):
+    with (
+        RunDir.create(run_dir, hint=short_name(config.strategy.name), again=text) as run,
+        leaving_nothing(run),
+    ):
         run.write_config(text)
         with _resumable(run):
             return _execute(config, run, observer or Silent(), stop, grid, evaluator)
@@ -95,6 +100,7 @@ def resume(
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
     grid: StatefulGrid | None = None,
+    trust: Trust = RECORD,
 ) -> RunDir:
     """Go on with a run from its last committed round; a finished run is returned as it is.
 
@@ -105,13 +111,15 @@ def resume(
         observer: as for :func:`simulate`.
         stop: as for :func:`simulate`.
         grid: as for :func:`simulate`.
+        trust: what may be imported because the run directory names it.
 
     Raises:
         ConfigError: ``changed`` differs; the message lists the keys.
+        SecurityRefusal: the run is of code from outside of fedft that is not trusted.
     """
     observer = observer or Silent()
     with RunDir.open(run_dir, writing=True) as run:
-        config = parse_toml(run.config, str(run.path / "config.toml"))
+        config = parse_toml(run.config, str(run.path / "config.toml"), trust)
         if (run.path / "identity").exists():
             raise ConfigError(
                 f"{run.path} is a run of real clients; resuming it here would simulate them",
@@ -123,6 +131,8 @@ def resume(
             observer.note(
                 f"{package} was {then} and is {now}: the rest of this run is not bit-exact"
             )
+        for note in changes(run.environment().get("plugins"), config):
+            observer.note(note)
         if run.finished:
             observer.note("this run is finished; nothing to resume")
             return run
@@ -158,7 +168,7 @@ def _resumable(run: RunDir) -> Iterator[None]:
 _FORKABLE = ("rounds", "training", "strategy", "engine")
 
 
-def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
+def fork(run_dir: Path, target: Path, changed: RunConfig | None, trust: Trust = RECORD) -> Path:
     """A new run that starts from the last committed round of another, with changes.
 
     Args:
@@ -166,12 +176,13 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
         target: an absent or empty folder for the new one.
         changed: its configuration; model, adapter, data, fleet and seed must stay the same,
             because the state only means something on them.
+        trust: as for :func:`resume`.
 
     Raises:
         ConfigError: a change that the state, or the account of a private run, cannot follow.
     """
     with RunDir.open(run_dir) as old:
-        config = parse_toml(old.config, str(run_dir))
+        config = parse_toml(old.config, str(run_dir), trust)
         new = resolved(changed) if changed is not None else config
         lines = differences(config, new)
         fixed = [line for line in lines if not line.startswith(tuple(f"[{t}" for t in _FORKABLE))]
@@ -193,6 +204,8 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None) -> Path:
             for record in old.rounds():
                 run.append_round(record)
             shutil.copyfile(old.path / "environment.json", run.path / "environment.json")
+            if code := outside(new):
+                run.amend_environment({"plugins": code})
             run.write_config(new.to_toml())
             return run.path
 

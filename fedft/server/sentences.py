@@ -6,7 +6,8 @@ from pydantic import BaseModel
 
 from fedft.core.complaints import Complaint
 from fedft.core.names import hint
-from fedft.strategies import RULES, rule_names
+from fedft.core.plugins import is_reference
+from fedft.strategies import REGISTRY
 
 
 def sentence(fault: Complaint, root: type[BaseModel]) -> str:
@@ -25,35 +26,38 @@ def sentence(fault: Complaint, root: type[BaseModel]) -> str:
         return f"{place(path)} is missing"
     if path == ("strategy",) and isinstance(fault.value, str):
         return f"strategy = {fault.shown}: write [strategy] name = {fault.shown}"
-    if fault.kind in ("union_tag_invalid", "union_tag_not_found"):
-        given = fault.value.get("name") if isinstance(fault.value, dict) else fault.value
-        if not isinstance(given, str):
-            return f"{place(path)} = {fault.shown}: a table with the name of a rule is expected"
-        return f"{place((*path, 'name'))}: no rule is called {given!r}; {hint(given, rule_names())}"
+    if fault.kind == "unknown_name":
+        return f"{place((*path, 'name'))}: {fault.rule}"
     if fault.about_table:
-        return f"[{'.'.join(path)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+        tables = [part for part in path if not _is_name(part)]
+        return (
+            f"[{'.'.join(tables)}] {fault.rule}" if not fault.rule.startswith("[") else fault.rule
+        )
     return f"{place(path)} = {fault.shown}: {fault.rule}"
 
 
 def place(path: tuple[str, ...]) -> str:
     """``[table] key``, with the position behind the key where it is one value of a list."""
-    names = rule_names()
     parts: list[str] = []
     for part in (part if len(part) <= 60 else f"{part[:60]}…" for part in path):
         if part.isdecimal() and parts:
             parts[-1] += f"[{part}]"
-        elif part not in names or part == path[-1]:
+        elif part == path[-1] or not _is_name(part):
             parts.append(part)
     return f"[{'.'.join(parts[:-1])}] {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _is_name(part: str) -> bool:
+    """Whether a part of a path is the name of a rule, which stands there beside the keys."""
+    return is_reference(part) or part in REGISTRY.names()
 
 
 def _keys_beside(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:
     """The valid keys of the table in which an unknown key was found."""
     model: Any = root
     for part in path[:-1]:
-        named = [r for r in RULES if r.model_fields["name"].default == part]
-        if named:
-            model = named[0]
+        if (rule := REGISTRY.known(part)) is not None:
+            model = rule
             continue
         fields = {f.alias or n: f for n, f in model.model_fields.items()}
         if part in fields:

@@ -25,6 +25,7 @@ from fedft.core.errors import (
 )
 from fedft.core.link.framing import Expected, data_schema
 from fedft.core.link.shapes import of_adapter, of_comparison, of_records
+from fedft.core.plugins import short_name
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import PartitionSpec, TaskSpec
 from fedft.core.types import Site
@@ -183,7 +184,7 @@ def _claimed(config: RunConfig, run_dir: Path | None) -> Iterator[RunDir]:
             _check_same(parse_toml(run.config, str(run.path / "config.toml")), config)
             yield run
         return
-    with RunDir.create(run_dir, hint=config.strategy.name) as run, leaving_nothing(run):
+    with RunDir.create(run_dir, hint=short_name(config.strategy.name)) as run, leaving_nothing(run):
         run.write_config(config.to_toml())
         yield run
 

@@ -29,6 +29,7 @@ from fedft.server.grids.inline import InlineGrid
 from fedft.server.inputs import check_rank, data_of
 from fedft.server.messages import Courier
 from fedft.server.observer import Observer
+from fedft.server.outside import outside
 from fedft.server.preflight import preflight
 from fedft.server.pruning import pruning_of
 from fedft.server.sampling import SimulatedRoster
@@ -211,6 +212,8 @@ def _frozen_partition(
     )
     manifest.save(run.partition)
     facts = _facts(config, data, special)
+    if code := outside(config):
+        facts["plugins"] = code
     run.write_environment({**inputs, "partition": manifest.fingerprint}, facts)
     return partition.load(run.partition)  # mapped: a million sites leave the memory again
 

@@ -1,16 +1,13 @@
-"""The aggregation rules, one file each, and the union that the `[strategy]` table is read as."""
+"""The aggregation rules, one file each, and one row each here."""
 
 from collections.abc import Iterable
-from typing import Annotated, get_args
 
 import torch
-from pydantic import Field
 
 from fedft.core.errors import ConfigError
 from fedft.core.types import Adapter, Factors, Site
 from fedft.strategies.base import Strategy
 from fedft.strategies.central_dp import CentralDP
-from fedft.strategies.combinator import Combinator
 from fedft.strategies.coordinate_median import CoordinateMedian
 from fedft.strategies.exact_mixed_rank import ExactMixedRank
 from fedft.strategies.facts import RunFacts
@@ -34,6 +31,7 @@ from fedft.strategies.hydralora import HydraLoRA
 from fedft.strategies.krum import Krum
 from fedft.strategies.lora_fair import LoRAFAIR
 from fedft.strategies.multi_krum import MultiKrum
+from fedft.strategies.named import REGISTRY, AnyStrategy, enter
 from fedft.strategies.norm_clip import NormClip
 from fedft.strategies.raflora import RaFLoRA
 from fedft.strategies.rolora import RoLoRA
@@ -41,49 +39,40 @@ from fedft.strategies.scaffold import Scaffold
 from fedft.strategies.server_optimizers import FedAdam, FedAvgM, FedYogi
 from fedft.strategies.trimmed_mean import TrimmedMean
 
-Rule = (
-    FedAvgLoRA
-    | FFALoRA
-    | LoRAFAIR
-    | FLoRA
-    | FlexLoRA
-    | HetLoRA
-    | RaFLoRA
-    | ExactMixedRank
-    | FedExLoRA
-    | RoLoRA
-    | FedSALoRA
-    | FedRotLoRA
-    | FedSVD
-    | FedMomentum
-    | FedSB
-    | FedProx
-    | Scaffold
-    | FedDyn
-    | FedNova
-    | FedAvgM
-    | FedAdam
-    | FedYogi
-    | FedAsync
-    | FedBuff
-    | NormClip
-    | CoordinateMedian
-    | TrimmedMean
-    | HydraLoRA
-    | Krum
-    | MultiKrum
-    | CentralDP
+RULES = enter(
+    FedAvgLoRA,
+    FFALoRA,
+    LoRAFAIR,
+    FLoRA,
+    FlexLoRA,
+    HetLoRA,
+    RaFLoRA,
+    ExactMixedRank,
+    FedExLoRA,
+    RoLoRA,
+    FedSALoRA,
+    FedRotLoRA,
+    FedSVD,
+    FedMomentum,
+    FedSB,
+    FedProx,
+    Scaffold,
+    FedDyn,
+    FedNova,
+    FedAvgM,
+    FedAdam,
+    FedYogi,
+    FedAsync,
+    FedBuff,
+    NormClip,
+    CoordinateMedian,
+    TrimmedMean,
+    HydraLoRA,
+    Krum,
+    MultiKrum,
+    CentralDP,
 )
-
-AnyStrategy = Annotated[Rule, Field(discriminator="name")]
-"""Any rule, chosen by its ``name``."""
-
-RULES: tuple[type[Strategy], ...] = get_args(Rule)
-"""Every rule's class, in the order in which they are listed to users."""
-
-for combinator in RULES:
-    if issubclass(combinator, Combinator):  # its `inner` is any rule, itself too
-        combinator.model_rebuild(_types_namespace={"AnyStrategy": AnyStrategy})
+"""Our own rules, in the order in which they are listed to users."""
 
 
 def rule_names(*, mixed_ranks: bool = False) -> list[str]:
@@ -92,7 +81,7 @@ def rule_names(*, mixed_ranks: bool = False) -> list[str]:
     return [str(rule.model_fields["name"].default) for rule in chosen]
 
 
-def check_method(strategy: Rule, method: str) -> None:
+def check_method(strategy: Strategy, method: str) -> None:
     """Refuse an `[lora] method` whose adapters the rule cannot aggregate.
 
     Raises:
@@ -108,7 +97,7 @@ def check_method(strategy: Rule, method: str) -> None:
     )
 
 
-def check_init(strategy: Rule, init: str) -> None:
+def check_init(strategy: Strategy, init: str) -> None:
     """Refuse a start of A and B that depends on the base weights, where sites make part of it.
 
     Raises:
@@ -124,7 +113,7 @@ def check_init(strategy: Rule, init: str) -> None:
         )
 
 
-def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
+def check_ranks(strategy: Strategy, ranks: Iterable[int | None]) -> None:
     """Refuse ranks that the rule cannot take.
 
     Args:
@@ -146,6 +135,7 @@ def check_ranks(strategy: Rule, ranks: Iterable[int | None]) -> None:
 
 
 __all__ = [
+    "REGISTRY",
     "RULES",
     "AnyStrategy",
     "CentralDP",
@@ -177,7 +167,6 @@ __all__ = [
     "NormClip",
     "RaFLoRA",
     "RoLoRA",
-    "Rule",
     "RunFacts",
     "Scaffold",
     "Strategy",

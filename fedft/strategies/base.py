@@ -5,9 +5,10 @@ A rule never sees Flower, Ray, a socket, a file or a clock. What it needs of a c
 :class:`~fedft.core.types.ServerState`. Its hyperparameters are the `[strategy]` table of the
 configuration: the validated table *is* the strategy object.
 
-To add a rule, write one file with a subclass of :class:`Strategy` that implements ``combine`` (and
-``plan`` where clients do something other than train and send everything), add it to the union in
-``strategies/__init__.py``, and give it a row in the conformance table of ``tests/strategies``.
+A rule is a subclass of :class:`Strategy` that implements ``combine`` (and ``plan`` where clients do
+something other than train and send everything). One of ours is a file here, a row in
+``strategies/__init__.py`` and one in the conformance table of ``tests/strategies``; one of somebody
+else's needs no row, see docs/extending.md.
 
 Ranks. The global adapter has the largest rank R of the fleet, with scale s. A site of rank r trains
 at alpha constant, that is with s_r = s R / r, and the ratio is folded into B, so that what it
@@ -51,7 +52,13 @@ from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
 
 class Strategy(BaseModel, ABC):
-    """Base of every aggregation rule."""
+    """Base of every aggregation rule.
+
+    Attributes:
+        name: under which a configuration finds the class: the plain name of one of ours, or of one
+            that an installed package registers, or ``package.module:Class``. A rule from outside of
+            fedft need not say it.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -60,6 +67,8 @@ class Strategy(BaseModel, ABC):
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
     )
+
+    name: str = ""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **more: Any) -> None:
@@ -213,7 +222,7 @@ class Strategy(BaseModel, ABC):
     @property
     def label(self) -> str:
         """The rule's name, as an error names it."""
-        return str(type(self).model_fields["name"].default)
+        return self.name or type(self).__name__
 
     @abstractmethod
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

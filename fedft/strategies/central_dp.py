@@ -37,7 +37,7 @@ Wire: as the inner rule.
 from collections.abc import Sequence
 from dataclasses import replace
 from math import exp
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -47,10 +47,8 @@ from fedft.core.privacy.mechanism import GaussianSum, Noise
 from fedft.core.types import ClientUpdate, ServerState, Site
 from fedft.strategies.changes import change_of, norm_of
 from fedft.strategies.ffa_lora import FFALoRA
+from fedft.strategies.named import AnyStrategy
 from fedft.strategies.summary import Summary
-
-if TYPE_CHECKING:
-    from fedft.strategies import AnyStrategy
 
 _CLIP = "central-dp/clip"
 
@@ -71,7 +69,7 @@ class CentralDP(Summary):
         inner: the rule underneath: one that uses the replies through their mean alone.
     """
 
-    name: Literal["central-dp"] = "central-dp"
+    name: str = "central-dp"
     # Below and above, accounting takes minutes, to say that nothing is promised, or that nothing can be.
     noise_multiplier: Annotated[float, Field(ge=0.01)] = 1.0
     target_epsilon: Annotated[float, Field(ge=0.001, le=50)] | None = None
@@ -81,7 +79,7 @@ class CentralDP(Summary):
     clip_lr: PositiveFloat = 0.2
     count_noise: PositiveFloat | None = None
     expected_sites: PositiveInt | None = None
-    inner: "AnyStrategy" = FFALoRA()
+    inner: AnyStrategy = FFALoRA()
 
     @model_validator(mode="after")
     def _noise_is_left_for_the_changes(self) -> Self:

@@ -6,15 +6,13 @@ nest: ``{name = "fedprox", mu = 0.1, inner = {name = "fedadam", inner = {name = 
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from fedft.core.types import Adapter, ClientUpdate, Part, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
 from fedft.strategies.facts import RunFacts
 from fedft.strategies.fedavg_lora import FedAvgLoRA
-
-if TYPE_CHECKING:
-    from fedft.strategies import AnyStrategy
+from fedft.strategies.named import AnyStrategy
 
 
 class Combinator(Strategy, ABC):
@@ -24,7 +22,7 @@ class Combinator(Strategy, ABC):
         inner: the rule underneath.
     """
 
-    inner: "AnyStrategy" = FedAvgLoRA()
+    inner: AnyStrategy = FedAvgLoRA()
 
     def of_run(self, facts: RunFacts) -> Self:
         bound = self.model_copy(update={"inner": self.inner.of_run(facts)})

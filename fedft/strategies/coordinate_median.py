@@ -21,8 +21,6 @@ arrive at, which is the start plus the median of the changes.
 Wire: as the inner rule.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
 from fedft.strategies.summary import Coordinatewise
@@ -31,7 +29,7 @@ from fedft.strategies.summary import Coordinatewise
 class CoordinateMedian(Coordinatewise):
     """The inner rule with the entrywise median in place of the mean."""
 
-    name: Literal["coordinate-median"] = "coordinate-median"
+    name: str = "coordinate-median"
 
     def reduce(self, values: Tensor) -> Tensor:
         K = values.shape[0]

@@ -35,7 +35,6 @@ plain LoRA the frozen part is empty.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 from pydantic import PositiveInt
@@ -65,7 +64,7 @@ class ExactMixedRank(Strategy):
         delta_rank: the largest rank of the base change; None loses nothing.
     """
 
-    name: Literal["exact-mixed-rank"] = "exact-mixed-rank"
+    name: str = "exact-mixed-rank"
     delta_rank: PositiveInt | None = None
 
     @property

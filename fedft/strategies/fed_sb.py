@@ -49,7 +49,7 @@ class FedSB(Strategy):
         seed: of the ``seeded`` basis; None takes the run seed.
     """
 
-    name: Literal["fed-sb"] = "fed-sb"
+    name: str = "fed-sb"
     basis: Literal["first-round", "seeded"] = "first-round"
     seed: int | None = None
 

@@ -19,7 +19,7 @@ Wire: as the inner rule.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -37,7 +37,7 @@ class FedAsync(Combinator):
         staleness: how the weight falls.
     """
 
-    name: Literal["fedasync"] = "fedasync"
+    name: str = "fedasync"
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     staleness: Staleness = Staleness()
 

@@ -20,7 +20,6 @@ weights; the paper's models have none.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from fedft.core.types import ClientUpdate, ServerState
 from fedft.strategies.base import Strategy, mean_of
@@ -29,7 +28,7 @@ from fedft.strategies.base import Strategy, mean_of
 class FedAvgLoRA(Strategy):
     """Average A, B and the head over the sites, weighted by their examples."""
 
-    name: Literal["fedavg-lora"] = "fedavg-lora"
+    name: str = "fedavg-lora"
 
     @property
     def uses_mean_only(self) -> bool:

@@ -20,7 +20,6 @@ Wire: as the inner rule.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
@@ -38,7 +37,7 @@ class FedBuff(Combinator):
         staleness: how the weight falls; the paper's is ``polynomial`` with a = 0.5.
     """
 
-    name: Literal["fedbuff"] = "fedbuff"
+    name: str = "fedbuff"
     size: PositiveInt = 10
     staleness: Staleness = Staleness()
 

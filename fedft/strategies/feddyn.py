@@ -23,7 +23,7 @@ Wire: as the inner rule.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import PositiveFloat, model_validator
 
@@ -43,7 +43,7 @@ class FedDyn(Combinator):
         alpha: weight of the penalty. Small ones trust the clients' own optima more.
     """
 
-    name: Literal["feddyn"] = "feddyn"
+    name: str = "feddyn"
     alpha: PositiveFloat = 0.1
 
     @model_validator(mode="after")

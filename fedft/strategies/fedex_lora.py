@@ -24,7 +24,6 @@ plus the head both ways.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import PositiveInt
@@ -40,7 +39,7 @@ class FedExLoRA(Strategy):
         delta_rank: the largest rank of the base change; None loses nothing.
     """
 
-    name: Literal["fedex-lora"] = "fedex-lora"
+    name: str = "fedex-lora"
     delta_rank: PositiveInt | None = None
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

@@ -31,7 +31,6 @@ R - min_k r_k) - R)) with d = min(d_out, d_in); plus the head both ways.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from pydantic import PositiveInt
 
@@ -47,7 +46,7 @@ class FedMomentum(Strategy):
         delta_rank: the largest rank of the base change; None loses nothing.
     """
 
-    name: Literal["fedmomentum"] = "fedmomentum"
+    name: str = "fedmomentum"
     delta_rank: PositiveInt | None = None
 
     @property

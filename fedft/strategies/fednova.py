@@ -20,7 +20,6 @@ Wire: as the inner rule, and one number up.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from fedft.strategies.combinator import Combinator
 class FedNova(Combinator):
     """The inner rule on normalised changes."""
 
-    name: Literal["fednova"] = "fednova"
+    name: str = "fednova"
 
     @property
     def uses_mean_only(self) -> bool:

@@ -14,7 +14,6 @@ Wire: as the inner rule.
 """
 
 from dataclasses import replace
-from typing import Literal
 
 from pydantic import PositiveFloat
 
@@ -29,7 +28,7 @@ class FedProx(Combinator):
         mu: weight of the proximal term.
     """
 
-    name: Literal["fedprox"] = "fedprox"
+    name: str = "fedprox"
     mu: PositiveFloat = 0.01
 
     def plan(self, state: ServerState, site: Site) -> TrainPlan:

@@ -55,7 +55,7 @@ class FedRotLoRA(Strategy):
             rotation. None is the hard one.
     """
 
-    name: Literal["fedrot-lora"] = "fedrot-lora"
+    name: str = "fedrot-lora"
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

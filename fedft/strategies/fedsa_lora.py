@@ -32,7 +32,7 @@ class FedSALoRA(Strategy):
         head: whether the head stays at the sites or is averaged.
     """
 
-    name: Literal["fedsa-lora"] = "fedsa-lora"
+    name: str = "fedsa-lora"
     head: Literal["local", "shared"] = "local"
 
     @property

@@ -19,7 +19,6 @@ Wire: pi(r) numbers down, sum_modules r d_out up, plus the head both ways.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from fedft.core import algebra
 from fedft.core.types import ClientUpdate, Part, ServerState, Site, TrainPlan
@@ -29,7 +28,7 @@ from fedft.strategies.base import Strategy, layers, mean_of, spectral
 class FedSVD(Strategy):
     """Average B, then re-write (A, B) with orthonormal rows in A."""
 
-    name: Literal["fedsvd"] = "fedsvd"
+    name: str = "fedsvd"
 
     @property
     def uses_mean_only(self) -> bool:

@@ -19,7 +19,6 @@ Departure from the paper: the classifier head is trained and averaged, because i
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from fedft.core.types import ClientUpdate, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy, mean_of
@@ -28,7 +27,7 @@ from fedft.strategies.base import Strategy, mean_of
 class FFALoRA(Strategy):
     """Train, send and average B and the head; A stays as the common seed made it."""
 
-    name: Literal["ffa-lora"] = "ffa-lora"
+    name: str = "ffa-lora"
 
     @property
     def uses_mean_only(self) -> bool:

@@ -44,7 +44,7 @@ class FlexLoRA(Strategy):
             ``server`` has it.
     """
 
-    name: Literal["flexlora"] = "flexlora"
+    name: str = "flexlora"
     beyond_rank: Literal["zero", "server"] = "zero"
 
     @property

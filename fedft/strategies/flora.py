@@ -25,7 +25,6 @@ Plus the head both ways. (The paper: down sum_k r_k (d_in + d_out) each round.)
 from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import Literal
 
 import torch
 from pydantic import PositiveInt
@@ -43,7 +42,7 @@ class FLoRA(Strategy):
         seed: of the fresh A; None takes the run seed.
     """
 
-    name: Literal["flora"] = "flora"
+    name: str = "flora"
     delta_rank: PositiveInt | None = None
     seed: int | None = None
 

@@ -29,7 +29,6 @@ adds what a long run needs (resume, commit, deadlines, seeds) in ``fedft.server.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -52,7 +51,7 @@ from fedft.core.types import (
     part_of,
 )
 from fedft.core.wire import codec
-from fedft.strategies import AnyStrategy, CentralDP, check_method
+from fedft.strategies import CentralDP, check_method
 from fedft.strategies.base import Strategy
 
 log = logging.getLogger("flwr")  # where Flower's own strategies write
@@ -115,7 +114,7 @@ class FlowerStrategy(FlowerBase):
                 fix="run it with: fedft simulate CONFIG",
             )
         adapter = peft_adapter(initial, scale)
-        check_method(cast(AnyStrategy, rule), "lora" if adapter.factors else "hydralora")
+        check_method(rule, "lora" if adapter.factors else "hydralora")
         self.rule = rule
         self.state: ServerState = rule.init(adapter)
         self.fraction_train = fraction_train

@@ -70,7 +70,7 @@ class HetLoRA(Strategy):
             what the ``server`` has there.
     """
 
-    name: Literal["hetlora"] = "hetlora"
+    name: str = "hetlora"
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
     penalty: Annotated[float, Field(ge=0)] = 0.01
     min_rank: PositiveInt = 1

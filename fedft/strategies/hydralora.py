@@ -78,7 +78,7 @@ class HydraLoRA(Strategy):
         head: whether the task head is averaged or stays at the sites.
     """
 
-    name: Literal["hydralora"] = "hydralora"
+    name: str = "hydralora"
     mode: Literal["clustered", "global", "private"] = "clustered"
     recluster_every: PositiveInt = 5
     least_silhouette: Annotated[float, Field(ge=-1, le=1)] = 0.1

@@ -21,7 +21,7 @@ Wire: as the inner rule.
 from abc import ABC
 from collections.abc import Sequence
 from math import ceil
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -85,7 +85,7 @@ class Krum(Central):
         byzantine: share of a round's sites that may lie.
     """
 
-    name: Literal["krum"] = "krum"
+    name: str = "krum"
 
     def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         best = int(self.scores(updates).argmin())

@@ -74,7 +74,7 @@ class LoRAFAIR(Strategy):
         step_size: of gradient descent, for ``cosine``.
     """
 
-    name: Literal["lora-fair"] = "lora-fair"
+    name: str = "lora-fair"
     objective: Literal["frobenius-ridge", "cosine"] = "frobenius-ridge"
     ridge: PositiveFloat = 0.01
     cosine_dim: Literal["whole", "column"] = "whole"

@@ -22,7 +22,6 @@ Wire: as the inner rule.
 from collections.abc import Sequence
 from math import inf
 from statistics import median
-from typing import Literal
 
 from pydantic import PositiveFloat
 
@@ -39,7 +38,7 @@ class NormClip(Combinator):
             that are not zero.
     """
 
-    name: Literal["norm-clip"] = "norm-clip"
+    name: str = "norm-clip"
     max_norm: PositiveFloat | None = None
 
     @property

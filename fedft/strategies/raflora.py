@@ -25,7 +25,6 @@ Wire: as FlexLoRA, r_k (d_in + d_out) numbers a layer each way, plus the head.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -37,7 +36,7 @@ from fedft.strategies.base import Layer, Strategy, at_rank, layers, rebuilt, spe
 class RaFLoRA(Strategy):
     """Rank-partitioned averaging of the products."""
 
-    name: Literal["raflora"] = "raflora"
+    name: str = "raflora"
 
     @property
     def mixed_ranks(self) -> bool:

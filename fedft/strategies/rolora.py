@@ -19,7 +19,6 @@ head both ways.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from fedft.core.types import ClientUpdate, Part, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy, mean_of
@@ -28,7 +27,7 @@ from fedft.strategies.base import Strategy, mean_of
 class RoLoRA(Strategy):
     """B in the first round, A in the second, and so on; the head always."""
 
-    name: Literal["rolora"] = "rolora"
+    name: str = "rolora"
 
     @property
     def uses_mean_only(self) -> bool:

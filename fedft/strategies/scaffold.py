@@ -25,7 +25,7 @@ Wire: as the inner rule, and once more in each direction what trains.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -40,7 +40,7 @@ _SLOT = "scaffold-control"
 class Scaffold(Combinator):
     """The inner rule with control variates at the clients and the server."""
 
-    name: Literal["scaffold"] = "scaffold"
+    name: str = "scaffold"
 
     @model_validator(mode="after")
     def _entries_keep_their_meaning(self) -> Self:

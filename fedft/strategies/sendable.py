@@ -37,9 +37,11 @@ def check_sendable(rule: str, before: ServerState, after: ServerState) -> None:
         after: what the rule made of it.
 
     Raises:
-        ConfigError: a number of the adapter or the base change is not finite, or too large for the
-            wire; one of the rule's own slots is not finite.
+        ConfigError: it is no state, or has other tensors than before; a number of the adapter or the
+            base change is not finite, or too large for the wire; one of the rule's own slots is not
+            finite.
     """
+    _check_form(rule, before, after)
     known = {id(tensor) for _, tensor, _ in _parts(before)}
     for name, tensor, largest in _parts(after):
         if id(tensor) in known or not tensor.is_floating_point() or not tensor.numel():
@@ -50,6 +52,27 @@ def check_sendable(rule: str, before: ServerState, after: ServerState) -> None:
         raise ConfigError(
             f"round {after.round}: {rule} made {name} {_said(float(low), float(high), largest)}",
             fix=REMEDY,
+        )
+
+
+def _check_form(rule: str, before: ServerState, after: object) -> None:
+    """Refuse what is not the state's own form: somebody else's rule may give back anything."""
+    fix = "Mend the rule: `fedft check-plugin` says which law it breaks. The last round stands."
+    if not isinstance(after, ServerState):
+        raise ConfigError(
+            f"round {before.round}: {rule} gave back a {type(after).__name__}, not a state", fix=fix
+        )
+    old, new = before.adapter.tensors(), after.adapter.tensors()
+    differ = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name].shape != new[name].shape
+    ]
+    if differ:
+        raise ConfigError(
+            f"round {before.round}: {rule} gave back an adapter with other tensors than it was given: "
+            f"{', '.join(differ[:3])}",
+            fix=fix,
         )
 
 

@@ -29,7 +29,7 @@ Wire: as the inner rule.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -49,7 +49,7 @@ class FedAvgM(Combinator):
         beta: momentum.
     """
 
-    name: Literal["fedavgm"] = "fedavgm"
+    name: str = "fedavgm"
     lr: PositiveFloat = 1.0
     beta: Decay = 0.9
 
@@ -74,7 +74,7 @@ class FedAdam(Combinator):
         tau: adaptivity; added to the root of the second moment.
     """
 
-    name: Literal["fedadam"] = "fedadam"
+    name: str = "fedadam"
     lr: PositiveFloat = 0.01
     beta1: Decay = 0.9
     beta2: Decay = 0.99
@@ -94,7 +94,7 @@ class FedYogi(Combinator):
         lr, beta1, beta2, tau: as of :class:`FedAdam`.
     """
 
-    name: Literal["fedyogi"] = "fedyogi"
+    name: str = "fedyogi"
     lr: PositiveFloat = 0.01
     beta1: Decay = 0.9
     beta2: Decay = 0.99

@@ -15,7 +15,7 @@ Wire: as the inner rule.
 """
 
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -30,7 +30,7 @@ class TrimmedMean(Coordinatewise):
         trim: the paper's beta, the share of values dropped at *each* end.
     """
 
-    name: Literal["trimmed-mean"] = "trimmed-mean"
+    name: str = "trimmed-mean"
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
 
     def reduce(self, values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedft.core.errors import ConfigError, MismatchError, UpdateRejected
+from fedft.core.plugins import USER
 from fedft.core.wire import codec
 from fedft.core.wire.changes import Packing, unpacked
 from fedft.core.wire.compress import (
@@ -421,7 +422,7 @@ def test_defaults_are_not_written() -> None:
 )  # fmt: skip
 def test_what_is_no_compressor_is_told(given: object, said: str) -> None:
     with pytest.raises(ConfigError) as told:
-        compressor_of(given)
+        compressor_of(given, USER)
     assert said in told.value.what.replace('"', "'") and len(str(told.value)) < 500
 
 

@@ -37,6 +37,7 @@ WAYS: list[Any] = ["fp32", "bf16", "int8", {"name": "int8", "block": 64}]
 def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more row, as another package would bring it."""
     monkeypatch.setattr(compress, "COMPRESSORS", (*COMPRESSORS, TopK))
+    monkeypatch.setitem(compress.REGISTRY.own, "top-k", TopK)  # type: ignore[arg-type]
 
 
 def run_of(table: Mapping[str, Any], folder: Path, **options: Any) -> Run:

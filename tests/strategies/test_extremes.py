@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedft.conformance.federation import fleet, initial, reply, tensors_of
 from fedft.core.errors import ConfigError
 from fedft.core.types import (
     LARGEST_SENT,
@@ -31,7 +32,7 @@ from fedft.strategies import (
     Strategy,
 )
 from fedft.strategies.sendable import check_sendable
-from tests.strategies.test_laws import Row, fleet, initial, reply, rows, tensors_of
+from tests.strategies.test_laws import Row, rows
 
 WIRES = (Fp32(), Bf16())
 

@@ -1,8 +1,5 @@
 """The laws that every rule keeps, as one table. A new rule is a file and a row here."""
 
-import copy
-import itertools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,20 +9,23 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from fedft import strategies
-from fedft.core import meters, seeds
-from fedft.core.adapters import hydra
+from fedft.conformance.federation import (
+    EXPERTS,
+    RANK,
+    SHAPES,
+    distance,
+    fleet,
+    function,
+    initial,
+    reply,
+    warm,
+)
+from fedft.conformance.laws import Law
+from fedft.conformance.rules import LAWS, the_table_is_the_rule
+from fedft.core import meters
 from fedft.core.errors import ConfigError
 from fedft.core.folding import fold
-from fedft.core.types import (
-    Adapter,
-    ClientUpdate,
-    Factors,
-    ServerState,
-    Site,
-    TrainPlan,
-    factor_name,
-    part_of,
-)
+from fedft.core.types import ClientUpdate, Site
 from fedft.core.wire import codec
 from fedft.strategies import (
     CentralDP,
@@ -62,9 +62,6 @@ from fedft.strategies import (
     TrimmedMean,
 )
 
-RANK, ALPHA = 3, 6.0
-SHAPES = {"layer.0.q": (10, 8), "layer.1.v": (6, 12)}  # (d_out, d_in)
-HEAD = {"base_model.model.classifier.weight": (4, 5), "base_model.model.classifier.bias": (4,)}
 ANY = TypeAdapter(strategies.AnyStrategy)
 
 
@@ -118,7 +115,7 @@ def fed_sb(t: int, K: int) -> tuple[int, int]:
     return both(t, K) if t == 1 else (pi(RANK) + core + HEADS, core + HEADS)
 
 
-TRIPLE = 3  # HydraLoRA's heads
+TRIPLE = EXPERTS  # HydraLoRA's heads
 
 
 def hydra_wire(down: int, up: int, *, A: bool = True, router: bool = False) -> Wire:
@@ -271,112 +268,8 @@ rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
-# ── a federation without models ───────────────────────────────────────────────────────────────
-
-
-def first_adapter(dtype: torch.dtype = torch.float64) -> Adapter:
-    g = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    factors = {
-        module: Factors(draw(RANK, n), torch.zeros(m, RANK, dtype=dtype), ALPHA / RANK)
-        for module, (m, n) in SHAPES.items()
-    }
-    return Adapter(factors, {name: draw(*shape) for name, shape in HEAD.items()})
-
-
-def hydra_adapter(plain: Adapter) -> Adapter:
-    """HydraLoRA's adapter with the A and the task head of a plain one."""
-    shapes = hydra.shapes(SHAPES, RANK, TRIPLE)
-    drawn = hydra.initial(shapes, seed=0)
-    A = {factor_name(module, "A"): f.A for module, f in plain.factors.items()}
-    dtype = next(iter(A.values())).dtype
-    return Adapter({}, {name: A.get(name, t.to(dtype)) for name, t in drawn.items()} | plain.head)
-
-
-def initial(rule: Strategy, dtype: torch.dtype) -> ServerState:
-    """The state before the first round."""
-    plain = first_adapter(dtype)
-    return rule.init(plain if rule.supports("lora") else hydra_adapter(plain))
-
-
-def fleet(rule: Strategy, count: int = 4) -> list[Site]:
-    """Sites of unequal size; of unequal rank where the rule takes that."""
-    ranks = itertools.cycle([3, 1, 2, 3])
-    return [
-        Site(f"site-{k}", examples=5 + 3 * k, rank=rank if rule.mixed_ranks else None)
-        for k, rank in zip(range(count), ranks, strict=False)
-    ]
-
-
-def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = None) -> ClientUpdate:
-    """Local training as a seeded random step of whatever the plan lets learn."""
-    plan = rule.plan(state, site)
-    g = seeds.torch_generator(1, "test", state.round, noise or site.name)
-    tensors = {
-        name: tensor
-        + 0.3 * torch.randn(tensor.shape, generator=g, dtype=torch.float64).to(tensor.dtype)
-        if part_of(name) in plan.train
-        else tensor
-        for name, tensor in plan.start.tensors().items()
-    }
-    sent = {name: tensors[name] for name in plan.sent()}
-    records = {
-        record: {
-            name: 2 + 0.3 * torch.randn(shape, generator=g, dtype=torch.float64)
-            for name, shape in shapes.items()
-        }
-        for record, shapes in plan.schema("sends").items()
-    }
-    return ClientUpdate(site.name, site.examples, sent, plan.start, records=records)
-
-
-def still(name: str, plan: TrainPlan) -> ClientUpdate:
-    """The reply of a client that learned nothing."""
-    zeros = {
-        record: {name: torch.zeros(shape) for name, shape in shapes.items()}
-        for record, shapes in plan.schema("sends").items()
-    }
-    return ClientUpdate(name, 4, plan.sent(), plan.start, records=zeros)
-
-
-def warm(rule: Strategy, dtype: torch.dtype = torch.float64, rounds: int = 2) -> ServerState:
-    """A state in the middle of a run."""
-    state = initial(rule, dtype)
-    for _ in range(rounds):
-        state = rule.aggregate(state, [reply(rule, state, site) for site in fleet(rule)])
-    return state
-
-
-def tensors_of(state: ServerState) -> dict[str, torch.Tensor]:
-    flat = {f"adapter/{name}": t for name, t in state.adapter.tensors().items()}
-    for module, f in state.delta.items():
-        flat |= {f"delta/{module}/A": f.A, f"delta/{module}/B": f.B}
-    return flat | {f"slot/{name}": t for name, t in state.slots.items()}
-
-
-def same(x: ServerState, y: ServerState) -> bool:
-    a, b = tensors_of(x), tensors_of(y)
-    return (
-        x.round == y.round
-        and list(a) == list(b)
-        and all(torch.equal(a[name], b[name]) for name in a)
-        and all(f.scale == y.adapter.factors[m].scale for m, f in x.adapter.factors.items())
-    )
-
-
-def function(adapter: Adapter, base: object) -> dict[str, torch.Tensor]:
-    """What a model computes: the dense change of every adapted weight, and the head."""
-    change = {m: f.product().double() for m, f in adapter.factors.items()}
-    for module, f in base.items():  # type: ignore[attr-defined]
-        change[module] = change[module] + f.product().double()
-    return change | {name: t.double() for name, t in adapter.head.items()}
-
-
-def distance(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
-    return max(float((x[k] - y[k]).norm() / y[k].norm().clamp_min(1e-12)) for k in y)
+rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
 # ── the laws ──────────────────────────────────────────────────────────────────────────────────
@@ -396,94 +289,24 @@ def test_every_rule_has_a_row_and_a_page() -> None:
         assert not missing, f"{name}.md says nothing of {missing}"
 
 
+laws = pytest.mark.parametrize(
+    ("row", "law"),
+    [(row, law) for row in TABLE.values() for law in LAWS if law.of(row.rule)],
+    ids=[f"{key}: {law.says}" for key, row in TABLE.items() for law in LAWS if law.of(row.rule)],
+)
+
+
+@laws
+def test_a_law_holds(row: Row, law: Law[Strategy]) -> None:
+    law.check(row.rule)
+
+
 @rows
 def test_the_table_is_the_strategy(row: Row) -> None:
     rule = row.rule
     if isinstance(rule, CentralDP):  # whose noise here is less than any table may ask for
         rule = rule.model_copy(update={"noise_multiplier": 1.0})
-    assert ANY.validate_python(rule.model_dump(by_alias=True)) == rule
-    with pytest.raises(ValidationError, match="Extra inputs"):
-        ANY.validate_python({**rule.model_dump(by_alias=True), "no-such-key": 1})
-
-
-@rows
-@dtypes
-def test_order_of_arrival_changes_nothing(row: Row, dtype: torch.dtype) -> None:
-    state = warm(row.rule, dtype)
-    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
-    expected = row.rule.aggregate(state, updates)
-    for seed in range(3):
-        random.Random(seed).shuffle(updates)
-        assert same(row.rule.aggregate(state, updates), expected)
-
-
-@rows
-def test_scale_of_the_example_counts_changes_nothing(row: Row) -> None:
-    state = warm(row.rule)
-    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
-    scaled = [replace(u, examples=7 * u.examples) for u in updates]
-    assert same(row.rule.aggregate(state, scaled), row.rule.aggregate(state, updates))
-
-
-@rows
-def test_a_site_without_examples_changes_nothing(row: Row) -> None:
-    state = warm(row.rule)
-    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
-    empty = replace(reply(row.rule, state, Site("site-9", 1)), examples=0)
-    assert same(row.rule.aggregate(state, [*updates, empty]), row.rule.aggregate(state, updates))
-
-
-@rows
-def test_a_round_without_updates_only_counts(row: Row) -> None:
-    state = warm(row.rule)
-    for updates in ([], [replace(reply(row.rule, state, Site("site-0", 1)), examples=0)]):
-        assert same(row.rule.aggregate(state, updates), replace(state, round=state.round + 1))
-
-
-@rows
-@dtypes
-def test_inputs_are_kept_and_keys_shapes_and_dtypes_too(row: Row, dtype: torch.dtype) -> None:
-    state = warm(row.rule, dtype)
-    updates = [reply(row.rule, state, site) for site in fleet(row.rule)]
-    before = copy.deepcopy((state, updates))
-    after = row.rule.aggregate(state, updates)
-    assert same(state, before[0])
-    for update, old in zip(updates, before[1], strict=True):
-        for mine, theirs in (
-            (update.tensors, old.tensors),
-            (update.start.tensors(), old.start.tensors()),
-        ):
-            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    shapes = {n: (t.shape, t.dtype) for n, t in state.adapter.tensors().items()}
-    assert {n: (t.shape, t.dtype) for n, t in after.adapter.tensors().items()} == shapes
-    assert after.adapter.tensors().keys() == state.adapter.tensors().keys()
-    assert all(f.A.dtype == f.B.dtype == dtype for f in after.delta.values())
-    assert after.delta.keys() == state.delta.keys()
-    assert all(f.scale == 1.0 for f in after.delta.values()), "so that a delta only ever grows"
-    for tensor in tensors_of(after).values():
-        assert tensor.isfinite().all()
-        assert tensor.is_contiguous(), "safetensors stores nothing else"
-
-
-@rows
-def test_the_same_inputs_give_the_same_bytes(row: Row) -> None:
-    assert same(warm(row.rule), warm(copy.deepcopy(row.rule)))
-
-
-@rows
-@dtypes
-def test_sites_that_learned_nothing_change_nothing(row: Row, dtype: torch.dtype) -> None:
-    """The start is a fixed point, at full rank and with nothing left over from before."""
-    rule = row.rule
-    state = replace(warm(rule, dtype), slots={})
-    plans = {f"site-{k}": rule.plan(state, Site(f"site-{k}", 1)) for k in range(3)}
-    updates = [still(name, plan) for name, plan in plans.items()]
-    after = rule.aggregate(state, updates)
-    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
-    assert (
-        distance(function(after.adapter, after.delta), function(state.adapter, state.delta))
-        < tolerance
-    )
+    the_table_is_the_rule(rule)
 
 
 @pytest.mark.parametrize(
@@ -519,31 +342,8 @@ def test_exact_rules_have_no_bias(row: Row, dtype: torch.dtype) -> None:
         state = after
 
 
-@pytest.mark.parametrize(
-    "row",
-    [r for r in TABLE.values() if r.rule.uses_mean_only],
-    ids=[k for k, r in TABLE.items() if r.rule.uses_mean_only],
-)
-@dtypes
-@pytest.mark.parametrize("count", [1, 2, 40])
-def test_a_rule_of_the_mean_takes_the_mean_for_a_reply(
-    row: Row, count: int, dtype: torch.dtype
-) -> None:
-    """Bit for bit: the server folds the replies as they come, and hands over their mean.
-
-    Rules that put one summary (a median, a noisy mean) in its place rely on it too.
-    """
-    rule, state = row.rule, warm(row.rule, dtype)
-    for _ in range(2):  # both rounds of an alternation
-        updates = [reply(rule, state, site) for site in fleet(rule, count)]
-        mean = fold(updates, rule.personal).mean_update(state.adapter)
-        whole = rule.aggregate(state, updates)
-        assert same(rule.combine(replace(state, round=state.round + 1), [mean]), whole)
-        state = whole
-
-
 def test_a_rule_of_more_than_the_mean_is_told_from_one_of_the_mean_alone() -> None:
-    """Without it, the test above would hold of anything."""
+    """Without it, the law of the mean would hold of anything."""
     rule = FlexLoRA()
     state = warm(rule)
     updates = [reply(rule, state, Site(f"site-{k}", 4 + k)) for k in range(4)]
@@ -582,24 +382,6 @@ def test_bytes_on_the_wire_are_the_formula(row: Row, count: int) -> None:
         expected_down, expected_up = row.wire(t, count)
         assert (down, up) == (4 * expected_down, 4 * expected_up), f"round {t}"
         state = rule.aggregate(state, updates)
-
-
-@rows
-def test_plans_are_consistent(row: Row) -> None:
-    state = warm(row.rule)
-    for site in fleet(row.rule):
-        plan = row.rule.plan(state, site)
-        present = {part_of(name) for name in plan.start.tensors()}
-        assert plan.send <= present | {"head"}
-        assert plan.send & present <= plan.train & present
-        assert plan.keep == row.rule.personal
-        assert not plan.keep & plan.send
-        if site.rank is not None:
-            assert plan.start.rank == site.rank
-        assert row.rule.plan(state, site).start is plan.start, "encoded once"
-        new, newer = (row.rule.plan(state, replace(site, name=name)) for name in ("new", "newer"))
-        assert newer.start is new.start, "one object a rank, so that it is encoded once"
-        assert newer.delta is new.delta, "and so that the sites of one rank share a pass"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedft import strategies
+from fedft.conformance.federation import distance, function, reply
 from fedft.core import algebra, meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, TrainPlan
@@ -33,7 +34,7 @@ from fedft.strategies import (
     RaFLoRA,
     Strategy,
 )
-from tests.strategies.test_laws import TABLE, distance, function, reply
+from tests.strategies.test_laws import TABLE
 
 PAGES = Path(strategies.__file__).parents[2] / "docs" / "strategies"
 RANKS = (1, 2, 4, 8)

@@ -4,7 +4,6 @@ See :mod:`fedft.core.meters.base` for what a meter is, and how to add one.
 """
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from fedft.core.errors import ConfigError
@@ -18,6 +17,7 @@ from fedft.core.meters.lag import Lag
 from fedft.core.meters.panel import Panel
 from fedft.core.meters.plots import Curve, Heat, Plot, plot_from
 from fedft.core.meters.spectrum import Spectrum
+from fedft.core.plugins import Registry, Trust, reference_of
 
 if TYPE_CHECKING:
     from fedft.core.folding import Folded
@@ -28,20 +28,6 @@ METERS: tuple[type[Meter], ...] = (Bias, Lag, Drift, Heads, Spectrum, EffectiveR
 
 DEFAULT: tuple[str, ...] = ("bias", "lag", "drift", "heads")
 """The meters of a run that names none."""
-
-
-def find(name: str) -> type[Meter]:
-    """The meter of a name, as ``[evaluation] meters`` has it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    known = {kind.key: kind for kind in METERS}
-    if name in known:
-        return known[name]
-    near = get_close_matches(name, known, n=1)
-    guess = f"Did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"no meter is called {name[:80]!r}", fix=f"{guess}Known: {', '.join(known)}")
 
 
 def check_foreign(kind: object, name: str) -> type[Meter]:
@@ -68,13 +54,37 @@ def check_foreign(kind: object, name: str) -> type[Meter]:
     return meter
 
 
-def chosen(names: Sequence[str]) -> tuple[type[Meter], ...]:
-    """The meters of some names, in the order given.
+def _accept(found: object) -> type[Meter]:
+    return check_foreign(found, reference_of(found))
+
+
+REGISTRY: Registry[type[Meter]] = Registry(
+    "meters", "meter", {kind.key: kind for kind in METERS}, _accept
+)
+"""Every meter's class by name."""
+
+
+def find(name: str, trust: Trust | None = None) -> type[Meter]:
+    """The meter of a name, as ``[evaluation] meters`` has it.
+
+    Args:
+        name: a key of ours, a registered name, or ``package.module:Class``.
+        trust: what may be imported for it; None for what the process trusts.
+
+    Raises:
+        ConfigError: there is none.
+        SecurityRefusal: it would have to be imported, and nobody trusted asked for it.
+    """
+    return REGISTRY.find(name, trust).value
+
+
+def chosen(names: Sequence[str], trust: Trust | None = None) -> tuple[type[Meter], ...]:
+    """The meters of some names, in the order given; ``trust`` as for :func:`find`.
 
     Raises:
         ConfigError: there is none of a name, or two have one key.
     """
-    kinds = tuple(find(name) for name in names)
+    kinds = tuple(find(name, trust) for name in names)
     keys = [kind.key for kind in kinds]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
@@ -110,6 +120,7 @@ def measure(
 __all__ = [
     "DEFAULT",
     "METERS",
+    "REGISTRY",
     "Curve",
     "Heat",
     "Meter",

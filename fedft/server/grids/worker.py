@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Metadata, MetricRecord, RecordDict
 
+from fedft.core.plugins import USER, trust_process
 from fedft.server.grids.flower import adopt_identity, assemble
 from fedft.server.grids.serve import Answer, App, RunConfig, answer, context_of, resolve
 
@@ -66,6 +67,7 @@ class Server(ABC):
         # Before the app is imported: OpenMP reads its setting when it is loaded.
         os.environ.update(setting.environment)
         sys.path += [p for p in setting.paths if p not in sys.path and Path(p).exists()]
+        trust_process(USER)  # what the driver says, its user has said
         adopt_identity(run_id=setting.run_id)
         self._setting = setting
         self._app = resolve(setting.app)

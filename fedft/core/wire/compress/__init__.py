@@ -6,11 +6,11 @@ file here and a row in :data:`COMPRESSORS`.
 
 from typing import Annotated, Any, Final, cast
 
-from pydantic import PlainSerializer, PlainValidator, ValidationError
+from pydantic import PlainSerializer, PlainValidator, ValidationError, ValidationInfo
 
 from fedft.core.complaints import complaints, shown
 from fedft.core.errors import ConfigError
-from fedft.core.names import hint
+from fedft.core.plugins import Registry, Trust, subclass_of, trusted
 from fedft.core.wire.compress.base import Compressor, Key
 from fedft.core.wire.compress.casts import Bf16, Cast, Fp32
 from fedft.core.wire.compress.int8 import Int8
@@ -27,28 +27,41 @@ def names() -> list[str]:
     return [str(one.model_fields["name"].default) for one in COMPRESSORS]
 
 
-def find(name: str) -> type[Compressor]:
+REGISTRY: Registry[type[Compressor]] = Registry(
+    "compressors",
+    "compressor",
+    dict(zip(names(), COMPRESSORS, strict=True)),
+    subclass_of(Compressor, "fedft.core.wire.compress.Compressor"),
+)
+"""Every compressor's class by name."""
+
+
+def find(name: str, trust: Trust | None = None) -> type[Compressor]:
     """The compressor of a name.
+
+    Args:
+        name: one of ours, a registered one, or ``package.module:Class``.
+        trust: what may be imported for it; None for what the process trusts.
 
     Raises:
         ConfigError: there is none of that name.
+        SecurityRefusal: it would have to be imported, and nobody trusted asked for it.
     """
-    for own, one in zip(names(), COMPRESSORS, strict=True):
-        if own == name:
-            return one
-    raise ConfigError(f"no compressor is called {shown(name)}", fix=hint(name[:100], names()))
+    return REGISTRY.find(name, trust).value
 
 
-def compressor_of(given: object) -> Compressor:
+def compressor_of(given: object, trust: Trust | None = None) -> Compressor:
     """The compressor that a name, or a table with a name and settings, stands for.
 
     Args:
         given: as a configuration or the task of a run has it.
+        trust: as for :func:`find`.
 
     Raises:
         ConfigError: it is neither, or one of its settings cannot be.
     """
     if isinstance(given, Compressor):
+        REGISTRY.admit(type(given))
         return given
     table: dict[str, Any] = {"name": given}
     if isinstance(given, dict):
@@ -60,7 +73,11 @@ def compressor_of(given: object) -> Compressor:
             f"{shown(given)} is no compressor: a name is expected, or a table with a name",
             fix=f"Choose one of {', '.join(names())}.",
         )
-    chosen = find(name)
+    chosen = find(name, trust)
+    if (
+        chosen not in REGISTRY.own.values()
+    ):  # which is called by the name that finds it, whatever it says
+        del table["name"]
     try:
         return chosen.model_validate(table)
     except ValidationError as error:
@@ -75,7 +92,9 @@ def compressor_of(given: object) -> Compressor:
 def spelled(one: Compressor) -> str | dict[str, Any]:
     """A compressor as a configuration writes it: its name, or a table where settings are not the defaults."""
     changed = one.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude_none=True)
-    return {"name": one.label, **changed} if changed.keys() - {"name"} else one.label
+    name = REGISTRY.admit(type(one)).name
+    settings = {key: value for key, value in changed.items() if key != "name"}
+    return {"name": name, **settings} if settings else name
 
 
 def downward(one: Compressor) -> Compressor:
@@ -87,9 +106,9 @@ def _settings(chosen: type[Compressor]) -> list[str]:
     return [f.alias or key for key, f in chosen.model_fields.items() if key != "name"]
 
 
-def _read(given: object) -> Compressor:
+def _read(given: object, info: ValidationInfo) -> Compressor:
     try:
-        return compressor_of(given)
+        return compressor_of(given, trusted(info.context))
     except ConfigError as error:
         raise ValueError(f"{error.what}; {error.fix}") from error
 
@@ -100,6 +119,7 @@ AnyCompressor = Annotated[Compressor, PlainValidator(_read), PlainSerializer(spe
 __all__ = [
     "COMPRESSORS",
     "FP32",
+    "REGISTRY",
     "AnyCompressor",
     "Bf16",
     "Cast",

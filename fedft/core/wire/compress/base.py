@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedft.core import seeds
 from fedft.core.errors import MismatchError, UpdateRejected
+from fedft.core.plugins import reference_of
 from fedft.core.spec import Table
 from fedft.core.wire.dtypes import Shape
 
@@ -70,7 +71,8 @@ class Compressor(Table, ABC):
     @property
     def label(self) -> str:
         """The name under which a configuration finds it."""
-        return str(type(self).model_fields["name"].default)
+        own = type(self).model_fields.get("name")
+        return reference_of(self) if own is None else str(own.default)
 
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> Array:
