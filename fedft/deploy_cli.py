@@ -241,7 +241,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         """What this user's clients have given away about each data set, over all runs."""
         from fedft.clients.ledger import ADJACENCY, default_folder, ledgers
         from fedft.console import print_json, safe
-        from fedft.core.record.rundir import plain
+        from fedft.core.record.jsonl import plain
 
         folder = ledger or default_folder()
         found = [(one, one.account()) for one in ledgers(folder)]

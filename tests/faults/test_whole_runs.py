@@ -17,7 +17,7 @@ from fedft.api import Run
 from fedft.core.data.source import load
 from fedft.core.errors import Interrupted
 from fedft.core.link.secrets import key_pem, new_key
-from fedft.core.record import rundir
+from fedft.core.record import environment
 from fedft.report import write_report
 from fedft.server import identity
 from fedft.server.config_file import parse_config
@@ -48,9 +48,9 @@ def test_another_torch_is_told_when_a_run_goes_on(
     asked = iter([False] * 3)
     with pytest.raises(Interrupted):
         simulate(parse_config(tiny_table()), tmp_path / "run", stop=lambda: next(asked, True))
-    real, notes = rundir._version, Notes()
+    real, notes = environment.version, Notes()
     changed = {"torch": "9.9"} if other else {}
-    monkeypatch.setattr(rundir, "_version", lambda name: changed.get(name) or real(name))
+    monkeypatch.setattr(environment, "version", lambda name: changed.get(name) or real(name))
     resume(tmp_path / "run", observer=notes)
     assert any("is 9.9" in line and "not bit-exact" in line for line in notes.lines) == other
 

@@ -19,38 +19,31 @@ its lines.
 """
 
 import contextlib
-import importlib.metadata
-import json
-import math
 import os
-import platform
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self
 
 from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
-from fedft.core.files import MIB, Files, disk, open_plain, read_plain, temporary, write_file
-
-SCHEMA = 1
-"""Version of the run directory's layout. A newer one is refused."""
-
-Record = dict[str, Any]
-"""One line of a JSONL file: plain JSON values."""
-
-_PACKAGES = (
-    *("fedft", "torch", "transformers", "peft", "safetensors", "flwr", "ray"),
-    *("datasets", "flwr-datasets", "numpy"),
+from fedft.core.files import Files, disk, read_plain, temporary, write_file
+from fedft.core.record import environment
+from fedft.core.record.jsonl import (
+    LARGEST,
+    Record,
+    append,
+    cut_torn_line,
+    lines,
+    pretty,
+    read_object,
+    sync,
 )
-_BIT_EXACT = ("torch", "transformers", "peft", "numpy")
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -153,17 +146,17 @@ class RunDir:
                 else "Name the folder that `fedft simulate` printed; a run that failed before its "
                 "first line has nothing to go on from.",
             )
-        schema = run.environment().get("schema", SCHEMA)
-        if not isinstance(schema, int) or schema > SCHEMA:
+        schema = run.environment().get("schema", environment.SCHEMA)
+        if not isinstance(schema, int) or schema > environment.SCHEMA:
             raise EnvironmentFailure(
-                f"{path} has format {schema}; this fedft reads formats up to {SCHEMA}",
+                f"{path} has format {schema}; this fedft reads formats up to {environment.SCHEMA}",
                 fix="Install the version of fedft named in environment.json, or a newer one.",
             )
         if not writing:
             return run
         writer = cls(path, writing=True)
         for file in (writer._rounds, writer._clients, writer._releases):
-            _cut_torn_line(file)
+            cut_torn_line(file)
         return writer
 
     # Where things are. Whoever writes into a folder makes it.
@@ -203,7 +196,7 @@ class RunDir:
     def config(self) -> str:
         """Text of the resolved configuration."""
         with disk(f"read {self._config}"):
-            text = read_plain(self._config, largest=_LARGEST, within=self.path)
+            text = read_plain(self._config, largest=LARGEST, within=self.path)
         if not text.strip():  # it would read as a configuration of defaults
             raise IntegrityError(
                 f"{self._config} is damaged: it is empty",
@@ -224,7 +217,7 @@ class RunDir:
 
     def environment(self) -> Record:
         """What the run started on; empty where that was not written yet."""
-        return _read_object(self.path / "environment.json")
+        return read_object(self.path / "environment.json")
 
     def write_environment(
         self, hashes: Mapping[str, str], facts: Mapping[str, object] | None = None
@@ -236,13 +229,13 @@ class RunDir:
             facts: further keys, e.g. ``device``.
         """
         self._writer()
-        record = surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
-        write_file(self.path / "environment.json", _pretty(record))
+        record = environment.surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
+        write_file(self.path / "environment.json", pretty(record))
 
     def amend_environment(self, facts: Mapping[str, object]) -> None:
         """Adds to what is stored already what was found out later."""
         self._writer()
-        write_file(self.path / "environment.json", _pretty(self.environment() | dict(facts)))
+        write_file(self.path / "environment.json", pretty(self.environment() | dict(facts)))
 
     @property
     def tokenizer(self) -> Path:
@@ -270,9 +263,7 @@ class RunDir:
 
         A resumed run is bit-exact only where this is empty.
         """
-        then = self.environment().get("versions", {})
-        pairs = {name: (then.get(name), _version(name)) for name in _BIT_EXACT}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return environment.changed_versions(self.environment().get("versions", {}))
 
     # The record that grows.
 
@@ -296,7 +287,7 @@ class RunDir:
         for file in (self._clients, self._rounds):
             with disk(f"write {file}"):
                 file.touch()
-                _sync(file)
+                sync(file)
         with disk(f"write {self.path}"):
             Files().sync_folder(self.path)
 
@@ -306,11 +297,11 @@ class RunDir:
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in _lines(self._rounds)]
+        return [record for _, record in lines(self._rounds)]
 
     def clients(self) -> Iterator[Record]:
         """The lines of ``clients.jsonl``, one after another; as :meth:`rounds`."""
-        return (record for _, record in _lines(self._clients))
+        return (record for _, record in lines(self._clients))
 
     def truncate_to(self, round: int) -> None:
         """Drops the lines of all rounds after ``round``, the last one committed.
@@ -320,7 +311,7 @@ class RunDir:
         """
         self._writer()
         for file in (self._rounds, self._clients):
-            kept = b"".join(line for line, _ in _lines(file, until=round))
+            kept = b"".join(line for line, _ in lines(file, until=round))
             with disk(f"read {file}"):
                 changed = file.exists() and file.stat().st_size != len(kept)
             if changed:
@@ -334,7 +325,7 @@ class RunDir:
         """
         self._append(self._releases, record)
         with disk(f"write {self._releases}"):
-            _sync(self._releases)
+            sync(self._releases)
             Files().sync_folder(self.path)
 
     def releases(self) -> list[Record]:
@@ -343,7 +334,7 @@ class RunDir:
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in _lines(self._releases)]
+        return [record for _, record in lines(self._releases)]
 
     # The end.
 
@@ -354,12 +345,12 @@ class RunDir:
 
     def summary(self) -> Record:
         """What the run came to; empty while it is unfinished."""
-        return _read_object(self._summary)
+        return read_object(self._summary)
 
     def write_summary(self, record: Mapping[str, object]) -> None:
         """Stores the summary, the last act of a run; numbers that are not finite become null."""
         self._writer()
-        write_file(self._summary, _pretty(record))
+        write_file(self._summary, pretty(record))
 
     @property
     def begun(self) -> bool:
@@ -430,21 +421,7 @@ class RunDir:
 
     def _append(self, file: Path, record: Mapping[str, object]) -> None:
         self._writer()
-        if type(record.get("round")) is not int:
-            raise TypeError(
-                f"a record needs its round, a whole number; got {record.get('round')!r}"
-            )
-        line = _dumps(plain(record)).encode() + b"\n"
-        with disk(f"write {file}"), file.open("ab", buffering=0) as out:
-            size = out.tell()
-            try:
-                # A short write means a full disk; the next one then says so.
-                written = out.write(line)
-                while written < len(line):
-                    written += out.write(line[written:])
-            except OSError:
-                out.truncate(size)
-                raise
+        append(file, record)
 
 
 _LOCK = ".lock"
@@ -455,11 +432,6 @@ _UNBEGUN = frozenset(
     }
 )
 """What is in the folder of a run before its first round, or its first client."""
-
-_LARGEST = 64 * MIB
-"""Bytes of a file that is read at once."""
-_LONGEST = 16 * MIB
-"""Bytes of a line. What is longer is damage."""
 
 _FILES = (
     *(_LOCK, "config.toml", "environment.json", "summary.json", "rounds.jsonl", "clients.jsonl"),
@@ -540,170 +512,3 @@ def _fresh(hint: str) -> Path:
             return path
         count += 1
         path = first.with_name(f"{first.name}-{count}")
-
-
-def plain(value: object, where: str = "record") -> Any:
-    """A value as JSON can say it: NaN and infinities become null, tuples lists.
-
-    Null stands for "there is no such number", which JSON has no other word for.
-
-    Raises:
-        TypeError: a value that is no JSON, named by its key; tensors are to be turned into numbers
-            by whoever knows what they mean.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        items = cast(Mapping[object, object], value).items()
-        return {_key(key, where): plain(item, f"{where}.{key}") for key, item in items}
-    if isinstance(value, list | tuple):
-        items = enumerate(cast(Sequence[object], value))
-        return [plain(item, f"{where}[{index}]") for index, item in items]
-    raise TypeError(f"{where} is a {type(value).__name__}, which is no JSON value")
-
-
-def _key(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"{where} has the key {key!r}, and keys of JSON are strings")
-    return key
-
-
-def _dumps(value: object, indent: int | None = None) -> str:
-    # ASCII only (json's default), so that no text a client sent can steer a terminal.
-    return json.dumps(value, allow_nan=False, indent=indent)
-
-
-def _pretty(record: Mapping[str, object]) -> bytes:
-    return _dumps(plain(record), indent=2).encode() + b"\n"
-
-
-def _read_object(path: Path) -> Record:
-    """A JSON object from a file of its own; empty where there is no such file."""
-    with disk(f"read {path}"):
-        if not path.exists():
-            return {}
-        text = read_plain(path, largest=_LARGEST)
-    record = _parsed(text)
-    if record is None:
-        raise IntegrityError(
-            f"{path} is damaged: it is not a JSON object",
-            fix="Restore it from a copy of the run directory.",
-        )
-    return record
-
-
-def _parsed(text: bytes) -> Record | None:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return cast(Record, record) if isinstance(record, dict) else None
-
-
-def _lines(path: Path, until: int | None = None) -> Iterator[tuple[bytes, Record]]:
-    """The lines of a JSONL file with what they say, of the rounds up to ``until``.
-
-    What follows the last synced line may be anything after a crash: half a line, or blocks of
-    zeros. Damage is therefore an error only where a wanted line comes after it.
-    """
-    with disk(f"read {path}"):
-        if not path.exists():
-            return
-        damaged = 0
-        with open_plain(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
-                record = _parsed(line) if line.endswith(b"\n") else None
-                if record is None or type(record.get("round")) is not int:
-                    damaged = damaged or number
-                elif until is None or record["round"] <= until:
-                    if damaged:
-                        raise _damaged_line(path, damaged)
-                    yield line, record
-
-
-def _damaged_line(path: Path, number: int) -> IntegrityError:
-    return IntegrityError(
-        f"{path}, line {number} is damaged: it is not the record of a round",
-        fix="Where a crash did this, `fedft resume` repairs it; else restore the file from a copy.",
-    )
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Removes what stands after the last line break: a record that a crash cut short."""
-    with disk(f"repair {path}"):
-        if not path.exists():
-            return
-        with path.open("rb+") as file:
-            whole = 0
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
-
-
-def _sync(path: Path) -> None:
-    descriptor = system.open_file(path, os.O_RDWR)  # Windows syncs what is open for writing only
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def surroundings() -> Record:
-    """What the program runs on: versions, platform, processor, source revision, command line.
-
-    Versions come from package metadata; nothing is imported.
-    """
-    return {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": list(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": {"count": os.cpu_count(), "machine": platform.machine(), "flags": _cpu_flags()},
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "git": _git_state(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_flags() -> list[str]:
-    """The processor's features that decide about speed and rounding; empty where unknown."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return [flag for flag in _CPU_FLAGS if line and flag in line[1].split()]
-
-
-def _git_state() -> Record | None:
-    """Commit of the repository that this source file is tracked in, and whether it was edited."""
-    source = Path(__file__)
-    tracked = _git(source.parent, "ls-files", "--error-unmatch", source.name)
-    commit = _git(source.parent, "rev-parse", "HEAD")
-    status = _git(source.parent, "status", "--porcelain", "--untracked-files=no")
-    if not tracked or commit is None or status is None:
-        return None
-    return {"commit": commit, "dirty": bool(status)}
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
