@@ -19,20 +19,17 @@ its lines.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import stat
-import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
 from fedft.core.files import Files, disk, read_plain, temporary, write_file
-from fedft.core.record import environment
+from fedft.core.record import environment, lock
 from fedft.core.record.jsonl import (
     LARGEST,
     Record,
@@ -78,11 +75,8 @@ class RunDir:
 
     def __init__(self, path: Path, *, writing: bool) -> None:
         self.path = path.absolute()
-        self._lock: int | None = None
+        self._lock = lock.Lock(self.path) if writing else None
         self._made = False
-        if writing:
-            self._lock = _locked(self.path)
-            _writers.add(self)
 
     @classmethod
     def create(cls, path: Path | None = None, hint: str = "run", again: str | None = None) -> Self:
@@ -109,7 +103,7 @@ class RunDir:
             folder.mkdir(parents=True, exist_ok=True)
             known = folder / "config.toml"
             same = again is not None and known.is_file() and _is(known, again.encode())
-            allowed = _UNBEGUN if same else {_LOCK, temporary(known).name}
+            allowed = _UNBEGUN if same else {lock.NAME, temporary(known).name}
             if not {entry.name for entry in folder.iterdir()} <= allowed:
                 raise ConfigError(
                     f"{folder} is not empty, and a run never overwrites anything",
@@ -368,7 +362,7 @@ class RunDir:
         self._clear()
         self.close()
         with disk(f"remove {self.path}"):
-            (self.path / _LOCK).unlink(missing_ok=True)
+            (self.path / lock.NAME).unlink(missing_ok=True)
             if self._made:
                 self.path.rmdir()
 
@@ -385,9 +379,7 @@ class RunDir:
     def close(self) -> None:
         """Gives the lock back. Reading goes on working."""
         if self._lock is not None:
-            _writers.discard(self)
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -416,7 +408,7 @@ class RunDir:
         return self.path / "summary.json"
 
     def _writer(self) -> None:
-        if self._lock is None:
+        if not self._lock:
             raise RuntimeError(f"{self.path} is open for reading; use RunDir.open(…, writing=True)")
 
     def _append(self, file: Path, record: Mapping[str, object]) -> None:
@@ -424,17 +416,23 @@ class RunDir:
         append(file, record)
 
 
-_LOCK = ".lock"
 _UNBEGUN = frozenset(
     {
-        *(_LOCK, "config.toml", "environment.json", "partition", "tokenizer"),
+        *(lock.NAME, "config.toml", "environment.json", "partition", "tokenizer"),
         *(".config.toml.tmp", ".environment.json.tmp"),
     }
 )
 """What is in the folder of a run before its first round, or its first client."""
 
 _FILES = (
-    *(_LOCK, "config.toml", "environment.json", "summary.json", "rounds.jsonl", "clients.jsonl"),
+    *(
+        lock.NAME,
+        "config.toml",
+        "environment.json",
+        "summary.json",
+        "rounds.jsonl",
+        "clients.jsonl",
+    ),
     *("privacy.jsonl", "audit.jsonl"),
 )
 _FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer")
@@ -466,39 +464,6 @@ def _check_own(folder: Path) -> None:
 def _is(path: Path, content: bytes) -> bool:
     """Whether a file has this content; another size is not read."""
     return path.stat().st_size == len(content) and path.read_bytes() == content
-
-
-_writers: "weakref.WeakSet[RunDir]" = weakref.WeakSet()
-
-
-def _release_in_child() -> None:
-    # A lock lives as long as any copy of its descriptor: a forked worker that outlives a killed
-    # server would keep the run locked.
-    for run in list(_writers):
-        run.close()
-
-
-system.in_forked_children(_release_in_child)
-
-
-def _locked(folder: Path) -> int:
-    """Takes the run's lock, which the system drops when its holder dies, however it dies."""
-    path = folder / _LOCK
-    with disk(f"lock {path}"):
-        descriptor = system.open_file(path, os.O_RDWR | os.O_CREAT)
-        try:
-            system.lock(descriptor, wait=False)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise EnvironmentFailure(
-                f"{folder} is being written by another process, pid {holder}",
-                fix="Wait for it or stop it; two servers cannot share a run directory.",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
 
 
 def _fresh(hint: str) -> Path:
