@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedft.core.errors import ConfigError
 from fedft.core.files import disk
@@ -12,10 +12,11 @@ from fedft.core.metrics import Declared, declared_in
 from fedft.core.record.rundir import RunDir
 
 if TYPE_CHECKING:
+    from fedft.core.record.lines import RoundLine, Summary
     from fedft.core.types import Adapter
     from fedft.report.tables import Table
     from fedft.server.config import RunConfig
-    from fedft.server.observer import Observer
+    from fedft.trackers import Tracker
 
 Which = int | Literal["best", "last"]
 """A round, or ``best`` by evaluation, or ``last``."""
@@ -70,14 +71,14 @@ class Run:
         self.directory = self._record.path
 
     @property
-    def rounds(self) -> list[dict[str, Any]]:
+    def rounds(self) -> "list[RoundLine]":
         """The lines of ``rounds.jsonl``."""
         return self._record.rounds()
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> "Summary":
         """``summary.json``: final and best scores, bytes, seconds; empty while unfinished."""
-        return self._record.summary()
+        return self._record.summary() or cast("Summary", {})
 
     @property
     def declared(self) -> tuple[Declared, ...]:
@@ -128,7 +129,7 @@ def simulate(
     strategy: str | None = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    observer: "Observer | None" = None,
+    trackers: "Sequence[Tracker]" = (),
 ) -> Run:
     """Run a federation on this machine.
 
@@ -138,7 +139,7 @@ def simulate(
         strategy: name of the aggregation rule, in place of the configuration's.
         seed: in place of the configuration's.
         settings: further overrides by dotted key, such as ``{"training.lr": 1e-3}``.
-        observer: is told about rounds as they are committed.
+        trackers: are told of the run as it goes on, see :class:`fedft.trackers.Tracker`.
 
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
@@ -147,7 +148,7 @@ def simulate(
 
     parsed = _config(config, strategy, seed, settings or {})
     folder = None if run_dir is None else Path(run_dir)
-    return Run(run.simulate(parsed, folder, observer=observer).path)
+    return Run(run.simulate(parsed, folder, trackers=trackers).path)
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,11 @@ def compare(
     return Comparison(folder, tuple(Run(path) for path in paths))
 
 
-def resume(run_dir: str | Path, *, observer: "Observer | None" = None) -> Run:
+def resume(run_dir: str | Path, *, trackers: "Sequence[Tracker]" = ()) -> Run:
     """Go on with an unfinished run; the end is the same, byte for byte, as without the pause."""
     from fedft.server import run
 
-    return Run(run.resume(Path(run_dir), observer=observer).path)
+    return Run(run.resume(Path(run_dir), trackers=trackers).path)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:

@@ -66,7 +66,7 @@ def simulate(
 
     parsed = load_config(config, _overrides(settings, backend, workers))
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        run = simulate(parsed, run_dir, observer=console, stop=stop)
+        run = simulate(parsed, run_dir, trackers=[console], stop=stop)
     if report_too:
         from fedft.report import write_report
 
@@ -106,7 +106,7 @@ def compare(
     sides = comparison.rules(parsed, names) if arms is None else comparison.read_arms(arms)
     with _graceful() as stop, ComparisonConsole(len(sides) * len(numbers), json) as console:
         paths = comparison.compare(
-            parsed, sides, numbers, run_dir, observer=console.cell, stop=stop
+            parsed, sides, numbers, run_dir, trackers=lambda cell: [console.cell(cell)], stop=stop
         )
     if report_to is not None:
         write_report(paths, report_to, confidence)
@@ -151,7 +151,7 @@ def resume(
     with _graceful() as stop, RunConsole(json_output=json) as console:
         if fork is not None:
             run_dir, changed = runs.fork(run_dir, fork, changed), None
-        run = runs.resume(run_dir, changed=changed, observer=console, stop=stop)
+        run = runs.resume(run_dir, changed=changed, trackers=[console], stop=stop)
     console.result(Run(run.path))
 
 

@@ -87,7 +87,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
         with graceful() as stop, RunConsole(json_output=json, real=True) as console:
             run = server.serve(
-                parsed, run_dir, address, ca=ca, hosting=hosting, observer=console, stop=stop
+                parsed, run_dir, address, ca=ca, hosting=hosting, trackers=[console], stop=stop
             )
         console.result(Run(run.path))
 

@@ -19,10 +19,10 @@ from fedft.core.files import MIB, disk, read_plain, write_file
 from fedft.core.toml import read_toml
 from fedft.server.config import RunConfig
 from fedft.server.config_file import configured, differences, parse_toml
-from fedft.server.observer import Observer, Silent
 from fedft.server.resolve import resolved
 from fedft.server.run import resume, simulate
 from fedft.server.setting import open_grid
+from fedft.trackers import Tracker
 
 PLAN = "compare.json"
 """In the folder of a comparison: the configuration that its arms share, and the named arms."""
@@ -142,7 +142,7 @@ def compare(
     seeds: Sequence[int],
     folder: Path,
     *,
-    observer: Callable[[Cell], Observer] = lambda _: Silent(),
+    trackers: Callable[[Cell], Sequence[Tracker]] = lambda _: (),
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
     """Run every arm with every seed; returns the run directories, seed by seed.
@@ -153,7 +153,7 @@ def compare(
         seeds: of the runs.
         folder: of the comparison; an earlier one of the same configuration is continued, and may
             be given more arms and seeds.
-        observer: makes the observer of a run.
+        trackers: makes those that a run is told to.
         stop: is asked whether to stop.
 
     Raises:
@@ -166,7 +166,7 @@ def compare(
             with open_grid(waiting[0].config) as grid:
                 for cell in waiting:
                     run = _resume_or_start(cell)
-                    run(observer=observer(cell), stop=stop, grid=grid)
+                    run(trackers=trackers(cell), stop=stop, grid=grid)
     return [cell.path for cell in todo]
 
 
@@ -233,5 +233,5 @@ def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path) -> None:
 
 
 def _that_matter(before: RunConfig, now: RunConfig) -> Iterator[str]:
-    free = ("[engine] workers:", "[engine] backend:")
+    free = ("[engine] workers:", "[engine] backend:", "[track] ")
     return (line for line in differences(before, now) if not line.startswith(free))

@@ -338,7 +338,7 @@ def test_git_state_is_of_the_repository_that_tracks_the_source(tmp_path: Path, m
 
 def test_a_run_is_finished_when_its_summary_stands(run: RunDir):
     assert not run.finished
-    assert run.summary() == {}
+    assert run.summary() is None
     run.write_summary({"status": "done", "final": {"loss": float("nan")}})
     assert run.finished
     assert RunDir.open(run.path).summary() == {"status": "done", "final": {"loss": None}}

@@ -9,6 +9,7 @@
     tokenizer/             the tokenizer as the run used it: what pads is decided, see special_tokens
     checkpoints/           ServerState, see fedft.server.checkpoints
     partition/             who holds which rows
+    trackers/              of what else was told of the run, see fedft.trackers; derived
     report/                derived; delete at will
     summary.json           written last; absent means unfinished
 
@@ -25,21 +26,13 @@ import stat
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
 from fedft.core.files import Files, disk, read_plain, temporary, write_file
-from fedft.core.record import environment, lock
-from fedft.core.record.jsonl import (
-    LARGEST,
-    Record,
-    append,
-    cut_torn_line,
-    lines,
-    pretty,
-    read_object,
-    sync,
-)
+from fedft.core.record import environment, jsonl, lock
+from fedft.core.record.jsonl import LARGEST, Record
+from fedft.core.record.lines import ClientLine, Release, RoundLine, Summary
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -150,7 +143,7 @@ class RunDir:
             return run
         writer = cls(path, writing=True)
         for file in (writer._rounds, writer._clients, writer._releases):
-            cut_torn_line(file)
+            jsonl.cut_torn_line(file)
         return writer
 
     # Where things are. Whoever writes into a folder makes it.
@@ -169,6 +162,11 @@ class RunDir:
     def partition(self) -> Path:
         """Folder of the partition manifest."""
         return self.path / "partition"
+
+    @property
+    def trackers(self) -> Path:
+        """Folder of the files of trackers, each in one of its own."""
+        return self.path / "trackers"
 
     @property
     def report(self) -> Path:
@@ -211,7 +209,7 @@ class RunDir:
 
     def environment(self) -> Record:
         """What the run started on; empty where that was not written yet."""
-        return read_object(self.path / "environment.json")
+        return jsonl.read_object(self.path / "environment.json")
 
     def write_environment(
         self, hashes: Mapping[str, str], facts: Mapping[str, object] | None = None
@@ -224,12 +222,12 @@ class RunDir:
         """
         self._writer()
         record = environment.surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
-        write_file(self.path / "environment.json", pretty(record))
+        write_file(self.path / "environment.json", jsonl.pretty(record))
 
     def amend_environment(self, facts: Mapping[str, object]) -> None:
         """Adds to what is stored already what was found out later."""
         self._writer()
-        write_file(self.path / "environment.json", pretty(self.environment() | dict(facts)))
+        write_file(self.path / "environment.json", jsonl.pretty(self.environment() | dict(facts)))
 
     @property
     def tokenizer(self) -> Path:
@@ -261,41 +259,44 @@ class RunDir:
 
     # The record that grows.
 
-    def append_client(self, record: Mapping[str, object]) -> None:
+    def append_client(self, line: ClientLine) -> None:
         """Adds one reply to ``clients.jsonl``. On disk with the next :meth:`append_round`.
 
         Args:
-            record: at least ``round``; numbers that are not finite become null.
+            line: numbers that are not finite become null.
         """
-        self._append(self._clients, record)
+        self._append(self._clients, line)
 
-    def append_round(self, record: Mapping[str, object]) -> None:
+    def append_round(self, line: RoundLine) -> None:
         """Adds one round to ``rounds.jsonl`` and makes it and its clients' lines durable.
 
         To be called *before* the round's checkpoint is committed.
 
         Args:
-            record: at least ``round``; numbers that are not finite become null.
+            line: numbers that are not finite become null.
         """
-        self._append(self._rounds, record)
+        self._append(self._rounds, line)
         for file in (self._clients, self._rounds):
             with disk(f"write {file}"):
                 file.touch()
-                sync(file)
+                jsonl.sync(file)
         with disk(f"write {self.path}"):
             Files().sync_folder(self.path)
 
-    def rounds(self) -> list[Record]:
-        """All lines of ``rounds.jsonl``; what a crash left at the end is left out.
+    def rounds(self, until: int | None = None) -> list[RoundLine]:
+        """The lines of ``rounds.jsonl``; what a crash left at the end is left out.
+
+        Args:
+            until: the last round that is wanted; None reads all.
 
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in lines(self._rounds)]
+        return [cast(RoundLine, line) for _, line in jsonl.lines(self._rounds, until)]
 
-    def clients(self) -> Iterator[Record]:
+    def clients(self) -> Iterator[ClientLine]:
         """The lines of ``clients.jsonl``, one after another; as :meth:`rounds`."""
-        return (record for _, record in lines(self._clients))
+        return (cast(ClientLine, line) for _, line in jsonl.lines(self._clients))
 
     def truncate_to(self, round: int) -> None:
         """Drops the lines of all rounds after ``round``, the last one committed.
@@ -305,30 +306,30 @@ class RunDir:
         """
         self._writer()
         for file in (self._rounds, self._clients):
-            kept = b"".join(line for line, _ in lines(file, until=round))
+            kept = b"".join(line for line, _ in jsonl.lines(file, until=round))
             with disk(f"read {file}"):
                 changed = file.exists() and file.stat().st_size != len(kept)
             if changed:
                 write_file(file, kept)
 
-    def append_release(self, record: Mapping[str, object]) -> None:
+    def append_release(self, line: Release) -> None:
         """Adds a line to the privacy ledger and makes it durable.
 
         To be called *before* anything it accounts for leaves the server or a site. No resume ever
         drops a line again.
         """
-        self._append(self._releases, record)
+        self._append(self._releases, line)
         with disk(f"write {self._releases}"):
-            sync(self._releases)
+            jsonl.sync(self._releases)
             Files().sync_folder(self.path)
 
-    def releases(self) -> list[Record]:
+    def releases(self) -> list[Release]:
         """The lines of the privacy ledger.
 
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in lines(self._releases)]
+        return [cast(Release, line) for _, line in jsonl.lines(self._releases)]
 
     # The end.
 
@@ -337,14 +338,15 @@ class RunDir:
         """Whether the run came to its end."""
         return self._summary.is_file()
 
-    def summary(self) -> Record:
-        """What the run came to; empty while it is unfinished."""
-        return read_object(self._summary)
+    def summary(self) -> Summary | None:
+        """What the run came to; None while it is unfinished."""
+        found = jsonl.read_object(self._summary)
+        return cast(Summary, found) if found else None
 
-    def write_summary(self, record: Mapping[str, object]) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """Stores the summary, the last act of a run; numbers that are not finite become null."""
         self._writer()
-        write_file(self._summary, pretty(record))
+        write_file(self._summary, jsonl.pretty(summary))
 
     @property
     def begun(self) -> bool:
@@ -369,7 +371,7 @@ class RunDir:
     def _clear(self) -> None:
         """Remove what a run is started from; its configuration, which marks it as a run, last."""
         with disk(f"clear {self.path}"):
-            for folder in (self.partition, self.tokenizer):
+            for folder in (self.partition, self.tokenizer, self.trackers):
                 if folder.exists():
                     shutil.rmtree(folder)
             for file in (self.path / "environment.json", self._config):
@@ -413,13 +415,13 @@ class RunDir:
 
     def _append(self, file: Path, record: Mapping[str, object]) -> None:
         self._writer()
-        append(file, record)
+        jsonl.append(file, record)
 
 
 _UNBEGUN = frozenset(
     {
         *(lock.NAME, "config.toml", "environment.json", "partition", "tokenizer"),
-        *(".config.toml.tmp", ".environment.json.tmp"),
+        *("trackers", ".config.toml.tmp", ".environment.json.tmp"),
     }
 )
 """What is in the folder of a run before its first round, or its first client."""
@@ -435,7 +437,7 @@ _FILES = (
     ),
     *("privacy.jsonl", "audit.jsonl"),
 )
-_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer")
+_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer", "trackers")
 
 
 def _check_own(folder: Path) -> None:
