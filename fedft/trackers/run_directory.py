@@ -35,6 +35,8 @@ class RunDirectory(Tracker):
         Raises:
             EnvironmentFailure: the disk refused; no half line stays.
         """
+        if self._run.finished:
+            raise RuntimeError(f"{self._run.path} is finished, and takes no further round")
         for reply in replies:
             self._run.append_client(reply)
         self._run.append_round(line)

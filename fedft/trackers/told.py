@@ -92,6 +92,8 @@ class Told(Tracker):
             return
         what = f"{type(error).__name__}: {error}"[:_LONGEST]
         logger.warning("the tracker %s failed %s", name, when, exc_info=error)
+        if self._closed:
+            return
         text = f"the tracker {name} failed {when}: {what}; the run goes on, and this is told once"
         for other, tracker in enumerate(self._trackers):
             if other != index and other not in self._deaf:

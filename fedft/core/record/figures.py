@@ -25,7 +25,11 @@ class LayerBias(TypedDict):
 
 
 class Bias(LayerBias):
-    """The bias over all layers, and by module path."""
+    """The bias over all layers.
+
+    Attributes:
+        layers: module → its own.
+    """
 
     layers: dict[str, LayerBias]
 
@@ -81,13 +85,13 @@ class Compared(TypedDict):
     Attributes:
         by: who measured it: ``sites``.
         round: in which it was measured.
-        similarity: of every two blocks, from 0 to 1; the strict upper triangle, row by row.
+        similarity: of every two blocks, from 0 to 1; a matrix by rows.
         importance: of each block.
     """
 
     by: str
     round: int
-    similarity: list[float]
+    similarity: list[list[float]]
     importance: list[float]
 
 
@@ -115,6 +119,8 @@ class Figures(TypedDict, total=False):
         heads: of HydraLoRA.
         spectrum: module → singular values of the update, descending; ``[rounds] spectrum``.
         pruning: of layer-pruned clients.
+        meters: what further meters say, by their keys.
+        meter_errors: key of a meter that failed → why.
     """
 
     bias: Bias
@@ -123,3 +129,5 @@ class Figures(TypedDict, total=False):
     heads: Heads
     spectrum: dict[str, list[float]]
     pruning: Pruned
+    meters: dict[str, object]
+    meter_errors: dict[str, str]

@@ -76,7 +76,7 @@ class Clock(TypedDict):
 
 
 class Spent(TypedDict):
-    """What a run has spent of one unit's privacy so far.
+    """What a run has spent of one unit's privacy so far. None stands for what is not known.
 
     Attributes:
         epsilon: ε of all releases; None where it has no bound.
@@ -91,8 +91,8 @@ class Spent(TypedDict):
     """
 
     epsilon: float | None
-    delta: float
-    noise_multiplier: float
+    delta: float | None
+    noise_multiplier: float | None
     sampling: str
     adjacency: str
     sampling_rate: NotRequired[float]
