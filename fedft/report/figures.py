@@ -10,7 +10,7 @@ from fedft.report import charts
 from fedft.report.charts import INK, MUTED, PALETTE, Line, Style
 from fedft.report.formats import EXACT, score
 from fedft.report.groups import Group, Metric
-from fedft.report.records import Record, clean, mapping, number
+from fedft.report.records import Record, clean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

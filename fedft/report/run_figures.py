@@ -20,7 +20,7 @@ from fedft.report.figures import (
 )
 from fedft.report.formats import bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Metric
-from fedft.report.records import Record, clean, mapping, number
+from fedft.report.records import Record, clean, number
 from fedft.report.submodels import run_submodels
 from fedft.report.timing import run_by_time
 

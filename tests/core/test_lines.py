@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from fedft.core.meters import readings
 from fedft.core.record import figures, lines
 from fedft.core.record.fitting import declared, fitted, hints_of, misfits, required_of
 from fedft.core.record.lines import (
@@ -100,7 +101,7 @@ def test_every_declared_key_is_written() -> None:
 
 TYPES: dict[str, type[Any]] = {
     name: one
-    for module in (figures, lines)
+    for module in (figures, lines, readings)
     for name, one in vars(module).items()
     if hasattr(one, "__required_keys__")
 }
