@@ -37,11 +37,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
 from fedft.core.quiet import quiet
+from fedft.core.record.lines import ClientLine, RoundLine
 from fedft.core.spec import Precision, TaskSpec
 from fedft.server.config_file import parse_config
-from fedft.server.observer import Silent
 from fedft.server.run import simulate
 from fedft.server.setting import open_grid
+from fedft.trackers import Tracker
 
 ROWS, CLIENTS, THREADS = 60, 32, 2
 SIZES = (8, 1)
@@ -203,18 +204,18 @@ def _fedft(way: Way, sites: int, rounds: int) -> dict[int, list[float]]:
     with open_grid(configs[SIZES[0]]) as grid, tempfile.TemporaryDirectory() as folder:
         for size, config in configs.items():
             watch = Watch()
-            simulate(config, Path(folder) / str(size), observer=watch, grid=grid)
+            simulate(config, Path(folder) / str(size), trackers=[watch], grid=grid)
             seconds[size] = [b - a for a, b in pairwise(watch.marks)][:-1]
     return seconds
 
 
-class Watch(Silent):
+class Watch(Tracker):
     """Marks when rounds are committed, in monotonic seconds."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
 
-    def completed(self, record: Mapping[str, Any]) -> None:
+    def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
         self.marks.append(time.monotonic())
 
 

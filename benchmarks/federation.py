@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from benchmarks.turns import spread
 from fedft.clients.resident import Workbench, workbench
 from fedft.core.models import initial_adapter
 from fedft.core.quiet import quiet
-from fedft.core.record.rundir import RunDir
-from fedft.core.types import ServerState, TrainPlan
+from fedft.core.record.lines import ClientLine, RoundLine
+from fedft.core.types import TrainPlan
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
 from fedft.server.grids.worker import RayServer
-from fedft.server.observer import Silent
 from fedft.server.run import simulate
+from fedft.trackers import Start, Tracker
 
 FULL = ("processes-8", "ray-8", "processes-1", "ray-1")
 QUICK = FULL[:2]
@@ -80,7 +80,7 @@ def section(settings: Mapping[str, Any]) -> dict[str, Any]:
     config = parse_config(settings)
     watch = Watch(config)
     with tempfile.TemporaryDirectory() as folder:
-        simulate(config, Path(folder) / "run", observer=watch)
+        simulate(config, Path(folder) / "run", trackers=[watch])
     # The first round loads the model, the last one evaluates.
     rounds, loops = watch.rounds[1:-1], watch.loops[1:-1]
     ratios = {
@@ -99,7 +99,7 @@ def section(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class Watch(Silent):
+class Watch(Tracker):
     """Between two rounds: reads the clocks, and runs the plain loop over the last round's work.
 
     Attributes:
@@ -114,30 +114,31 @@ class Watch(Silent):
         self._before: dict[str, float] = {}
         self._bench: Workbench | None = None
 
-    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+    def started(self, start: Start) -> None:
+        config = parse_config(start.config)
         # Of one site a pass: its engine is the plain loop.
         self._bench = workbench(config.task(precision="fp32", cohort=1).model_dump_json())
         self._before = self._spent()
 
-    def completed(self, record: Mapping[str, Any]) -> None:
+    def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
         now = self._spent()
         self.rounds.append({part: now[part] - self._before[part] for part in now})
         start = time.process_time()
-        self._train(record)
+        self._train(line)
         self.loops.append(time.process_time() - start)
         self._before = self._spent()
 
     def _spent(self) -> dict[str, float]:
         return cpu_seconds(self._config.engine.backend)
 
-    def _train(self, record: Mapping[str, Any]) -> None:
+    def _train(self, line: RoundLine) -> None:
         assert self._bench is not None
         bench, config = self._bench, self._config
         training = config.training.local()
         start = initial_adapter(bench.engine.base.shapes, config.lora, config.rank, config.seed)
         positions = {bench.manifest.name_of(i): i for i in range(len(bench.manifest))}
-        for site in record["cohort"]:
-            own = bench.training_batches(positions[site], record["round"], training)
+        for site in line["cohort"]:
+            own = bench.training_batches(positions[site], line["round"], training)
             bench.engine.train([TrainPlan(start=start, training=training, site=site)], [own])
 
 

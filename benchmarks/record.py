@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedft.core.files import write_file
-from fedft.core.record.rundir import surroundings
+from fedft.core.record.environment import surroundings
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.record import add_options, measure_sections
 from benchmarks.turns import spread
 from fedft.core.quiet import quiet
-from fedft.core.record.rundir import RunDir
-from fedft.core.types import ServerState
-from fedft.server.config import RunConfig
+from fedft.core.record.lines import ClientLine, RoundLine
 from fedft.server.config_file import parse_config
-from fedft.server.observer import Silent
 from fedft.server.run import simulate
+from fedft.trackers import Start, Tracker
 
 ROUNDS = 3
 FLEETS = (1_000, 1_000_000)
@@ -90,7 +88,7 @@ def one_run(settings: Mapping[str, Any]) -> dict[str, float]:
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        simulate(parse_config(settings), Path(folder) / "run", observer=watch)
+        simulate(parse_config(settings), Path(folder) / "run", trackers=[watch])
     return {
         "start_s": watch.marks[0] - begun,
         # The first round loads the model.
@@ -99,16 +97,16 @@ def one_run(settings: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-class Watch(Silent):
+class Watch(Tracker):
     """When the rounds began, and when each was committed."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
 
-    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
+    def started(self, start: Start) -> None:
         self.marks.append(time.perf_counter())
 
-    def completed(self, record: Mapping[str, Any]) -> None:
+    def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
         self.marks.append(time.perf_counter())
 
 

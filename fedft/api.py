@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedft.core.errors import ConfigError
 from fedft.core.files import disk
@@ -12,11 +12,12 @@ from fedft.core.metrics import Declared, declared_in
 from fedft.core.record.rundir import RunDir
 
 if TYPE_CHECKING:
+    from fedft.core.record.lines import RoundLine, Summary
     from fedft.core.types import Adapter
     from fedft.report.tables import Table
     from fedft.server.config import RunConfig
-    from fedft.server.observer import Observer
     from fedft.strategies import Strategy
+    from fedft.trackers import Tracker
 
 Which = int | Literal["best", "last"]
 """A round, or ``best`` by evaluation, or ``last``."""
@@ -71,14 +72,14 @@ class Run:
         self.directory = self._record.path
 
     @property
-    def rounds(self) -> list[dict[str, Any]]:
+    def rounds(self) -> "list[RoundLine]":
         """The lines of ``rounds.jsonl``."""
         return self._record.rounds()
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> "Summary":
         """``summary.json``: final and best scores, bytes, seconds; empty while unfinished."""
-        return self._record.summary()
+        return self._record.summary() or cast("Summary", {})
 
     @property
     def declared(self) -> tuple[Declared, ...]:
@@ -129,7 +130,7 @@ def simulate(
     strategy: "str | Strategy | None" = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    observer: "Observer | None" = None,
+    trackers: "Sequence[Tracker]" = (),
 ) -> Run:
     """Run a federation on this machine.
 
@@ -139,7 +140,7 @@ def simulate(
         strategy: the aggregation rule in place of the configuration's: its name, or an object.
         seed: in place of the configuration's.
         settings: further overrides by dotted key, such as ``{"training.lr": 1e-3}``.
-        observer: is told about rounds as they are committed.
+        trackers: are told of the run as it goes on, see :class:`fedft.trackers.Tracker`.
 
     Raises:
         FedftError: see :mod:`fedft.core.errors`.
@@ -148,7 +149,7 @@ def simulate(
 
     parsed = _config(config, strategy, seed, settings or {})
     folder = None if run_dir is None else Path(run_dir)
-    return Run(run.simulate(parsed, folder, observer=observer).path)
+    return Run(run.simulate(parsed, folder, trackers=trackers).path)
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,14 @@ def compare(
 def resume(
     run_dir: str | Path,
     *,
-    observer: "Observer | None" = None,
+    trackers: "Sequence[Tracker]" = (),
     allow: Iterable[object] = (),
 ) -> Run:
     """Go on with an unfinished run; the end is the same, byte for byte, as without the pause.
 
     Args:
         run_dir: its directory.
-        observer: is told about rounds as they are committed.
+        trackers: are told of the run as it goes on, see :class:`fedft.trackers.Tracker`.
         allow: code from outside of fedft that the run may use: ``package.module:Class`` names, or
             the classes themselves. A run directory alone is no reason to import anything.
 
@@ -234,7 +235,7 @@ def resume(
     from fedft.server import run
     from fedft.server.config_file import repeated
 
-    return Run(run.resume(Path(run_dir), observer=observer, trust=repeated((), allow)).path)
+    return Run(run.resume(Path(run_dir), trackers=trackers, trust=repeated((), allow)).path)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:

@@ -89,7 +89,7 @@ def simulate(
     if report_too:
         need("report", "--report needs it")
     with _graceful() as stop, RunConsole(json_output=json) as console:
-        run = simulate(parsed, run_dir, observer=console, stop=stop)
+        run = simulate(parsed, run_dir, trackers=[console], stop=stop)
     if report_too:
         from fedft.report import write_report
 
@@ -136,7 +136,7 @@ def compare(
             sides,
             numbers,
             run_dir,
-            observer=console.cell,
+            trackers=lambda cell: [console.cell(cell)],
             stop=stop,
             trust=repeated((), allow or ()),
         )
@@ -184,7 +184,7 @@ def resume(
     with _graceful() as stop, RunConsole(json_output=json) as console:
         if fork is not None:
             run_dir, changed = runs.fork(run_dir, fork, changed, trust), None
-        run = runs.resume(run_dir, changed=changed, observer=console, stop=stop, trust=trust)
+        run = runs.resume(run_dir, changed=changed, trackers=[console], stop=stop, trust=trust)
     console.result(Run(run.path))
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,15 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedft.core.errors import FedftError
+from fedft.trackers import Start, Tracker
 
 if TYPE_CHECKING:
     from fedft.api import Run
     from fedft.core.metrics import Declared
-    from fedft.core.record.rundir import RunDir
-    from fedft.core.types import ServerState
+    from fedft.core.record.lines import ClientLine, Promise, RoundLine, Spent, Summary
     from fedft.report.tables import Table as ReportTable
     from fedft.server.compare import Cell
-    from fedft.server.config import RunConfig
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -41,7 +40,7 @@ def safe(text: object) -> str:
     return escape(clean(text))
 
 
-class RunConsole:
+class RunConsole(Tracker):
     """Watches a run and tells the terminal about it. A context manager.
 
     Args:
@@ -67,30 +66,31 @@ class RunConsole:
             self._bar.stop()
             self._bar = None
 
-    def started(self, run: "RunDir", config: "RunConfig", state: "ServerState") -> None:
+    def started(self, start: Start) -> None:
         """Rounds begin."""
-        engine, per_round = config.engine, config.rounds.per_round
-        clients, kind = f"{config.fleet.clients} clients, {per_round} a round", engine.backend
+        config, rounds, engine = start.config, start.config["rounds"], start.config["engine"]
+        per_round, kind = rounds["per-round"], engine["backend"]
+        clients = f"{config['fleet']['clients']} clients, {per_round} a round"
         if self._real:
             clients, kind = f"{per_round} clients a round", "over gRPC"
         self.note(
-            f"{config.strategy.name}: {clients}, {config.rounds.count} rounds; {kind}, "
-            f"{engine.precision}, cohorts of {engine.cohort} → {run.path}"
+            f"{config['strategy']['name']}: {clients}, {rounds['count']} rounds; {kind}, "
+            f"{engine['precision']}, cohorts of {engine['cohort']} → {start.run}"
         )
-        if state.round:
-            self.note(f"going on after round {state.round}")
+        if start.round:
+            self.note(f"going on after round {start.round}")
         if self._err.is_terminal and not self._json:
-            self._bar = _bar(self._err, "round", config.rounds.count, state.round)
+            self._bar = _bar(self._err, "round", rounds["count"], start.round)
 
-    def completed(self, record: Mapping[str, Any]) -> None:
+    def round(self, line: "RoundLine", replies: "Sequence[ClientLine]") -> None:
         """A round is committed."""
-        line = _round_line(record)
+        shown = _round_text(line)
         if self._bar is None:
-            self.note(f"round {record['round']:>4}  {line}")
+            self.note(f"round {line['round']:>4}  {shown}")
         else:
-            self._bar.update(self._bar.task_ids[0], completed=record["round"], scores=line)
-        for reason, sites in record["failures"].items():
-            self.note(f"round {record['round']}: {reason}: {', '.join(sites)}")
+            self._bar.update(self._bar.task_ids[0], completed=line["round"], scores=shown)
+        for reason, sites in line["failures"].items():
+            self.note(f"round {line['round']}: {reason}: {', '.join(sites)}")
 
     def note(self, text: str) -> None:
         """One line for the reader; what of it comes from elsewhere is made harmless here."""
@@ -145,11 +145,11 @@ class ComparisonConsole:
         if not self._json:
             self._err.print(clean(text), soft_wrap=True, markup=False)
 
-    def cell(self, cell: "Cell") -> "_CellObserver":
+    def cell(self, cell: "Cell") -> "_CellTracker":
         """What watches one run of the grid."""
         if self._bar is None:
             self.note(f"{cell.arm}, seed {cell.seed} → {cell.path}")
-        return _CellObserver(self, cell)
+        return _CellTracker(self, cell)
 
     def advance(self, cell: "Cell", rounds_done: int, scores: str) -> None:
         """A round of a run is committed."""
@@ -182,20 +182,17 @@ class ComparisonConsole:
         print(f"runs  {folder}")
 
 
-class _CellObserver:
+class _CellTracker(Tracker):
     """Passes the rounds of one run on to its :class:`ComparisonConsole`."""
 
     def __init__(self, console: ComparisonConsole, cell: "Cell") -> None:
         self._console = console
         self._cell = cell
 
-    def started(self, run: "RunDir", config: "RunConfig", state: "ServerState") -> None:
-        """Rounds begin."""
-
-    def completed(self, record: Mapping[str, Any]) -> None:
+    def round(self, line: "RoundLine", replies: "Sequence[ClientLine]") -> None:
         """A round is committed."""
-        scores = _round_line(record) if "eval" in record else ""
-        self._console.advance(self._cell, record["round"], scores)
+        scores = _round_text(line) if "eval" in line else ""
+        self._console.advance(self._cell, line["round"], scores)
 
     def note(self, text: str) -> None:
         """One line for the reader."""
@@ -231,17 +228,27 @@ def print_json(value: object) -> None:
     sys.stdout.write("\n")
 
 
-def _round_line(record: Mapping[str, Any]) -> str:
-    loss = record["train"]["loss"]
+def _round_text(line: "RoundLine") -> str:
+    loss = line["train"]["loss"]
     parts = [f"loss {loss:.3f}" if loss is not None else "loss –"]
-    if scores := record.get("eval"):
+    if scores := line.get("eval"):
         parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
-    for unit, spent in record.get("privacy", {}).items():
-        parts.append(f"ε by {unit} {spent['epsilon']:.2f}")
-    return "  ".join([*parts, f"{sum(record['seconds'].values()):.1f} s"])
+    parts += [f"ε by {unit} {_epsilon(spent)}" for unit, spent in _by_unit(line.get("privacy"))]
+    return "  ".join([*parts, f"{sum(line['seconds'].values()):.1f} s"])
 
 
-def _table(metrics: Mapping[str, Any], declared: Sequence["Declared"]) -> Table:
+def _by_unit(promise: "Promise | None") -> "list[tuple[str, Spent]]":
+    promise = promise or {}
+    found = ("site", promise.get("site")), ("example", promise.get("example"))
+    return [(unit, spent) for unit, spent in found if spent is not None]
+
+
+def _epsilon(spent: "Spent") -> str:
+    epsilon = spent["epsilon"]
+    return "∞" if epsilon is None else f"{epsilon:.2f}"
+
+
+def _table(metrics: "Summary", declared: Sequence["Declared"]) -> Table:
     table = Table(title=None, show_header=True, header_style="bold")
     table.add_column("")
     for column in ("round", "loss", "score"):
@@ -255,12 +262,12 @@ def _table(metrics: Mapping[str, Any], declared: Sequence["Declared"]) -> Table:
     return table
 
 
-def _promises(metrics: Mapping[str, Any]) -> list[str]:
+def _promises(metrics: "Summary") -> list[str]:
     if "privacy" not in metrics:
         return []
     from fedft.report.privacy import promise
 
-    return [f"privacy by {unit}: {promise(spent)}" for unit, spent in metrics["privacy"].items()]
+    return [f"privacy by {unit}: {promise(spent)}" for unit, spent in _by_unit(metrics["privacy"])]
 
 
 def _score(scores: Mapping[str, float], declared: Sequence["Declared"]) -> str:

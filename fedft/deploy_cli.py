@@ -87,7 +87,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         hosting = server.Hosting(wait_for, patience, linger, status=(status_host, status_port))
         with graceful() as stop, RunConsole(json_output=json, real=True) as console:
             run = server.serve(
-                parsed, run_dir, address, ca=ca, hosting=hosting, observer=console, stop=stop
+                parsed, run_dir, address, ca=ca, hosting=hosting, trackers=[console], stop=stop
             )
         console.result(Run(run.path))
 
@@ -241,7 +241,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         """What this user's clients have given away about each data set, over all runs."""
         from fedft.clients.ledger import ADJACENCY, default_folder, ledgers
         from fedft.console import print_json, safe
-        from fedft.core.record.rundir import plain
+        from fedft.core.record.jsonl import plain
 
         folder = ledger or default_folder()
         found = [(one, one.account()) for one in ledgers(folder)]

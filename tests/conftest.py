@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fedft.core.quiet import quiet
+from fedft.trackers import Tracker
 
 quiet()
 
@@ -113,17 +114,13 @@ def tiny_table(tiny_model: Path, tiny_data: Path) -> Callable[..., dict[str, Any
     return table
 
 
-class StopAfter:
+class StopAfter(Tracker):
     """Watches a run, and stops it in the round after so many."""
 
     def __init__(self, rounds: int) -> None:
         self._left = rounds
 
-    def started(self, *_: Any) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def completed(self, record: Any) -> None:
+    def round(self, line: Any, replies: Any) -> None:
         self._left -= 1
 
     def __call__(self) -> bool:
@@ -132,7 +129,7 @@ class StopAfter:
 
 @pytest.fixture
 def stop_after() -> Callable[[int], StopAfter]:
-    """``simulate(..., observer=stop, stop=stop)`` with ``stop = stop_after(rounds)``."""
+    """``simulate(..., trackers=[stop], stop=stop)`` with ``stop = stop_after(rounds)``."""
     return StopAfter
 
 

@@ -79,7 +79,7 @@ def paused(
     folder = tmp_path_factory.mktemp("paused") / "run"
     stop = StopAfter(2)
     with pytest.raises(Interrupted):
-        simulate(parse_toml(tomli_w.dumps(table), "table"), folder, observer=stop, stop=stop)
+        simulate(parse_toml(tomli_w.dumps(table), "table"), folder, trackers=[stop], stop=stop)
     return table, folder
 
 

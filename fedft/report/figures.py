@@ -10,7 +10,7 @@ from fedft.report import charts
 from fedft.report.charts import INK, MUTED, PALETTE, Line, Style
 from fedft.report.formats import EXACT, score
 from fedft.report.groups import Group, Metric
-from fedft.report.records import Record, clean, mapping, number, round_number
+from fedft.report.records import Record, clean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,9 +101,7 @@ def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -
 
 def phases(runs: Sequence[Record]) -> list[str]:
     """Names of the phases that took time, in the order of a round."""
-    found = dict.fromkeys(
-        phase for run in runs for line in run.rounds for phase in mapping(line.get("seconds"))
-    )
+    found = dict.fromkeys(phase for run in runs for line in run.rounds for phase in line["seconds"])
     known = [phase for phase in _PHASES if phase in found]
     return known + [phase for phase in found if phase not in _PHASES]
 
@@ -191,8 +189,8 @@ def replies(record: Record, kind: str, key: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     for line in record.clients:
         value = number(line, key)
-        if value is not None and line.get("kind", "train") == kind:
-            found.setdefault(round_number(line), []).append(value)
+        if value is not None and line["kind"] == kind:
+            found.setdefault(line["round"], []).append(value)
     return found
 
 

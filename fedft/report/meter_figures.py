@@ -27,7 +27,7 @@ from fedft.report.figures import (
 from fedft.report.formats import EXACT, bias_text, score, significant, spread
 from fedft.report.groups import Group
 from fedft.report.heat_maps import Shades, heat
-from fedft.report.records import Record, round_number
+from fedft.report.records import Record
 from fedft.report.statistics import Interval
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run_heat(record: Record, one: Drawn) -> Figure | None:
     """The numbers of a meter by layer and round."""
     if (shown := one.plot.heat) is None:
         return None
-    columns = {str(round_number(line)): one.layers(line, shown) for line in record.rounds}
+    columns = {str(line["round"]): one.layers(line, shown) for line in record.rounds}
     return _heat(one, shown, {r: c for r, c in columns.items() if c}, of_rounds=True)
 
 

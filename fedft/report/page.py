@@ -164,13 +164,8 @@ def _further(record: Record, first: Metric) -> list[Metric]:
 def _cards(record: Record, metric: Metric) -> str:
     values = record.series(*metric.keys)
     best = (max if metric.higher else min)(values, key=lambda r: values[r]) if values else None
-    failed = sum(
-        len(sites)
-        for line in record.rounds
-        for sites in mapping(line.get("failures")).values()
-        if isinstance(sites, list)
-    )
-    asked = sum(len(c) for line in record.rounds if isinstance(c := line.get("cohort"), list))
+    failed = sum(len(sites) for line in record.rounds for sites in line["failures"].values())
+    asked = sum(len(line["cohort"]) for line in record.rounds)
     sites = record.final(*metric.of_sites)
     up, down = (_stated(record, way) for way in ("up", "down"))
     forgotten = record.mean("bias", "forgotten") or 0.0

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 
+from fedft.core.record.lines import Promise, Spent
 from fedft.report.formats import significant
-from fedft.report.records import Json, Record, clean, mapping, number, round_number
+from fedft.report.records import Record, clean, number
 
 UNITS = ("site", "example")
 """Whom a run can protect, as :mod:`fedft.server.privacy` names them."""
 
 
-def spent(record: Record) -> dict[str, Json]:
+def spent(record: Record) -> dict[str, Spent]:
     """Unit → what the run has spent so far, as ``rounds.jsonl`` has it; empty without a promise."""
-    _, units = _newest(record)
-    return {unit: mapping(units[unit]) for unit in UNITS if unit in units}
+    _, promise = _newest(record)
+    by_unit = zip(UNITS, (promise.get("site"), promise.get("example")), strict=True)
+    return {unit: facts for unit, facts in by_unit if facts is not None}
 
 
 def spent_after(record: Record) -> int:
@@ -38,16 +40,16 @@ def epsilon_text(value: float | None) -> str:
     return "∞" if value is None else significant(value)
 
 
-def delta_text(facts: Json) -> str:
+def delta_text(facts: Spent) -> str:
     """``δ = 1e-05``."""
-    return f"δ = {_plain(facts.get('delta'))}"
+    return f"δ = {_plain(facts['delta'])}"
 
 
-def promise(facts: Json) -> str:
+def promise(facts: Spent) -> str:
     """What has been spent of one unit, whole: ``ε = 7.98 at δ = 1e-05; poisson sampling …``."""
     more = {
         "rate": facts.get("sampling_rate"),
-        "noise multiplier": facts.get("noise_multiplier"),
+        "noise multiplier": facts["noise_multiplier"],
         "releases": facts.get("releases"),
         "sites": facts.get("sites"),
     }
@@ -79,17 +81,17 @@ def epsilon_title(unit: str) -> str:
     return "ε of an example" if unit == "example" else f"ε of a {unit}"
 
 
-def _newest(record: Record) -> tuple[int, Json]:
-    lines = ((round_number(line), mapping(line.get("privacy"))) for line in reversed(record.rounds))
-    return next((line for line in lines if line[1]), (0, {}))
+def _newest(record: Record) -> tuple[int, Promise]:
+    lines = ((line["round"], line.get("privacy")) for line in reversed(record.rounds))
+    return next(((round_, found) for round_, found in lines if found), (0, {}))
 
 
-def _sampling(facts: Json) -> str:
-    return f"{clean(facts.get('sampling', 'unknown'), 40).capitalize()} sampling"
+def _sampling(facts: Spent) -> str:
+    return f"{clean(facts['sampling'] or 'unknown', 40).capitalize()} sampling"
 
 
-def _adjacency(facts: Json) -> str:
-    return f"adjacency: {clean(facts.get('adjacency', 'unknown'), 60)}"
+def _adjacency(facts: Spent) -> str:
+    return f"adjacency: {clean(facts['adjacency'] or 'unknown', 60)}"
 
 
 def _plain(value: object) -> str:

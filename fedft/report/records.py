@@ -1,7 +1,7 @@
 """Run directories as the report reads them: checked where it matters, forgiving where it can be.
 
-The numbers come from clients that nobody vouches for: a value of the wrong type counts as absent,
-and text is shown only through :func:`clean`. What a kill leaves behind is
+The numbers come from clients that nobody vouches for: a value of the wrong type counts as absent (see
+:mod:`fedft.core.record.fitting`), and text is shown only through :func:`clean`. What a kill leaves behind is
 :class:`~fedft.core.record.rundir.RunDir`'s concern.
 """
 
@@ -10,11 +10,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 
 from fedft.core.errors import ConfigError, IntegrityError
 from fedft.core.files import MIB, read_plain
+from fedft.core.record.fitting import declared, fitted
+from fedft.core.record.lines import ClientLine, RoundLine, Summary
 from fedft.core.record.rundir import RunDir
 
 Json = Mapping[str, object]
@@ -49,8 +52,8 @@ class Record:
         path: of the run directory.
         config: the resolved configuration; ``config_text`` as it stands in the file.
         environment: versions and hashes; empty where none were recorded.
-        rounds: one mapping a completed round, in order, each round once.
-        clients: one mapping a reply; empty where none were recorded.
+        rounds: one line a completed round, in order, each round once.
+        clients: one line a reply; empty where none were recorded.
         summary: None while the run is unfinished.
         arms: names of the arms of the comparison that it belongs to, the first one first; empty
             where it belongs to none.
@@ -60,10 +63,15 @@ class Record:
     config: Json
     config_text: str
     environment: Json
-    rounds: tuple[Json, ...]
-    clients: tuple[Json, ...]
-    summary: Json | None
+    rounds: tuple[RoundLine, ...]
+    clients: tuple[ClientLine, ...]
+    summary: Summary | None
     arms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # What figures are drawn of is of its type from here on.
+        object.__setattr__(self, "rounds", tuple(fitted(RoundLine, line) for line in self.rounds))
+        object.__setattr__(self, "clients", tuple(fitted(ClientLine, x) for x in self.clients))
 
     @property
     def arm(self) -> str:
@@ -83,8 +91,13 @@ class Record:
         return seed if isinstance(seed, int) else 0
 
     def series(self, *keys: str) -> dict[int, float]:
-        """Round → number, over the rounds that have it. ``series("eval", "accuracy")``"""
-        found = {round_number(line): number(line, *keys) for line in self.rounds}
+        """Round → number, over the rounds that have it. ``series("eval", "accuracy")``
+
+        Raises:
+            KeyError: no line has such a key.
+        """
+        _check_declared(keys)
+        found = {line["round"]: number(line, *keys) for line in self.rounds}
         return {round_: value for round_, value in found.items() if value is not None}
 
     def final(self, *keys: str) -> float | None:
@@ -107,8 +120,9 @@ class Record:
 
     def total_seconds(self) -> float | None:
         """Sum of all phases of all rounds."""
-        phases = [mapping(line.get("seconds")) for line in self.rounds]
-        values = [number(p, key) or 0.0 for p in phases for key in p]
+        values = [
+            number(line["seconds"], key) or 0.0 for line in self.rounds for key in line["seconds"]
+        ]
         return sum(values) if values else None
 
 
@@ -121,7 +135,7 @@ def read(path: Path) -> Record:
     """
     run = RunDir.open(path)
     text, config = _config(run)
-    rounds = {round_number(line): line for line in run.rounds()}
+    rounds = {line["round"]: line for line in run.rounds()}
     if not rounds:
         raise ConfigError(
             f"{path} holds no completed round yet",
@@ -134,7 +148,7 @@ def read(path: Path) -> Record:
         environment=run.environment(),
         rounds=tuple(rounds[key] for key in sorted(rounds)),
         clients=tuple(run.clients()),
-        summary=run.summary() if run.finished else None,
+        summary=run.summary(),
         arms=_arms(path.resolve().parent / _PLAN),
     )
 
@@ -228,6 +242,13 @@ def lookup(data: Json, *keys: str) -> object:
     return data.get(keys[-1])
 
 
+@lru_cache(maxsize=256)
+def _check_declared(keys: tuple[str, ...]) -> None:
+    """A report asks for what lines have; a misspelt key would count as absent in every run."""
+    if not declared(RoundLine, keys):
+        raise KeyError(f"no line of rounds.jsonl has {'.'.join(keys)}")
+
+
 def number(data: Json, *keys: str) -> float | None:
     """A nested finite number; None where it is absent or something else."""
     value = lookup(data, *keys)
@@ -238,12 +259,6 @@ def number(data: Json, *keys: str) -> float | None:
     except OverflowError:
         return None
     return found if isfinite(found) else None
-
-
-def round_number(line: Json) -> int:
-    """The round of a line of ``rounds.jsonl`` (checked when it was read) or ``clients.jsonl``."""
-    value = line.get("round")
-    return value if isinstance(value, int) else 0
 
 
 def flatten(data: Json, prefix: str = "") -> dict[str, object]:

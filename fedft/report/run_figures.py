@@ -20,7 +20,7 @@ from fedft.report.figures import (
 )
 from fedft.report.formats import bytes_text, bytes_unit, score, seconds_text
 from fedft.report.groups import Metric
-from fedft.report.records import Record, clean, mapping, number, round_number
+from fedft.report.records import Record, clean, number
 from fedft.report.submodels import run_submodels
 from fedft.report.timing import run_by_time
 
@@ -94,7 +94,7 @@ def run_loss(record: Record) -> Figure | None:
 def run_bytes(record: Record) -> Figure | None:
     """Traffic since the start."""
     up, down = (cumulative(record.series("bytes", way)) for way in ("up", "down"))
-    if not up and not down:
+    if not any([*up.values(), *down.values()]):
         return None
     size, unit = bytes_unit(max([*up.values(), *down.values()]))
     named = [("Up, from the sites", _BLUE, up), ("Down, to the sites", _RED, down)]
@@ -134,10 +134,10 @@ def run_failures(record: Record) -> Figure | None:
     """Replies that could not be used, by reason, stacked."""
     reasons: dict[str, dict[int, float]] = {}
     for line in record.rounds:
-        for reason, sites in mapping(line.get("failures")).items():
-            if isinstance(sites, list) and sites:
+        for reason, sites in line["failures"].items():
+            if sites:
                 counts = reasons.setdefault(clean(reason, 24), {})
-                counts[round_number(line)] = float(len(sites))
+                counts[line["round"]] = float(len(sites))
     return _stacked(
         record,
         reasons,
@@ -186,8 +186,8 @@ def client_examples(record: Record) -> Figure | None:
     held: dict[str, float] = {}
     for line in record.clients:
         examples = number(line, "examples")
-        if examples is not None and line.get("kind", "train") == "train":
-            held[str(line.get("site"))] = examples
+        if examples is not None and line["kind"] == "train":
+            held[line["site"]] = examples
     if len(held) < 2:
         return None
     counts = sorted(held.values(), reverse=True)
@@ -227,7 +227,7 @@ def _stacked(
     """Parts of a whole per round, as stairs on one another."""
     if not parts:
         return None
-    rounds = [round_number(line) for line in record.rounds]
+    rounds = [line["round"] for line in record.rounds]
     totals = {part: sum(values.values()) for part, values in parts.items()}
     alt = f"{title}, in total: " + ", ".join(f"{part} {show(t)}" for part, t in totals.items())
     with charts.canvas() as (figure, ax):

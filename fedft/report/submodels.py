@@ -8,7 +8,7 @@ from fedft.report.charts import INK, Line, Style
 from fedft.report.figures import Figure, band_note, curve, in_two_sizes, legend, score_axis
 from fedft.report.formats import score
 from fedft.report.groups import Group, Metric
-from fedft.report.records import Record, clean, lookup, mapping
+from fedft.report.records import Record, clean, lookup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ _WHOLE_STYLE = Style(INK, "solid", "o", hollow=False)
 
 def sizes(records: Sequence[Record]) -> tuple[int, ...]:
     """How many parts the submodels hold that any of the runs scored, ascending."""
-    lines = (mapping(line.get("submodels")) for record in records for line in record.rounds)
+    lines = (line.get("submodels", {}) for record in records for line in record.rounds)
     return tuple(sorted({int(size) for line in lines for size in line if _is_size(size)}))
 
 

@@ -8,10 +8,9 @@ a test set that the server holds anyway are not worth one each.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import Context, UserConfigValue
@@ -19,15 +18,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedft.core.errors import MismatchError
 from fedft.core.plugins import RECORD
-from fedft.core.record.rundir import RunDir
-from fedft.core.types import ServerState
+from fedft.core.record.lines import ClientLine, RoundLine
 from fedft.server.config import RunConfig, check_real
-from fedft.server.config_file import configured, load_config
+from fedft.server.config_file import configured, load_config, parse_config
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.grids.superlink import SuperLinkGrid
 from fedft.server.run import simulate
 from fedft.server.setting import CLIENT_APP
 from fedft.strategies.beside import first_plan
+from fedft.trackers import Start, Tracker
 
 app = ServerApp()
 
@@ -51,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         simulate(
             config,
             Path(run_dir) if run_dir else None,
-            observer=Lines(),
+            trackers=[Lines()],
             grid=SuperLinkGrid(grid, config.fleet.clients),
             evaluator=evaluator,
         )
@@ -88,25 +87,26 @@ def _check_version(bundle: str) -> None:
         )
 
 
-class Lines:
+class Lines(Tracker):
     """Prints a line for each round, which ``flwr run --stream`` and ``flwr log`` show."""
 
-    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
-        print(f"fedft: {config.rounds.count} rounds of {config.strategy.name} → {run.path}")
+    def started(self, start: Start) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
+        config = parse_config(start.config)
+        print(f"fedft: {config.rounds.count} rounds of {config.strategy.name} → {start.run}")
         terms = first_plan(config.strategy).terms
         kept = config.strategy.personal.union(*(term.keeps for term in terms))
         if parts := ", ".join(sorted(kept)):
             self.note(f"sites keep {parts} in Flower's nodes; fedft resume would begin them anew")
 
-    def completed(self, record: Mapping[str, Any]) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
-        failed = sum(map(len, record["failures"].values()))
-        scores = {"train loss": record["train"]["loss"], **record.get("eval", {})}
+    def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
+        failed = sum(map(len, line["failures"].values()))
+        scores = {"train loss": line["train"]["loss"], **line.get("eval", {})}
         shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if v is not None)
         lost = f"  ({failed} sites failed)" if failed else ""
-        print(f"fedft: round {record['round']}  {shown}{lost}", flush=True)
+        print(f"fedft: round {line['round']}  {shown}{lost}", flush=True)
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
+        """See :class:`fedft.trackers.Tracker`."""
         print(f"fedft: {text}", flush=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fedft.core.errors import ConfigError, QuorumFailure
+from fedft.core.record.lines import ClientLine, Facts
 from fedft.core.types import ClientUpdate, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.clock import SimulatedClock, check_reachable, elapsed
@@ -80,15 +81,17 @@ def one_update(federation: Federation, state: ServerState) -> Completed:
     age = {job.site.name: state.round - job.version for job in arrived}
     replies = [replace(update, staleness=age[update.site]) for update in replies]
     ages = [update.staleness for update in replies]
-    facts = {"staleness": {"mean": sum(ages) / len(ages), "max": max(ages)}}
+    facts: Facts = {"staleness": {"mean": sum(ages) / len(ages), "max": max(ages)}}
     cohort = [job.site for job in arrived]
     intake = Intake(federation.strategy, federation.kinds).add(replies)
     closing = concluded(federation, state, intake, cohort, watch, ledger, facts)
     completed = closing.completed()
     # A line belongs to the update that commits it, whatever version its site started from.
-    lines = [{**line, "round": completed.state.round} for line in completed.replies]
+    lines: list[ClientLine] = [
+        {**line, "round": completed.state.round} for line in completed.replies
+    ]
     for line in lines:
-        if line["kind"] == "train" and line["status"] == "ok":
+        if line["kind"] == "train" and line.get("status") == "ok":
             line["staleness"] = age[line["site"]]
     return replace(completed, state=flight.stored(completed.state), replies=lines)
 

@@ -20,11 +20,11 @@ from fedft.core.plugins import RECORD, Trust, short_name
 from fedft.core.toml import read_toml
 from fedft.server.config import RunConfig
 from fedft.server.config_file import configured, differences, parse_toml
-from fedft.server.observer import Observer, Silent
 from fedft.server.resolve import resolved
 from fedft.server.run import resume, simulate
 from fedft.server.setting import open_grid
 from fedft.strategies import Strategy
+from fedft.trackers import Tracker
 
 PLAN = "compare.json"
 """In the folder of a comparison: the configuration that its arms share, and the named arms."""
@@ -152,7 +152,7 @@ def compare(
     seeds: Sequence[int],
     folder: Path,
     *,
-    observer: Callable[[Cell], Observer] = lambda _: Silent(),
+    trackers: Callable[[Cell], Sequence[Tracker]] = lambda _: (),
     stop: Callable[[], bool] = lambda: False,
     trust: Trust = RECORD,
 ) -> list[Path]:
@@ -164,7 +164,7 @@ def compare(
         seeds: of the runs.
         folder: of the comparison; an earlier one of the same configuration is continued, and may
             be given more arms and seeds.
-        observer: makes the observer of a run.
+        trackers: makes those that a run is told to.
         stop: is asked whether to stop.
         trust: what may be imported because ``folder`` names it.
 
@@ -178,7 +178,7 @@ def compare(
             with open_grid(waiting[0].config) as grid:
                 for cell in waiting:
                     run = _resume_or_start(cell, trust)
-                    run(observer=observer(cell), stop=stop, grid=grid)
+                    run(trackers=trackers(cell), stop=stop, grid=grid)
     return [cell.path for cell in todo]
 
 
@@ -245,5 +245,5 @@ def _claim(config: RunConfig, arms: Sequence[Arm], folder: Path, trust: Trust) -
 
 
 def _that_matter(before: RunConfig, now: RunConfig) -> Iterator[str]:
-    free = ("[engine] workers:", "[engine] backend:")
+    free = ("[engine] workers:", "[engine] backend:", "[track] ")
     return (line for line in differences(before, now) if not line.startswith(free))

@@ -50,6 +50,7 @@ from fedft.strategies import (
 )
 from fedft.strategies.beside import check_beside, first_plan
 from fedft.strategies.combinator import Combinator
+from fedft.trackers import found
 
 MOST_CLIENTS = 100_000_000
 """Registered sites of a simulation: each takes eight bytes and more, wherever the run is looked at."""
@@ -219,6 +220,27 @@ class EngineSpec(Table):
         return self
 
 
+class TrackSpec(Table):
+    """`[track]`: who is told of a run beside its directory. Changes no result.
+
+    Attributes:
+        trackers: names, see :data:`fedft.trackers.TRACKERS`; ``tensorboard`` needs fedft[trackers].
+    """
+
+    trackers: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _known(self) -> "TrackSpec":
+        for name in self.trackers:
+            try:
+                found(name)
+            except ConfigError as error:
+                raise ValueError(f"{error.what}; {error.fix}") from error
+            if self.trackers.count(name) > 1:
+                raise ValueError(f"the tracker {name} is named twice")
+        return self
+
+
 class RunConfig(Table):
     """A whole run. Every key has its default in code; :meth:`to_toml` writes all of them out.
 
@@ -236,6 +258,7 @@ class RunConfig(Table):
     pruning: PruningSpec = PruningSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     engine: EngineSpec = EngineSpec()
+    track: TrackSpec = TrackSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

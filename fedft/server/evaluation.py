@@ -12,6 +12,7 @@ from flwr.app import RecordDict
 
 from fedft.core.errors import MismatchError, QuorumFailure
 from fedft.core.metrics import Tally, unpacked
+from fedft.core.record.lines import ClientLine, Evaluated, Scores, with_reported
 from fedft.core.sublayers import Layer
 from fedft.core.tasks import Task, task_of
 from fedft.core.types import EvalPlan, ServerState, Site
@@ -47,7 +48,7 @@ class Evaluation:
     submodels: Mapping[int, Sequence[str]] | None
     sites: Sequence[str] | None
 
-    def scores(self, ledger: Ledger) -> dict[str, Any]:
+    def scores(self, ledger: Ledger) -> Evaluated:
         """Wait for the answers: the round's entries ``eval``, ``submodels`` and ``sites``.
 
         Raises:
@@ -55,7 +56,7 @@ class Evaluation:
             Interrupted: the run was asked to stop.
         """
         try:
-            found: dict[str, Any] = {"eval": self._central(self.whole)}
+            found: Evaluated = {"eval": self._central(self.whole)}
             if (submodels := self.submodels) is not None:
                 found["submodels"] = {str(k): self._central(ids) for k, ids in submodels.items()}
             if self.sites is not None:
@@ -71,7 +72,7 @@ class Evaluation:
             _scorer(self.federation).cancel(ids)
         self.federation.grid.cancel(self.sites or ())
 
-    def _central(self, ids: Sequence[str]) -> dict[str, float]:
+    def _central(self, ids: Sequence[str]) -> Scores:
         tallies = self._tallies(_scorer(self.federation), ids, None)
         if missing := sum(tally is None for tally in tallies):
             raise QuorumFailure(
@@ -87,7 +88,7 @@ class Evaluation:
             )
         return task_of(self.federation.kind).scores(total)
 
-    def _of_sites(self, ids: Sequence[str], ledger: Ledger) -> dict[str, float]:
+    def _of_sites(self, ids: Sequence[str], ledger: Ledger) -> Scores:
         """Each site of the round judges its own model, or its part of it, on its held-out rows."""
         scores: list[Mapping[str, float]] = []
         federation = self.federation
@@ -98,8 +99,13 @@ class Evaluation:
             if tally is None or tally.count == 0:
                 continue
             scores.append(task_of(federation.kind).scores(tally))
-            line = {"kind": "eval", "round": self.state.round, "site": site.name}
-            ledger.replies.append({**line, "examples": tally.count, **scores[-1]})
+            line: ClientLine = {
+                "kind": "eval",
+                "round": self.state.round,
+                "site": site.name,
+                "examples": tally.count,
+            }
+            ledger.replies.append(with_reported(line, scores[-1]))
         if not scores:
             return {"n": 0}
         means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}

@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import Message, MessageType, RecordDict
 
 from fedft.core.errors import UpdateRejected
+from fedft.core.record.lines import ClientLine, with_reported
 from fedft.core.types import ClientUpdate, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
 from fedft.server.clock import examples
@@ -170,19 +171,17 @@ def _accept(
         return None
     size = codec.content_bytes(reply.content)
     ledger.up += size
-    ledger.replies.append(
-        {
-            **update.metrics,
-            "kind": "train",
-            "round": plan.round,
-            "site": site.name,
-            "status": "ok",
-            "examples": update.examples,
-            "rank": update.start.rank,
-            "bytes_up": size,
-            **ledger.timing(site.name),
-        }
-    )
+    line: ClientLine = {
+        "kind": "train",
+        "round": plan.round,
+        "site": site.name,
+        "status": "ok",
+        "examples": update.examples,
+        "rank": update.start.rank,
+        "bytes_up": size,
+        **ledger.timing(site.name),
+    }
+    ledger.replies.append(with_reported(line, update.metrics))
     return update
 
 

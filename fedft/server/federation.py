@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedft.core.meters import DEFAULT, Meter, Spectrum, chosen
+from fedft.core.record.lines import ClientLine, Kind, Promise, RoundLine, Timed
 from fedft.core.terms import Term
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from fedft.core.wire.compress import FP32, Compressor
@@ -39,7 +40,7 @@ class Account(Protocol):
         """Enter an attempt at a round; when this returns, it is on disk."""
         ...
 
-    def guarantee(self) -> dict[str, Any]:
+    def guarantee(self) -> Promise:
         """What has been spent so far."""
         ...
 
@@ -165,8 +166,8 @@ class Completed:
     """One round: the state after it, its line for ``rounds.jsonl``, and its lines for ``clients.jsonl``."""
 
     state: ServerState
-    record: dict[str, Any]
-    replies: list[dict[str, Any]]
+    record: RoundLine
+    replies: list[ClientLine]
 
 
 class Stopwatch:
@@ -197,7 +198,7 @@ class Ledger:
         unplanned: sites for which no plan could be made.
     """
 
-    replies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    replies: list[ClientLine] = field(default_factory=list[ClientLine])
     failures: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     up: int = 0
     down: int = 0
@@ -214,15 +215,23 @@ class Ledger:
         why: str,
         *,
         code: int | None = None,
-        kind: str = "train",
+        kind: Kind = "train",
     ) -> None:
         """Count a site that gave no usable reply; ``code`` is that of its error reply."""
         self.failures.setdefault(reason, []).append(site)
-        line = {"kind": kind, "round": round_, "site": site, "status": reason, "reason": why}
-        coded = {} if code is None else {"code": code}
-        self.replies.append({**line, **coded, **self.timing(site)})
+        line: ClientLine = {
+            "kind": kind,
+            "round": round_,
+            "site": site,
+            "status": reason,
+            "reason": why,
+            **self.timing(site),
+        }
+        if code is not None:
+            line["code"] = code
+        self.replies.append(line)
 
-    def timing(self, site: str) -> dict[str, float]:
+    def timing(self, site: str) -> Timed:
         """What a line on a site says of its device's time; nothing where there is no clock."""
         return {"device_seconds": self.busy[site]} if site in self.busy else {}
 

@@ -23,7 +23,7 @@ whichever noise and rate it was released.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedft.core.data.batches import poisson_schedule
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
 from fedft.core.privacy import entropy
 from fedft.core.privacy.accounting import example_epsilon, site_epsilon, solved_noise
+from fedft.core.record.lines import Promise, Release
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import Site
 from fedft.server.config import RunConfig
@@ -98,13 +99,13 @@ class PrivacyAccount:
         self._run.append_release(line)
         self._lines.append(line)
 
-    def guarantee(self) -> dict[str, Any]:
+    def guarantee(self) -> Promise:
         """What has been spent so far, for ``rounds.jsonl``.
 
         Where releases differed, after a fork, noise multiplier and rate are the least private ones; ε
         is of all releases as they were.
         """
-        spent: dict[str, Any] = {}
+        spent: Promise = {}
         if (rule := _central(self._config)) is not None:
             spent["site"] = {
                 "epsilon": _spent_by_site(self._lines, rule.delta),
@@ -134,13 +135,13 @@ class PrivacyAccount:
         return {} if dp is None else example_epsilons(self._lines, dp.delta, names)
 
     def _sites(self) -> list[tuple[float, float]]:
-        return [(float(line["site"][0]), float(line["site"][1])) for line in self._lines]
+        return [(float(z), float(q)) for z, q in _site_releases(self._lines)]
 
     def _example_noises(self) -> list[float]:
-        return [float(own[0]) for line in self._lines for own in line["example"].values()]
+        return [float(own[0]) for line in self._lines for own in line.get("example", {}).values()]
 
-    def _entry(self, round_: int, cohort: Sequence[Site]) -> dict[str, Any]:
-        line: dict[str, Any] = {"round": round_}
+    def _entry(self, round_: int, cohort: Sequence[Site]) -> Release:
+        line: Release = {"round": round_}
         if (rule := _central(self._config)) is not None:
             line["site"] = [rule.noise_multiplier, sampling_rate(self._config)]
         if (dp := self._config.training.dp) is not None:
@@ -150,7 +151,7 @@ class PrivacyAccount:
             }
         return line
 
-    def _check_budget(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _check_budget(self, lines: Sequence[Release]) -> None:
         rule = _central(self._config)
         if rule is None or rule.target_epsilon is None:
             return
@@ -180,7 +181,7 @@ def units(config: RunConfig) -> frozenset[str]:
     return frozenset(_deltas(config))
 
 
-def units_of(line: Mapping[str, Any]) -> frozenset[str]:
+def units_of(line: Release) -> frozenset[str]:
     """Whom a release protects, by its line in the ledger."""
     return frozenset({"site", "example"} & line.keys())
 
@@ -283,22 +284,25 @@ def _central(config: RunConfig) -> CentralDP | None:
 # ── ε ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _spent_by_site(lines: Sequence[Mapping[str, Any]], delta: float) -> float:
-    counts = Counter(
-        (float(z), float(q)) for z, q in (line["site"] for line in lines if "site" in line)
-    )
+def _spent_by_site(lines: Sequence[Release], delta: float) -> float:
+    counts = Counter((float(z), float(q)) for z, q in _site_releases(lines))
     return site_epsilon([(z, q, n) for (z, q), n in sorted(counts.items())], delta)
 
 
+def _site_releases(lines: Sequence[Release]) -> list[Sequence[float]]:
+    """Noise multiplier and sampling rate of every release that protects whole sites."""
+    return [line["site"] for line in lines if "site" in line]
+
+
 def example_epsilons(
-    lines: Sequence[Mapping[str, Any]], delta: float, names: Sequence[str] | None = None
+    lines: Sequence[Release], delta: float, names: Sequence[str] | None = None
 ) -> dict[str, float]:
     """Each site's own ε, by name: of those named, or of all that ever took part."""
     steps: dict[str, Counter[tuple[float, float]]] = {}
     for line in lines:
         for name, (z, rate, count) in line.get("example", {}).items():
             if names is None or name in names:
-                steps.setdefault(name, Counter())[float(z), float(rate)] += count
+                steps.setdefault(name, Counter())[float(z), float(rate)] += int(count)
     return {
         name: example_epsilon([(z, q, n) for (z, q), n in sorted(own.items())], delta)
         for name, own in sorted(steps.items())

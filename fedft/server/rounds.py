@@ -14,9 +14,9 @@ come of it, and a run that is killed in between goes on as if the next round had
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fedft.core.errors import FedftError, QuorumFailure
+from fedft.core.record.lines import Accounts, Facts, RoundLine, with_figures
 from fedft.core.types import ServerState, Site, TrainPlan
 from fedft.server import evaluation
 from fedft.server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
@@ -65,7 +65,7 @@ class Closing:
     after: ServerState
     intake: Intake
     cohort: Sequence[Site]
-    facts: Mapping[str, Any]
+    facts: Facts
     evaluation: Evaluation | None
     watch: Stopwatch
     ledger: Ledger
@@ -78,24 +78,24 @@ class Closing:
             Interrupted: the run was asked to stop.
         """
         ledger, after = self.ledger, self.after
-        record: dict[str, Any] = {
+        record: RoundLine = {
             "round": after.round,
             "cohort": [site.name for site in self.cohort],
             "failures": ledger.failures,
             **self.facts,
             "train": {"loss": self.intake.folded.loss},
             "bytes": {"up": ledger.up, "down": ledger.down},
+            "seconds": self.watch.seconds,  # goes on counting
         }
         with self.watch.phase("aggregate"):
-            record |= self._measured()
-        record |= self._accounts()
+            record = with_figures(record, self._measured())
+        record = {**record, **self._accounts()}
         if self.evaluation is not None:
             with self.watch.phase("evaluate"):
-                record |= self.evaluation.scores(ledger)
-        record["seconds"] = self.watch.seconds
+                record = {**record, **self.evaluation.scores(ledger)}
         return Completed(after, record, ledger.replies)
 
-    def _measured(self) -> Mapping[str, Any]:
+    def _measured(self) -> Mapping[str, object]:
         """The meters, and what pruning has to say."""
         federation = self.federation
         sites = planned(self.cohort, self.ledger)
@@ -111,17 +111,20 @@ class Closing:
             measured["pruning"] = federation.pruning.facts(self.before, sites)
         return measured
 
-    def _accounts(self) -> Mapping[str, Any]:
+    def _accounts(self) -> Accounts:
         """What the round cost, in privacy and in simulated time, where these are kept."""
         federation, ledger = self.federation, self.ledger
-        accounts: dict[str, Any] = {}
+        accounts: Accounts = {}
         if federation.privacy is not None:
             _add_spent(federation.privacy, ledger)
             if self.evaluation is not None:
                 accounts["privacy"] = federation.privacy.guarantee()
         if federation.clock is not None:
-            spent = {"seconds": ledger.now - elapsed(self.before), "elapsed": ledger.now}
-            accounts["clock"] = {**spent, "device_seconds": ledger.spent}
+            accounts["clock"] = {
+                "seconds": ledger.now - elapsed(self.before),
+                "elapsed": ledger.now,
+                "device_seconds": ledger.spent,
+            }
         return accounts
 
 
@@ -193,7 +196,7 @@ def opened(federation: Federation, state: ServerState) -> Opening:
 def answered(federation: Federation, opening: Opening) -> Closing:
     """Take in what the sites of a round answer, aggregate, and have the model evaluated."""
     intake, cohort, attempts = _gather(federation, opening)
-    facts = {"attempts": attempts}
+    facts: Facts = {"attempts": attempts}
     state, watch, ledger = opening.state, opening.watch, opening.ledger
     return concluded(federation, state, intake, cohort, watch, ledger, facts)
 
@@ -205,7 +208,7 @@ def concluded(
     cohort: Sequence[Site],
     watch: Stopwatch,
     ledger: Ledger,
-    facts: Mapping[str, Any],
+    facts: Facts,
 ) -> Closing:
     """Aggregate and, where it is due, have the model evaluated.
 
@@ -272,7 +275,7 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
     if federation.clock is not None and settings.deadline_s is not None:
         check_reachable(stays, settings.deadline_s)
     reasons = ", ".join(f"{len(sites)} {reason}" for reason, sites in ledger.failures.items())
-    first = next((r["reason"] for r in ledger.replies if r["status"] != "ok"), "")
+    first = next((r["reason"] for r in ledger.replies if "reason" in r), "")
     raise QuorumFailure(
         f"round {state.round + 1}: {len(intake)} usable replies of {settings.per_round}, "
         f"{_needed(federation)} needed, after {settings.retries + 1} attempts ({reasons}; the "

@@ -8,7 +8,7 @@ next one starts.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from fedft.core.errors import (
 )
 from fedft.core.files import disk
 from fedft.core.plugins import RECORD, Trust, short_name
+from fedft.core.record.lines import Summary, Verified
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.core.wire import codec
@@ -40,7 +41,6 @@ from fedft.server.export import export
 from fedft.server.federation import Completed, Federation
 from fedft.server.inputs import remarks
 from fedft.server.messages import Courier
-from fedft.server.observer import Observer, Silent
 from fedft.server.outside import changes, outside
 from fedft.server.privacy import PrivacyAccount, check_fork, open_account
 from fedft.server.progress import Progress
@@ -55,13 +55,16 @@ from fedft.server.setting import (
     prepare_run,
     tried,
 )
+from fedft.trackers import Start, Tracker, found
+from fedft.trackers.run_directory import RunDirectory
+from fedft.trackers.told import Told
 
 
 def simulate(
     config: RunConfig,
     run_dir: Path | None = None,
     *,
-    observer: Observer | None = None,
+    trackers: Sequence[Tracker] = (),
     stop: Callable[[], bool] = lambda: False,
     grid: StatefulGrid | None = None,
     evaluator: Courier | None = None,
@@ -71,7 +74,7 @@ def simulate(
     Args:
         config: validated.
         run_dir: an absent or empty folder; None makes ``runs/<time>-<strategy>``.
-        observer: is told about rounds as they are committed.
+        trackers: are told of the run, beside those of ``[track]``; none of them can end it.
         stop: is asked between replies whether to stop.
         grid: workers to use and leave running; None starts its own and ends them.
         evaluator: see :class:`~fedft.server.federation.Federation`.
@@ -83,21 +86,22 @@ def simulate(
         FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
     """
     config = resolved(config)
-    text = config.to_toml()
+    text, hint = config.to_toml(), short_name(config.strategy.name)
     with (
-        RunDir.create(run_dir, hint=short_name(config.strategy.name), again=text) as run,
+        telling(trackers, config) as told,
+        RunDir.create(run_dir, hint=hint, again=text) as run,
         leaving_nothing(run),
     ):
         run.write_config(text)
         with _resumable(run):
-            return _execute(config, run, observer or Silent(), stop, grid, evaluator)
+            return _execute(config, run, told, stop, grid, evaluator)
 
 
 def resume(
     run_dir: Path,
     *,
     changed: RunConfig | None = None,
-    observer: Observer | None = None,
+    trackers: Sequence[Tracker] = (),
     stop: Callable[[], bool] = lambda: False,
     grid: StatefulGrid | None = None,
     trust: Trust = RECORD,
@@ -107,8 +111,9 @@ def resume(
     Args:
         run_dir: its directory.
         changed: a configuration to go on with; it must say the same, apart from ``[engine]``
-            ``backend``, ``workers``, ``gradient-checkpointing`` and ``verify``, which do not change results.
-        observer: as for :func:`simulate`.
+            ``backend``, ``workers``, ``gradient-checkpointing`` and ``verify``, and from ``[track]``,
+            which do not change results.
+        trackers: as for :func:`simulate`.
         stop: as for :func:`simulate`.
         grid: as for :func:`simulate`.
         trust: what may be imported because the run directory names it.
@@ -117,7 +122,6 @@ def resume(
         ConfigError: ``changed`` differs; the message lists the keys.
         SecurityRefusal: the run is of code from outside of fedft that is not trusted.
     """
-    observer = observer or Silent()
     with RunDir.open(run_dir, writing=True) as run:
         config = parse_toml(run.config, str(run.path / "config.toml"), trust)
         if (run.path / "identity").exists():
@@ -127,17 +131,37 @@ def resume(
             )
         if changed is not None:
             config = _same_run(config, resolved(changed))
-        for package, (then, now) in run.changed_versions().items():
-            observer.note(
-                f"{package} was {then} and is {now}: the rest of this run is not bit-exact"
-            )
-        for note in changes(run.environment().get("plugins"), config):
-            observer.note(note)
-        if run.finished:
-            observer.note("this run is finished; nothing to resume")
-            return run
-        with _resumable(run):
-            return _execute(config, run, observer, stop, grid)
+        with telling(trackers, None if run.finished else config) as told:
+            for package, (then, now) in run.changed_versions().items():
+                told.note(
+                    f"{package} was {then} and is {now}: the rest of this run is not bit-exact"
+                )
+            for note in changes(run.environment().get("plugins"), config):
+                told.note(note)
+            if run.finished:
+                told.note("this run is finished; nothing to resume")
+                return run
+            with _resumable(run):
+                return _execute(config, run, told, stop, grid)
+
+
+@contextmanager
+def telling(trackers: Sequence[Tracker], config: RunConfig | None) -> Iterator[Told]:
+    """Tells some trackers of a run, and closes them in the end.
+
+    Args:
+        trackers: that somebody handed over.
+        config: of the run, whose ``[track]`` names more; None where there is nothing for them to hear.
+
+    Raises:
+        FedftError: one of those that are named cannot be had.
+    """
+    named = () if config is None else config.track.trackers
+    told = Told([*trackers, *(found(name)() for name in named)])
+    try:
+        yield told
+    finally:
+        told.close()
 
 
 @contextmanager
@@ -165,7 +189,7 @@ def _resumable(run: RunDir) -> Iterator[None]:
         raise
 
 
-_FORKABLE = ("rounds", "training", "strategy", "engine")
+_FORKABLE = ("rounds", "training", "strategy", "engine", "track")
 
 
 def fork(run_dir: Path, target: Path, changed: RunConfig | None, trust: Trust = RECORD) -> Path:
@@ -213,7 +237,8 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None, trust: Trust = 
 def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
     names = ("backend", "workers", "gradient_checkpointing", "verify")
     free = {name: getattr(new.engine, name) for name in names}
-    moved = old.model_copy(update={"engine": old.engine.model_copy(update=free)})
+    engine = old.engine.model_copy(update=free)
+    moved = old.model_copy(update={"engine": engine, "track": new.track})
     if lines := differences(moved, new):
         raise ConfigError(
             "the configuration is not the one this run was started with:\n  " + "\n  ".join(lines),
@@ -225,7 +250,7 @@ def _same_run(old: RunConfig, new: RunConfig) -> RunConfig:
 def _execute(
     config: RunConfig,
     run: RunDir,
-    observer: Observer,
+    told: Tracker,
     stop: Callable[[], bool],
     workers: StatefulGrid | None,
     evaluator: Courier | None = None,
@@ -233,36 +258,50 @@ def _execute(
     with ExitStack() as stack:
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
         setting = prepare_run(config, run)
-        setting = tried(setting, run, evaluator or grid, observer, stop)
+        setting = tried(setting, run, evaluator or grid, told, stop)
         federation = replace(federate(setting, grid, stop), evaluator=evaluator)
-        complete(setting, run, grid, federation, observer)
+        complete(setting, run, grid, federation, told)
     return run
 
 
 def complete(
-    setting: Setting, run: RunDir, grid: StatefulGrid, federation: Federation, observer: Observer
+    setting: Setting, run: RunDir, grid: StatefulGrid, federation: Federation, told: Tracker
 ) -> None:
-    """Go through the rounds that are left, from the last committed one, and write the summary."""
+    """Go through the rounds that are left, from the last committed one, to the summary.
+
+    The run directory hears of a round before it is committed, and of the end after everybody else.
+    """
     config = setting.config
     checkpoints = Checkpoints(run.checkpoints, keep=config.rounds.keep_checkpoints)
-    state, progress = _restore(setting, run, grid, checkpoints, observer)
+    state, progress = _restore(setting, run, grid, checkpoints, told)
     account = open_account(config, run, federation.roster, state.round)
     federation = replace(federation, privacy=account)
     for remark in remarks(config, setting.data, setting.special):
-        observer.note(remark)
-    observer.started(run, config, state)
+        told.note(remark)
+    directory, start = RunDirectory(run), _start(config, run, state.round)
+    directory.started(start)
+    told.started(start)
     for completed in _until_patience(federation, state, progress):
         state = completed.state
         progress = progress.after(completed, config.model.task)
-        _commit(setting, run, grid, checkpoints, completed, progress)
-        observer.completed(completed.record)
+        _commit(setting, run, directory, grid, checkpoints, completed, progress)
+        told.round(completed.record, completed.replies)
     verified = _verified(setting, run, federation, state)
-    _finish(setting, run, state, progress, account, verified)
+    _drop_superseded(setting, run, progress)  # where a crash came between commit and removal
+    summary = _summary(config, state, progress, account, verified)
+    told.finished(summary)
+    directory.finished(summary)
+
+
+def _start(config: RunConfig, run: RunDir, round_: int) -> Start:
+    """What trackers begin with, after so many committed rounds."""
+    tables = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return Start(run.path, run.trackers, tables, run.rounds(until=round_))
 
 
 def _verified(
     setting: Setting, run: RunDir, federation: Federation, state: ServerState
-) -> dict[str, float] | None:
+) -> Verified | None:
     """What :func:`fedft.server.verify.verify` finds; None where it was not asked, or has no say.
 
     A base in few bits is not what stock transformers loads.
@@ -299,7 +338,7 @@ def _restore(
     run: RunDir,
     grid: StatefulGrid,
     checkpoints: Checkpoints,
-    observer: Observer,
+    told: Tracker,
 ) -> tuple[ServerState, Progress]:
     """The state to go on from: the newest intact checkpoint, or the seed's initial adapter."""
     checkpoint = checkpoints.load()
@@ -309,15 +348,13 @@ def _restore(
                 f"{run.path} has lines of completed rounds, and no checkpoint of any",
                 fix="Restore the checkpoints folder from a copy, or start the run anew elsewhere.",
             )
-        run.truncate_to(0)
         grid.load_states({})
         config = setting.config
         if config.one_by_one:
-            observer.note("sites are trained one by one: the cohort engine takes plain LoRA only")
+            told.note("sites are trained one by one: the cohort engine takes plain LoRA only")
         return first_state(config, setting.shapes, len(setting.data.classes)), Progress()
     for note in checkpoint.notes:
-        observer.note(note)
-    run.truncate_to(checkpoint.state.round)
+        told.note(note)
     indices = {name: setting.manifest.index_of(name) for name in checkpoints.sites}
     grid.load_states(
         {
@@ -346,6 +383,7 @@ def _until_patience(
 def _commit(
     setting: Setting,
     run: RunDir,
+    directory: RunDirectory,
     grid: StatefulGrid,
     checkpoints: Checkpoints,
     completed: Completed,
@@ -362,10 +400,8 @@ def _commit(
         for node, record in touched.items()
         if record is not None
     }
-    for reply in completed.replies:
-        run.append_client(reply)
     completed.record["seconds"]["commit"] = time.monotonic() - start
-    run.append_round(completed.record)
+    directory.round(completed.record, completed.replies)
     checkpoints.commit(state, sites, vars(progress))
     grid.states_committed(touched)
     if "eval" in completed.record:
@@ -386,26 +422,24 @@ def _drop_superseded(setting: Setting, run: RunDir, progress: Progress) -> None:
             shutil.rmtree(run.adapter(round_))
 
 
-def _finish(
-    setting: Setting,
-    run: RunDir,
+def _summary(
+    config: RunConfig,
     state: ServerState,
     progress: Progress,
     account: PrivacyAccount | None,
-    verified: Mapping[str, float] | None,
-) -> None:
-    _drop_superseded(setting, run, progress)  # where a crash came between commit and removal
-    run.write_summary(
-        {
-            "status": "finished" if state.round == setting.config.rounds.count else "stopped early",
-            "rounds": state.round,
-            "final": progress.final,
-            "best": progress.best,
-            "bytes": {"up": progress.up, "down": progress.down},
-            "seconds": progress.seconds,
-            "adapter_sha256": adapter_digest(state.adapter, state.delta),
-            "history_sha256": progress.history,
-            "verified": verified,
-            **({} if account is None else {"privacy": account.guarantee()}),
-        }
-    )
+    verified: Verified | None,
+) -> Summary:
+    summary: Summary = {
+        "status": "finished" if state.round == config.rounds.count else "stopped early",
+        "rounds": state.round,
+        "final": progress.final,
+        "best": progress.best,
+        "bytes": {"up": progress.up, "down": progress.down},
+        "seconds": progress.seconds,
+        "adapter_sha256": adapter_digest(state.adapter, state.delta),
+        "history_sha256": progress.history,
+        "verified": verified,
+    }
+    if account is not None:
+        summary["privacy"] = account.guarantee()
+    return summary

@@ -7,7 +7,7 @@ so that its clients find it by themselves.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,12 +49,12 @@ from fedft.server.identity import (
     make_private_folder,
     save_address,
 )
-from fedft.server.observer import Observer, Silent
 from fedft.server.pruning import site_footprint
 from fedft.server.resolve import resolved
-from fedft.server.run import complete, leaving_nothing
+from fedft.server.run import complete, leaving_nothing, telling
 from fedft.server.setting import CLIENT_APP, Setting, federate, prepare_run, tried
 from fedft.server.status import Board, looker, showing
+from fedft.trackers import Tracker
 
 _LOOK_UP_S = 0.2
 
@@ -103,7 +103,7 @@ def serve(
     *,
     ca: Path | None = None,
     hosting: Hosting | None = None,
-    observer: Observer | None = None,
+    trackers: Sequence[Tracker] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> RunDir:
     """Run a federation of real clients, from the beginning or from where it was left.
@@ -116,7 +116,7 @@ def serve(
         ca: certificate of an authority that is elsewhere, see :mod:`fedft.server.elsewhere`; None goes on
             with the authority that the run has, or makes one here.
         hosting: patience.
-        observer: is told about rounds as they are committed, and about clients.
+        trackers: are told of the run and its clients, beside those of ``[track]``; none can end it.
         stop: is asked several times a second whether to stop.
 
     Returns:
@@ -126,21 +126,25 @@ def serve(
         FedftError: see :mod:`fedft.core.errors`. Committed rounds are never lost.
     """
     config = for_sites(config)
-    observer = Board(observer or Silent())
     hosting = hosting or Hosting()
-    with _resumable(), _claimed(config, run_dir) as run:
-        _settle(run, address, ca, observer)
+    with (
+        _resumable(),
+        _claimed(config, run_dir) as run,
+        telling(trackers, None if run.finished else config) as told,
+    ):
+        board = Board(told)
+        _settle(run, address, ca, board)
         if run.finished:
-            observer.note("this run is finished; nothing to serve")
-            _dismiss_late(run, address, hosting, observer, stop)
+            board.note("this run is finished; nothing to serve")
+            _dismiss_late(run, address, hosting, board, stop)
             return run
         torch.set_num_threads(config.engine.threads)
         setting = replace(prepare_run(_undivided(config), run), config=config)
         with InlineGrid(CLIENT_APP, 1) as here:
-            setting = tried(setting, run, here, observer, stop)
-        with _listening(_terms(setting, run), run, address, hosting, observer) as grid:
-            _rounds(setting, run, grid, hosting, observer, stop)
-            _dismiss(grid, run, hosting, observer, stop)
+            setting = tried(setting, run, here, board, stop)
+        with _listening(_terms(setting, run), run, address, hosting, board) as grid:
+            _rounds(setting, run, grid, hosting, board, stop)
+            _dismiss(grid, run, hosting, board, stop)
     return run
 
 
@@ -190,7 +194,7 @@ def _claimed(config: RunConfig, run_dir: Path | None) -> Iterator[RunDir]:
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
-    if lines := differences(old, new):
+    if lines := differences(old.model_copy(update={"track": new.track}), new):
         raise ConfigError(
             "the configuration is not the one this run was started with:\n  " + "\n  ".join(lines),
             fix="Start again without changes, or name another --run-dir for a new run.",
@@ -206,7 +210,7 @@ def _with_port(address: Address, run: RunDir) -> Address:
         return address
 
 
-def _settle(run: RunDir, address: Address, ca: Path | None, observer: Observer) -> None:
+def _settle(run: RunDir, address: Address, ca: Path | None, told: Tracker) -> None:
     """Find out who certifies this server before anything is loaded.
 
     Raises:
@@ -221,7 +225,7 @@ def _settle(run: RunDir, address: Address, ca: Path | None, observer: Observer) 
         return
     authority = issuer_of(folder_of(run.path), ca)
     if isinstance(authority, AuthorityElsewhere) and (word := authority.word(address)):
-        observer.note(word)
+        told.note(word)
 
 
 def _how_to_invite(folder: Path) -> str:
@@ -230,23 +234,23 @@ def _how_to_invite(folder: Path) -> str:
 
 @contextmanager
 def _listening(
-    terms: Terms, run: RunDir, address: Address, hosting: Hosting, observer: Board
+    terms: Terms, run: RunDir, address: Address, hosting: Hosting, board: Board
 ) -> Iterator[GrpcGrid]:
     folder, address = folder_of(run.path), _with_port(address, run)
     make_private_folder(folder)  # without TLS no authority is made in it
     authority = None if address.insecure else issuer_of(folder, None)
     registry, audit = Registry(folder), Audit(run.path)
-    tell, timing = observer.note, hosting.timing
+    tell, timing = board.note, hosting.timing
     with GrpcGrid(terms, address, registry, authority, audit, timing, tell) as grid:
-        observer.doing = lambda name: grid.doing.get(name, "")
+        board.doing = lambda name: grid.doing.get(name, "")
         address = replace(address, port=grid.port)
         save_address(folder, address)
-        observer.note(
+        board.note(
             f"listening on {address.binding}, for clients {address.target}"
             f"{' WITHOUT TLS' if address.insecure else ''}; invite them with: "
             f"fedft invite NAME --run-dir {run.path} {_how_to_invite(folder)}"
         )
-        with _showing_status(run, grid, hosting, observer):
+        with _showing_status(run, grid, hosting, board):
             yield grid
 
 
@@ -310,14 +314,15 @@ def _deadline(given_s: float | None, pace: Pace) -> str:
 
 
 def _dismiss(
-    grid: GrpcGrid, run: RunDir, hosting: Hosting, observer: Board, stop: Callable[[], bool]
+    grid: GrpcGrid, run: RunDir, hosting: Hosting, board: Board, stop: Callable[[], bool]
 ) -> None:
     """Tell every site that the run is over, and wait a while for those that are away."""
-    rounds = run.summary()["rounds"]
-    grid.drain(finished=True, reason=f"the run is over, after {rounds} rounds")
+    summary = run.summary()
+    assert summary is not None  # the run is over
+    grid.drain(finished=True, reason=f"the run is over, after {summary['rounds']} rounds")
     registry, ends = Registry(folder_of(run.path)), time.monotonic() + hosting.linger_s
     if away := registry.unaware():
-        observer.note(
+        board.note(
             f"waiting up to {hosting.linger_s:.0f} s to tell {', '.join(away)} that the run is over"
         )
     while registry.unaware() and time.monotonic() < ends and not stop():
@@ -325,13 +330,13 @@ def _dismiss(
 
 
 def _dismiss_late(
-    run: RunDir, address: Address, hosting: Hosting, observer: Board, stop: Callable[[], bool]
+    run: RunDir, address: Address, hosting: Hosting, board: Board, stop: Callable[[], bool]
 ) -> None:
     """The same for a server that ended, or died, before everybody had heard it."""
     if Registry(folder_of(run.path)).unaware():
         nothing = Terms(run.path.name, "", {}, expected=lambda message: {})
-        with _listening(nothing, run, address, hosting, observer) as grid:
-            _dismiss(grid, run, hosting, observer, stop)
+        with _listening(nothing, run, address, hosting, board) as grid:
+            _dismiss(grid, run, hosting, board, stop)
 
 
 def _terms(setting: Setting, run: RunDir) -> Terms:
@@ -443,5 +448,5 @@ def _history(setting: Setting, run: RunDir) -> Mapping[str, int]:
     return {
         str(line["site"]): int(line["round"])
         for line in run.clients()
-        if line["kind"] == "train" and line["status"] == "ok" and line["round"] <= last
+        if line["kind"] == "train" and line.get("status") == "ok" and line["round"] <= last
     }

@@ -28,12 +28,12 @@ from fedft.server.grids.base import JobGrid
 from fedft.server.grids.inline import InlineGrid
 from fedft.server.inputs import check_rank, data_of
 from fedft.server.messages import Courier
-from fedft.server.observer import Observer
 from fedft.server.outside import outside
 from fedft.server.preflight import preflight
 from fedft.server.pruning import pruning_of
 from fedft.server.sampling import SimulatedRoster
 from fedft.server.validation import Limits
+from fedft.trackers import Tracker
 
 CLIENT_APP = "fedft.clients.app:app"
 """The client side, by reference: the server never imports it."""
@@ -149,7 +149,7 @@ def tried(
     setting: Setting,
     run: RunDir,
     grid: Courier,
-    observer: Observer,
+    told: Tracker,
     stop: Callable[[], bool],
 ) -> Setting:
     """The same, with the engine that its model can be trained in; recorded once, kept ever after.
@@ -166,7 +166,7 @@ def tried(
         known = vars(found)
         run.amend_environment({"engine": known})
     if known["why"]:
-        observer.note(f"clients are trained one by one, in the plain loop: {known['why']}")
+        told.note(f"clients are trained one by one, in the plain loop: {known['why']}")
     if known["engine"] == "cohort" or setting.task.cohort == 1:
         return setting
     return replace(setting, task=setting.task.model_copy(update={"cohort": 1}))

@@ -3,17 +3,14 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
-from fedft.core.record.rundir import RunDir
-from fedft.core.types import ServerState
-from fedft.server.config import RunConfig
+from fedft.core.record.lines import ClientLine, RoundLine, Summary
 from fedft.server.identity import Client
 from fedft.server.messages import Waiting
-from fedft.server.observer import Observer
+from fedft.trackers import Start, Tracker
 
 _ROUNDS_SHOWN = 30
 _NOTES_SHOWN = 12
@@ -49,7 +46,7 @@ class Standing:
     strategy: str = ""
     target: int = 0
     round: int = 0
-    recent: tuple[Mapping[str, Any], ...] = ()
+    recent: tuple[RoundLine, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     up: int = 0
@@ -59,7 +56,7 @@ class Standing:
     notes: tuple[tuple[str, str], ...] = ()
     waiting: Waiting | None = None
 
-    def after(self, records: Iterable[Mapping[str, Any]]) -> "Standing":
+    def after(self, records: Iterable[RoundLine]) -> "Standing":
         """With more rounds, given as lines of ``rounds.jsonl``."""
         now, seconds, failures = self, Counter(self.seconds), Counter(self.failures)
         drawn, failed = Counter[str](), Counter[str]()
@@ -84,7 +81,7 @@ class Standing:
         return replace(now, seconds=seconds, failures=failures, sites=sites)
 
 
-class Board:
+class Board(Tracker):
     """Watches a run for those who ask how it stands, and passes everything on.
 
     Args:
@@ -95,31 +92,40 @@ class Board:
         doing: says of a client what it does; empty where that is not known.
     """
 
-    def __init__(self, inner: Observer) -> None:
+    def __init__(self, inner: Tracker) -> None:
         self._inner = inner
         self._writing = threading.Lock()
         self._told: tuple[str, float] = ("", 0.0)  # of what a line was said last, and when
         self.standing = Standing()
         self.doing: Callable[[str], str] = lambda name: ""
 
-    def started(self, run: RunDir, config: RunConfig, state: ServerState) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
-        committed = [record for record in run.rounds() if record["round"] <= state.round]
+    def started(self, start: Start) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
         with self._writing:
             begun = replace(
-                self.standing, strategy=config.strategy.name, target=config.rounds.count
+                self.standing,
+                strategy=start.config["strategy"]["name"],
+                target=start.config["rounds"]["count"],
             )
-            self.standing = begun.after(committed)
-        self._inner.started(run, config, state)
+            self.standing = begun.after(start.committed)
+        self._inner.started(start)
 
-    def completed(self, record: Mapping[str, Any]) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
+    def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
         with self._writing:
-            self.standing = self.standing.after([record])
-        self._inner.completed(record)
+            self.standing = self.standing.after([line])
+        self._inner.round(line, replies)
+
+    def finished(self, summary: Summary) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
+        self._inner.finished(summary)
+
+    def close(self) -> None:
+        """See :class:`fedft.trackers.Tracker`."""
+        self._inner.close()
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
+        """See :class:`fedft.trackers.Tracker`."""
         with self._writing:
             notes = (*self.standing.notes, (f"{datetime.now(UTC):%H:%M:%S}", text))
             self.standing = replace(self.standing, notes=notes[-_NOTES_SHOWN:])

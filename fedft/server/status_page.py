@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedft.core.record.lines import RoundLine
     from fedft.server.identity import Client
     from fedft.server.standing import View
 
@@ -108,18 +109,18 @@ def _rounds(view: "View") -> str:
     return _table(["round", "train loss", "test", "sites", "seconds", "received", "failed"], rows)
 
 
-def _round(record: Mapping[str, Any]) -> list[str]:
-    scores = record.get("eval") or {}
+def _round(line: "RoundLine") -> list[str]:
+    scores = line.get("eval") or {}
     # The task's first metric comes first among its metrics.
     score = next((value for name, value in scores.items() if name != "loss"), scores.get("loss"))
-    failed = [f"{site} ({why})" for why, sites in record["failures"].items() for site in sites]
+    failed = [f"{site} ({why})" for why, sites in line["failures"].items() for site in sites]
     return [
-        str(record["round"]),
-        _number(record["train"]["loss"]),
+        str(line["round"]),
+        _number(line["train"]["loss"]),
         "" if score is None else _number(score),
-        str(len(record["cohort"])),
-        f"{sum(record['seconds'].values()):.1f}",
-        _bytes(record["bytes"]["up"]),
+        str(len(line["cohort"])),
+        f"{sum(line['seconds'].values()):.1f}",
+        _bytes(line["bytes"]["up"]),
         ", ".join(failed),
     ]
 

@@ -20,6 +20,7 @@ from fedft.core.data.batches import eval_batches
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
+from fedft.core.record.lines import Verified
 from fedft.core.spec import ModelSpec, Precision
 from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens
@@ -52,7 +53,7 @@ def verify(
     precision: Precision,
     special: SpecialTokens | None,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
+) -> Verified:
     """Compare a run's own scores with those of its exported adapter in stock peft.
 
     Args:

@@ -16,8 +16,9 @@ import torch
 from fedft.core.digest import adapter_digest, state_digest
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
 from fedft.core.files import write_file
-from fedft.core.record import rundir
-from fedft.core.record.rundir import RunDir, child, plain
+from fedft.core.record import environment
+from fedft.core.record.jsonl import plain
+from fedft.core.record.rundir import RunDir, child
 from fedft.core.types import Adapter, Factors, ServerState
 
 
@@ -299,7 +300,7 @@ def test_the_environment_says_what_the_run_started_on(run: RunDir):
 
 def test_versions_are_read_without_importing_the_libraries():
     code = (
-        "import sys; from fedft.core.record.rundir import surroundings; r = surroundings();"
+        "import sys; from fedft.core.record.environment import surroundings; r = surroundings();"
         "assert r['versions']['torch'];"
         "assert not {'torch', 'ray', 'flwr', 'transformers', 'numpy'} & sys.modules.keys()"
     )
@@ -308,7 +309,7 @@ def test_versions_are_read_without_importing_the_libraries():
 
 def test_another_version_of_torch_is_seen(run: RunDir, monkeypatch):
     run.write_environment({})
-    monkeypatch.setattr(rundir, "_version", lambda name: "0.1" if name == "torch" else None)
+    monkeypatch.setattr(environment, "version", lambda name: "0.1" if name == "torch" else None)
     changed = run.changed_versions()
     assert changed["torch"][1] == "0.1"
     assert changed["torch"][0] != "0.1"
@@ -319,25 +320,25 @@ def test_git_state_is_of_the_repository_that_tracks_the_source(tmp_path: Path, m
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
 
-    source = tmp_path / "rundir.py"
+    source = tmp_path / "environment.py"
     source.write_text("1\n")
-    monkeypatch.setattr(rundir, "__file__", str(source))
-    assert rundir._git_state() is None
+    monkeypatch.setattr(environment, "__file__", str(source))
+    assert environment.git_state() is None
     git("init")
     git("commit", "--allow-empty", "-m", "first")
-    assert rundir._git_state() is None  # installed inside somebody else's repository
-    git("add", "rundir.py")
+    assert environment.git_state() is None  # installed inside somebody else's repository
+    git("add", "environment.py")
     git("commit", "-m", "second")
-    state = rundir._git_state()
+    state = environment.git_state()
     assert state is not None
     assert (len(state["commit"]), state["dirty"]) == (40, False)
     source.write_text("2\n")
-    assert rundir._git_state() == {"commit": state["commit"], "dirty": True}
+    assert environment.git_state() == {"commit": state["commit"], "dirty": True}
 
 
 def test_a_run_is_finished_when_its_summary_stands(run: RunDir):
     assert not run.finished
-    assert run.summary() == {}
+    assert run.summary() is None
     run.write_summary({"status": "done", "final": {"loss": float("nan")}})
     assert run.finished
     assert RunDir.open(run.path).summary() == {"status": "done", "final": {"loss": None}}

@@ -17,20 +17,20 @@ from fedft.api import Run
 from fedft.core.data.source import load
 from fedft.core.errors import Interrupted
 from fedft.core.link.secrets import key_pem, new_key
-from fedft.core.record import rundir
+from fedft.core.record import environment
 from fedft.report import write_report
 from fedft.server import identity
 from fedft.server.config_file import parse_config
-from fedft.server.observer import Silent
 from fedft.server.run import resume, simulate
 from fedft.strategies import RULES
 from fedft.strategies.base import Strategy
+from fedft.trackers import Tracker
 
 Table = Callable[..., dict[str, Any]]
 SHORT = {"rounds": {"count": 2, "per-round": 3, "evaluate-every": 2}, "training": {"steps": 3}}
 
 
-class Notes(Silent):
+class Notes(Tracker):
     """Remembers what the user was told."""
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ def test_another_torch_is_told_when_a_run_goes_on(
     asked = iter([False] * 3)
     with pytest.raises(Interrupted):
         simulate(parse_config(tiny_table()), tmp_path / "run", stop=lambda: next(asked, True))
-    real, notes = rundir._version, Notes()
+    real, notes = environment.version, Notes()
     changed = {"torch": "9.9"} if other else {}
-    monkeypatch.setattr(rundir, "_version", lambda name: changed.get(name) or real(name))
-    resume(tmp_path / "run", observer=notes)
+    monkeypatch.setattr(environment, "version", lambda name: changed.get(name) or real(name))
+    resume(tmp_path / "run", trackers=[notes])
     assert any("is 9.9" in line and "not bit-exact" in line for line in notes.lines) == other
 
 
@@ -100,7 +100,7 @@ def test_sample_text_stays_out_of_all_that_a_run_writes(
     table = tiny_table(**SHORT, data={"source": str(data), "skip-bad": True})
     notes = Notes()
     with caplog.at_level("DEBUG"):
-        run = simulate(parse_config(table), tmp_path / "run", observer=notes)
+        run = simulate(parse_config(table), tmp_path / "run", trackers=[notes])
         write_report([run.path], run.path / "report" / "report.html")
     told = capsys.readouterr()
     assert CANARY not in "".join([caplog.text, told.out, told.err, *notes.lines])

@@ -33,6 +33,7 @@ from fedft.server.config import RunConfig
 from fedft.server.grids.stream import Timing
 from fedft.server.pruning import site_footprint
 from fedft.server.serve import Hosting, serve
+from fedft.trackers import Tracker
 
 BRISK = Timing(heartbeat=0.5, silence=20.0, absence=10.0, watch=0.05)
 QUICK = ClientTiming(heartbeat=0.5, silence=20.0, first_delay=0.05, longest_delay=0.2, give_up=30.0)
@@ -97,17 +98,15 @@ class Stub:
         return codec.reply_content(tensors, self.examples, {})
 
 
-class Notes:
-    """An observer that keeps what it hears."""
+class Notes(Tracker):
+    """A tracker that keeps what it hears."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.records: list[Any] = []
 
-    def started(self, *_: Any) -> None: ...
-
-    def completed(self, record: Any) -> None:
-        self.records.append(record)
+    def round(self, line: Any, replies: Any) -> None:
+        self.records.append(line)
 
     def note(self, text: str) -> None:
         self.lines.append(text)
@@ -159,7 +158,7 @@ def run_with(
     clients: Mapping[str, Any],
     *,
     said: dict[str, list[str]] | None = None,
-    observer: Any = None,
+    trackers: Any = (),
     **hosting: Any,
 ) -> RunDir:
     """A whole run of ``fedft serve`` with stub clients, over loopback and without TLS."""
@@ -171,7 +170,7 @@ def run_with(
             folder,
             identity.Address(insecure=True),
             hosting=hosted,
-            observer=observer or Notes(),
+            trackers=trackers,
         )
 
 

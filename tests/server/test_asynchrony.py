@@ -54,7 +54,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     for rounds in (1, 4):
         stop = stop_after(rounds)
         with pytest.raises(Interrupted):
-            run_of(table, tmp_path / str(rounds), observer=stop, stop=stop)
+            run_of(table, tmp_path / str(rounds), trackers=[stop], stop=stop)
         resumed = Run(resume(tmp_path / str(rounds)).path)
         assert resumed.metrics["history_sha256"] == whole.metrics["history_sha256"]
         assert resumed.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]

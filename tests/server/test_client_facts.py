@@ -143,7 +143,7 @@ def test_a_client_that_cannot_be_planned_costs_itself_its_place(
     )
     monkeypatch.setattr(pruning, "site_footprint", only_known)
     notes = Notes()
-    run = run_with(config, tmp_path / "run", clients, observer=notes)
+    run = run_with(config, tmp_path / "run", clients, trackers=[notes])
     assert [record["failures"] for record in run.rounds()] == [{"plan": ["both"]}] * 2
     assert all(set(record["cohort"]) == set(clients) for record in run.rounds())
     [first, second] = [line for line in lines(run) if line["site"] == "both"]

@@ -363,14 +363,14 @@ def test_a_run_goes_on_at_the_time_it_was_stopped(
     whole = run_of(table, tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        run_of(table, tmp_path / "part", observer=stop, stop=stop)
+        run_of(table, tmp_path / "part", trackers=[stop], stop=stop)
     part = Run(resume(tmp_path / "part").path)
     assert part.metrics["history_sha256"] == whole.metrics["history_sha256"]
     assert [line["clock"] for line in part.rounds] == [line["clock"] for line in whole.rounds]
     (tmp_path / "trace.csv").write_text(text.replace("60", "61"))
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        run_of(table, tmp_path / "changed", observer=stop, stop=stop)
+        run_of(table, tmp_path / "changed", trackers=[stop], stop=stop)
     (tmp_path / "trace.csv").write_text(text)
     with pytest.raises(MismatchError, match="availability is not that of this run"):
         resume(tmp_path / "changed")

@@ -143,7 +143,7 @@ def cut_short(table: Mapping[str, Any], tmp_path: Path, stop_after: Callable[[in
     whole = run_of(table, tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        simulate(parse_config(table), tmp_path / "cut", observer=stop, stop=stop)
+        simulate(parse_config(table), tmp_path / "cut", trackers=[stop], stop=stop)
     assert len(Run(tmp_path / "cut").rounds) == 2
     cut = Run(resume(tmp_path / "cut").path)
     assert cut.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
@@ -296,7 +296,7 @@ def test_a_run_of_an_older_version_is_gone_on_with(
     whole = run_of(table, tmp_path / "whole")
     stop = stop_after(1)
     with pytest.raises(Interrupted):
-        simulate(parse_config(table), tmp_path / "cut", observer=stop, stop=stop)
+        simulate(parse_config(table), tmp_path / "cut", trackers=[stop], stop=stop)
     file = tmp_path / "cut" / "config.toml"
     assert file.read_text().count('compressor = "bf16"') == 1
     file.write_text(file.read_text().replace('compressor = "bf16"', 'wire = "bf16"'))

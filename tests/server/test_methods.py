@@ -24,6 +24,7 @@ from fedft.server.forecast import forecast
 from fedft.server.run import resume, simulate
 from fedft.server.setting import first_state
 from fedft.strategies.hydralora import cluster_of
+from fedft.trackers import Tracker
 
 Table = Callable[..., dict[str, Any]]
 IDS = torch.arange(2, 14).reshape(2, 6)
@@ -148,17 +149,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     whole = simulate(config, tmp_path / "whole")
     seen = 0
 
-    class Watch:
-        def started(self, *_: Any) -> None: ...
-
-        def completed(self, _: Any) -> None:
+    class Watch(Tracker):
+        def round(self, line: Any, replies: Any) -> None:
             nonlocal seen
             seen += 1
 
-        def note(self, _: str) -> None: ...
-
     with pytest.raises(Interrupted):
-        simulate(config, tmp_path / "cut", observer=Watch(), stop=lambda: seen >= 2)
+        simulate(config, tmp_path / "cut", trackers=[Watch()], stop=lambda: seen >= 2)
     cut = resume(tmp_path / "cut")
     keys = ("adapter_sha256", "history_sha256", "bytes", "final")
     assert [cut.summary()[k] for k in keys] == [whole.summary()[k] for k in keys]

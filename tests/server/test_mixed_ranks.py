@@ -123,7 +123,7 @@ def test_a_stopped_run_of_mixed_ranks_ends_with_the_same_bytes(
     whole = run_of(table, tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        simulate(parse_config(table), tmp_path / "cut", observer=stop, stop=stop)
+        simulate(parse_config(table), tmp_path / "cut", trackers=[stop], stop=stop)
     assert len(Run(tmp_path / "cut").rounds) == 2
     cut = Run(resume(tmp_path / "cut").path)
     assert cut.metrics["history_sha256"] == whole.metrics["history_sha256"]

@@ -27,8 +27,8 @@ from fedft.core.record.rundir import RunDir
 from fedft.server.check import check
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
-from fedft.server.observer import Silent
 from fedft.server.run import resume, simulate
+from fedft.trackers import Tracker
 
 Table = Callable[..., dict[str, Any]]
 
@@ -46,7 +46,7 @@ def config_of(table: Table, **changes: Any) -> RunConfig:
     return parse_config(table(rounds=rounds, engine=engine, **changes))
 
 
-class Notes(Silent):
+class Notes(Tracker):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -73,7 +73,7 @@ def test_a_cohort_engine_that_mixes_clients_is_noticed_and_stands_aside(
 
     monkeypatch.setattr(CohortEngine, "_segments", shifted)
     notes = Notes()
-    run = simulate(config, tmp_path / "run", observer=notes)
+    run = simulate(config, tmp_path / "run", trackers=[notes])
     known = run.environment()["engine"]
     assert known["engine"] == "loop"
     assert re.search("its (loss|update of).*(where the plain|off)", known["why"])
@@ -197,7 +197,7 @@ def test_the_trial_is_made_once_and_kept(
     """A resumed run trains as it began, whatever a trial would say now."""
     stop = stop_after(1)
     with pytest.raises(Exception, match="stop"):
-        simulate(config_of(tiny_table), tmp_path / "run", observer=stop, stop=stop)
+        simulate(config_of(tiny_table), tmp_path / "run", trackers=[stop], stop=stop)
 
     def never(*_: Any) -> Any:
         raise AssertionError("tried again")

@@ -84,7 +84,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_records(
     whole = run_of(config, tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        run_of(config, tmp_path / "cut", observer=stop, stop=stop)
+        run_of(config, tmp_path / "cut", trackers=[stop], stop=stop)
     cut = Run(resume(tmp_path / "cut").path)
     keys = ("adapter_sha256", "history_sha256", "bytes", "final")
     assert [cut.metrics[k] for k in keys] == [whole.metrics[k] for k in keys]

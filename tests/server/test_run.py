@@ -349,7 +349,7 @@ def test_a_run_that_is_short_of_memory_goes_on_with_gradient_checkpointing(
     whole = run_of(table(False), tmp_path / "whole")
     stop = stop_after(2)
     with pytest.raises(Interrupted):
-        run_of(table(False), tmp_path / "run", observer=stop, stop=stop)
+        run_of(table(False), tmp_path / "run", trackers=[stop], stop=stop)
     ended = Run(resume(tmp_path / "run", changed=parse_config(table(True))).path)
     assert ended.metrics["adapter_sha256"] == whole.metrics["adapter_sha256"]
 

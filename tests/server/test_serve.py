@@ -25,6 +25,7 @@ from fedft.core.spec import DataSpec
 from fedft.server import identity
 from fedft.server.config_file import parse_config
 from fedft.server.serve import Hosting, serve
+from fedft.trackers import Tracker
 from tests.server.stage import (
     FAST,
     QUICK,
@@ -334,12 +335,10 @@ def test_a_server_without_clients_waits_in_sight_and_pauses(
 ) -> None:
     """Rows 19 and 20: exit 4, and the same command goes on with the same identity and port."""
 
-    class Notes:
+    class Notes(Tracker):
         def __init__(self) -> None:
             self.lines: list[str] = []
 
-        def started(self, *_: Any) -> None: ...
-        def completed(self, record: Any) -> None: ...
         def note(self, text: str) -> None:
             self.lines.append(text)
 
@@ -347,7 +346,7 @@ def test_a_server_without_clients_waits_in_sight_and_pauses(
     hosting = Hosting(patience_s=0.5, timing=FAST)
     for _ in range(2):
         with pytest.raises(QuorumFailure, match="0 clients were connected") as failure:
-            serve(config, tmp_path / "run", identity.Address(), hosting=hosting, observer=notes)
+            serve(config, tmp_path / "run", identity.Address(), hosting=hosting, trackers=[notes])
         assert failure.value.exit_code == 4
     assert any("0 of 4 connected; waiting" in line for line in notes.lines)
     listening = {line.split(",")[0] for line in notes.lines if line.startswith("listening")}

@@ -17,11 +17,11 @@ from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
 from fedft.server.identity import Address
 from fedft.server.inputs import remarks
-from fedft.server.observer import Silent
 from fedft.server.resolve import resolved
 from fedft.server.run import resume, simulate
 from fedft.server.serve import Hosting, serve
 from fedft.server.setting import prepare_run
+from fedft.trackers import Tracker
 
 Table = Callable[..., dict[str, Any]]
 
@@ -141,12 +141,13 @@ def test_a_run_that_has_begun_is_never_taken_back(
     """The control: the same error after a round leaves everything as it is."""
     write(tmp_path / "d.jsonl", ROWS)
 
-    class Late(Silent):
-        def completed(self, record: Any) -> None:
+    def late() -> bool:
+        if (tmp_path / "run" / "rounds.jsonl").exists():
             raise MismatchError("late", fix="-")
+        return False
 
     with pytest.raises(MismatchError, match="late"):
-        simulate(config, tmp_path / "run", observer=Late())
+        simulate(config, tmp_path / "run", stop=late)
     run = RunDir.open(tmp_path / "run")
     assert run.begun and len(run.rounds()) == 1
     with pytest.raises(ConfigError, match="not empty"):
@@ -207,7 +208,7 @@ def test_nothing_of_anybody_elses_is_overwritten(config: RunConfig, tmp_path: Pa
         assert all((folder / file).read_text() == content for file, content in files.items())
 
 
-class Listening(Silent):
+class Listening(Tracker):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -222,7 +223,7 @@ def test_what_was_done_to_the_data_is_told_and_recorded(config: RunConfig, tmp_p
     data = config.data.model_copy(update={"skip_bad": True})
     skipping = config.model_copy(update={"data": data})
     watching = Listening()
-    simulate(skipping, tmp_path / "run", observer=watching)
+    simulate(skipping, tmp_path / "run", trackers=[watching])
     assert any("'a' and 'a ' are taken for one class, 'a'" in text for text in watching.told)
     assert any(
         "2 bad rows of the data are left out (malformed 2)" in text for text in watching.told

@@ -19,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedft.core.errors import EnvironmentFailure
 from fedft.server.identity import Client
 from fedft.server.messages import Waiting
-from fedft.server.observer import Silent
 from fedft.server.standing import Board, Standing, Tally, View
 from fedft.server.status import _Metrics, showing
 from fedft.server.status_page import HEADERS, page
+from fedft.trackers import Tracker
+from fedft.trackers.told import Told
 
 SCRIPT = "<script>document.title='owned'</script>"
 
@@ -67,17 +68,17 @@ class TestStanding:
         assert len(standing.recent) <= 30 and len(page(view(standing))) < 100_000
 
     def test_a_board_passes_on_what_it_hears_and_keeps_the_last_of_it(self) -> None:
-        class Ears(Silent):
+        class Ears(Tracker):
             heard: list[object] = []
 
-            def completed(self, record: Any) -> None:
-                self.heard.append(record["round"])
+            def round(self, line: Any, replies: Any) -> None:
+                self.heard.append(line["round"])
 
             def note(self, text: str) -> None:
                 self.heard.append(text)
 
         board = Board(Ears())
-        board.completed(record(1))
+        board.round(record(1), [])
         for number in range(100):
             board.note(f"note {number}")
         assert Ears.heard[:2] == [1, "note 0"]
@@ -88,7 +89,7 @@ class TestStanding:
 WAITING = Waiting("round 3", "answered", 3, ("bob",), 2, since=100.0, ends=700.0)
 
 
-class Ears(Silent):
+class Ears(Tracker):
     """Keeps the notes it hears."""
 
     def __init__(self) -> None:
@@ -165,10 +166,10 @@ class TestWaiting:
 
     def test_notes_from_two_threads_are_all_kept(self) -> None:
         """A client is turned away on one thread while a round is committed on another."""
-        board = Board(Silent())
+        board = Board(Told([]))
         threads = [
             Thread(target=lambda: [board.note("x") for _ in range(300)]),
-            Thread(target=lambda: [board.completed(record(k)) for k in range(1, 301)]),
+            Thread(target=lambda: [board.round(record(k), []) for k in range(1, 301)]),
         ]
         for thread in threads:
             thread.start()

@@ -17,21 +17,21 @@ from fedft.core.data.source import load
 from fedft.core.tasks import task_of
 from fedft.server.config_file import parse_config
 from fedft.server.forecast import as_text, forecast
-from fedft.server.observer import Silent
 from fedft.server.run import fork, resume, simulate
+from fedft.trackers import Tracker
 from tests.core.tokenizer_kinds import byte_bpe
 
 Table = Callable[..., dict[str, Any]]
 
 
-class Notes(Silent):
+class Notes(Tracker):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.kept: list[str] = []
 
     def note(self, text: str) -> None:
-        """See :class:`fedft.server.observer.Observer`."""
+        """See :class:`fedft.trackers.Tracker`."""
         self.kept.append(text)
 
 
@@ -57,13 +57,13 @@ def test_cut_rows_are_shown_before_and_recorded_after(
     words = f"{expected['train']} of {len(raw.train)} training rows and {expected['test']} of"
     assert re.search(f"note +{words}", as_text(config, cost))
     notes = Notes()
-    run = simulate(config, tmp_path / "run", observer=notes)
+    run = simulate(config, tmp_path / "run", trackers=[notes])
     assert run.environment()["cut"] == expected
     assert any(words in note and "data.max-length = 5" in note for note in notes.kept), notes.kept
 
     whole = parse_config(tiny_table(rounds={"count": 1}))  # control: nothing to say
     assert "and cut there" not in as_text(whole, forecast(whole))
-    simulate(whole, tmp_path / "whole", observer=(silent := Notes()))
+    simulate(whole, tmp_path / "whole", trackers=[silent := Notes()])
     assert not any("cut" in note for note in silent.kept)
 
 
@@ -90,7 +90,7 @@ def test_a_model_without_an_end_of_text_is_told(tiny_table: Table, tmp_path: Pat
             rounds={"count": 1, "per-round": 2},
         )
         notes = Notes()
-        run = simulate(parse_config(table), tmp_path / f"run-{end}", observer=notes)
+        run = simulate(parse_config(table), tmp_path / f"run-{end}", trackers=[notes])
         told = run.environment()["special_tokens"]["end"]
         assert told == (None if end is None else tokenizer.eos_token_id)
         assert any("no end-of-text token" in note for note in notes.kept) == (end is None)

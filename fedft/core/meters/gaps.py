@@ -35,7 +35,7 @@ FFA-LoRA, R falls to r.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from torch import Tensor
 from fedft.core import algebra
 from fedft.core.means import squared_distance
 from fedft.core.meters.base import Round
+from fedft.core.meters.readings import LayerBias, OverallBias
 from fedft.core.types import Adapter, Delta, Factors
 
 _BLOCK = 2048
@@ -59,29 +60,6 @@ class Updates(Protocol):
     def starts(self) -> dict[str, list[tuple[Factors, float]]]:
         """Module → what the sites that sent it started from, and the share of each."""
         ...
-
-
-class LayerBias(TypedDict):
-    """One layer's bias. ``None`` where a norm it divides by is zero.
-
-    Attributes:
-        relative: ||dW - M|| / ||dW||.
-        cosine: of the angle between dW and M.
-        norm_ratio: ||M|| / ||dW||.
-        forgotten: the part of ``relative`` along what sites were not sent, from -``relative`` to
-            ``relative``; zero where they were sent all.
-    """
-
-    relative: float | None
-    cosine: float | None
-    norm_ratio: float | None
-    forgotten: float | None
-
-
-class OverallBias(LayerBias):
-    """The bias over all layers, and by module path."""
-
-    layers: dict[str, LayerBias]
 
 
 # ── gaps ──────────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@
     tokenizer/             the tokenizer as the run used it: what pads is decided, see special_tokens
     checkpoints/           ServerState, see fedft.server.checkpoints
     partition/             who holds which rows
+    trackers/              of what else was told of the run, see fedft.trackers; derived
     report/                derived; delete at will
     summary.json           written last; absent means unfinished
 
@@ -19,38 +20,20 @@ its lines.
 """
 
 import contextlib
-import importlib.metadata
-import json
-import math
-import os
-import platform
 import re
 import shutil
 import stat
-import subprocess
-import sys
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
-from fedft.core import system
 from fedft.core.errors import ConfigError, EnvironmentFailure, IntegrityError, SecurityRefusal
-from fedft.core.files import MIB, Files, disk, open_plain, read_plain, temporary, write_file
+from fedft.core.files import Files, disk, read_plain, temporary, write_file
+from fedft.core.record import environment, jsonl, lock
+from fedft.core.record.jsonl import LARGEST, Record
+from fedft.core.record.lines import ClientLine, Release, RoundLine, Summary
 
-SCHEMA = 1
-"""Version of the run directory's layout. A newer one is refused."""
-
-Record = dict[str, Any]
-"""One line of a JSONL file: plain JSON values."""
-
-_PACKAGES = (
-    *("fedft", "torch", "transformers", "peft", "safetensors", "flwr", "ray"),
-    *("datasets", "flwr-datasets", "numpy"),
-)
-_BIT_EXACT = ("torch", "transformers", "peft", "numpy")
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -85,11 +68,8 @@ class RunDir:
 
     def __init__(self, path: Path, *, writing: bool) -> None:
         self.path = path.absolute()
-        self._lock: int | None = None
+        self._lock = lock.Lock(self.path) if writing else None
         self._made = False
-        if writing:
-            self._lock = _locked(self.path)
-            _writers.add(self)
 
     @classmethod
     def create(cls, path: Path | None = None, hint: str = "run", again: str | None = None) -> Self:
@@ -116,7 +96,7 @@ class RunDir:
             folder.mkdir(parents=True, exist_ok=True)
             known = folder / "config.toml"
             same = again is not None and known.is_file() and _is(known, again.encode())
-            allowed = _UNBEGUN if same else {_LOCK, temporary(known).name}
+            allowed = _UNBEGUN if same else {lock.NAME, temporary(known).name}
             if not {entry.name for entry in folder.iterdir()} <= allowed:
                 raise ConfigError(
                     f"{folder} is not empty, and a run never overwrites anything",
@@ -153,17 +133,17 @@ class RunDir:
                 else "Name the folder that `fedft simulate` printed; a run that failed before its "
                 "first line has nothing to go on from.",
             )
-        schema = run.environment().get("schema", SCHEMA)
-        if not isinstance(schema, int) or schema > SCHEMA:
+        schema = run.environment().get("schema", environment.SCHEMA)
+        if not isinstance(schema, int) or schema > environment.SCHEMA:
             raise EnvironmentFailure(
-                f"{path} has format {schema}; this fedft reads formats up to {SCHEMA}",
+                f"{path} has format {schema}; this fedft reads formats up to {environment.SCHEMA}",
                 fix="Install the version of fedft named in environment.json, or a newer one.",
             )
         if not writing:
             return run
         writer = cls(path, writing=True)
         for file in (writer._rounds, writer._clients, writer._releases):
-            _cut_torn_line(file)
+            jsonl.cut_torn_line(file)
         return writer
 
     # Where things are. Whoever writes into a folder makes it.
@@ -182,6 +162,11 @@ class RunDir:
     def partition(self) -> Path:
         """Folder of the partition manifest."""
         return self.path / "partition"
+
+    @property
+    def trackers(self) -> Path:
+        """Folder of the files of trackers, each in one of its own."""
+        return self.path / "trackers"
 
     @property
     def report(self) -> Path:
@@ -203,7 +188,7 @@ class RunDir:
     def config(self) -> str:
         """Text of the resolved configuration."""
         with disk(f"read {self._config}"):
-            text = read_plain(self._config, largest=_LARGEST, within=self.path)
+            text = read_plain(self._config, largest=LARGEST, within=self.path)
         if not text.strip():  # it would read as a configuration of defaults
             raise IntegrityError(
                 f"{self._config} is damaged: it is empty",
@@ -224,7 +209,7 @@ class RunDir:
 
     def environment(self) -> Record:
         """What the run started on; empty where that was not written yet."""
-        return _read_object(self.path / "environment.json")
+        return jsonl.read_object(self.path / "environment.json")
 
     def write_environment(
         self, hashes: Mapping[str, str], facts: Mapping[str, object] | None = None
@@ -236,13 +221,13 @@ class RunDir:
             facts: further keys, e.g. ``device``.
         """
         self._writer()
-        record = surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
-        write_file(self.path / "environment.json", _pretty(record))
+        record = environment.surroundings() | {"hashes": dict(hashes)} | dict(facts or {})
+        write_file(self.path / "environment.json", jsonl.pretty(record))
 
     def amend_environment(self, facts: Mapping[str, object]) -> None:
         """Adds to what is stored already what was found out later."""
         self._writer()
-        write_file(self.path / "environment.json", _pretty(self.environment() | dict(facts)))
+        write_file(self.path / "environment.json", jsonl.pretty(self.environment() | dict(facts)))
 
     @property
     def tokenizer(self) -> Path:
@@ -270,47 +255,48 @@ class RunDir:
 
         A resumed run is bit-exact only where this is empty.
         """
-        then = self.environment().get("versions", {})
-        pairs = {name: (then.get(name), _version(name)) for name in _BIT_EXACT}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return environment.changed_versions(self.environment().get("versions", {}))
 
     # The record that grows.
 
-    def append_client(self, record: Mapping[str, object]) -> None:
+    def append_client(self, line: ClientLine) -> None:
         """Adds one reply to ``clients.jsonl``. On disk with the next :meth:`append_round`.
 
         Args:
-            record: at least ``round``; numbers that are not finite become null.
+            line: numbers that are not finite become null.
         """
-        self._append(self._clients, record)
+        self._append(self._clients, line)
 
-    def append_round(self, record: Mapping[str, object]) -> None:
+    def append_round(self, line: RoundLine) -> None:
         """Adds one round to ``rounds.jsonl`` and makes it and its clients' lines durable.
 
         To be called *before* the round's checkpoint is committed.
 
         Args:
-            record: at least ``round``; numbers that are not finite become null.
+            line: numbers that are not finite become null.
         """
-        self._append(self._rounds, record)
+        self._append(self._rounds, line)
         for file in (self._clients, self._rounds):
             with disk(f"write {file}"):
                 file.touch()
-                _sync(file)
+                jsonl.sync(file)
         with disk(f"write {self.path}"):
             Files().sync_folder(self.path)
 
-    def rounds(self) -> list[Record]:
-        """All lines of ``rounds.jsonl``; what a crash left at the end is left out.
+    def rounds(self, until: int | None = None) -> list[RoundLine]:
+        """The lines of ``rounds.jsonl``; what a crash left at the end is left out.
+
+        Args:
+            until: the last round that is wanted; None reads all.
 
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in _lines(self._rounds)]
+        return [cast(RoundLine, line) for _, line in jsonl.lines(self._rounds, until)]
 
-    def clients(self) -> Iterator[Record]:
+    def clients(self) -> Iterator[ClientLine]:
         """The lines of ``clients.jsonl``, one after another; as :meth:`rounds`."""
-        return (record for _, record in _lines(self._clients))
+        return (cast(ClientLine, line) for _, line in jsonl.lines(self._clients))
 
     def truncate_to(self, round: int) -> None:
         """Drops the lines of all rounds after ``round``, the last one committed.
@@ -320,30 +306,30 @@ class RunDir:
         """
         self._writer()
         for file in (self._rounds, self._clients):
-            kept = b"".join(line for line, _ in _lines(file, until=round))
+            kept = b"".join(line for line, _ in jsonl.lines(file, until=round))
             with disk(f"read {file}"):
                 changed = file.exists() and file.stat().st_size != len(kept)
             if changed:
                 write_file(file, kept)
 
-    def append_release(self, record: Mapping[str, object]) -> None:
+    def append_release(self, line: Release) -> None:
         """Adds a line to the privacy ledger and makes it durable.
 
         To be called *before* anything it accounts for leaves the server or a site. No resume ever
         drops a line again.
         """
-        self._append(self._releases, record)
+        self._append(self._releases, line)
         with disk(f"write {self._releases}"):
-            _sync(self._releases)
+            jsonl.sync(self._releases)
             Files().sync_folder(self.path)
 
-    def releases(self) -> list[Record]:
+    def releases(self) -> list[Release]:
         """The lines of the privacy ledger.
 
         Raises:
             IntegrityError: a line is damaged that an intact one follows.
         """
-        return [record for _, record in _lines(self._releases)]
+        return [cast(Release, line) for _, line in jsonl.lines(self._releases)]
 
     # The end.
 
@@ -352,14 +338,15 @@ class RunDir:
         """Whether the run came to its end."""
         return self._summary.is_file()
 
-    def summary(self) -> Record:
-        """What the run came to; empty while it is unfinished."""
-        return _read_object(self._summary)
+    def summary(self) -> Summary | None:
+        """What the run came to; None while it is unfinished."""
+        found = jsonl.read_object(self._summary)
+        return cast(Summary, found) if found else None
 
-    def write_summary(self, record: Mapping[str, object]) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """Stores the summary, the last act of a run; numbers that are not finite become null."""
         self._writer()
-        write_file(self._summary, _pretty(record))
+        write_file(self._summary, jsonl.pretty(summary))
 
     @property
     def begun(self) -> bool:
@@ -377,14 +364,14 @@ class RunDir:
         self._clear()
         self.close()
         with disk(f"remove {self.path}"):
-            (self.path / _LOCK).unlink(missing_ok=True)
+            (self.path / lock.NAME).unlink(missing_ok=True)
             if self._made:
                 self.path.rmdir()
 
     def _clear(self) -> None:
         """Remove what a run is started from; its configuration, which marks it as a run, last."""
         with disk(f"clear {self.path}"):
-            for folder in (self.partition, self.tokenizer):
+            for folder in (self.partition, self.tokenizer, self.trackers):
                 if folder.exists():
                     shutil.rmtree(folder)
             for file in (self.path / "environment.json", self._config):
@@ -394,9 +381,7 @@ class RunDir:
     def close(self) -> None:
         """Gives the lock back. Reading goes on working."""
         if self._lock is not None:
-            _writers.discard(self)
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -425,47 +410,34 @@ class RunDir:
         return self.path / "summary.json"
 
     def _writer(self) -> None:
-        if self._lock is None:
+        if not self._lock:
             raise RuntimeError(f"{self.path} is open for reading; use RunDir.open(…, writing=True)")
 
     def _append(self, file: Path, record: Mapping[str, object]) -> None:
         self._writer()
-        if type(record.get("round")) is not int:
-            raise TypeError(
-                f"a record needs its round, a whole number; got {record.get('round')!r}"
-            )
-        line = _dumps(plain(record)).encode() + b"\n"
-        with disk(f"write {file}"), file.open("ab", buffering=0) as out:
-            size = out.tell()
-            try:
-                # A short write means a full disk; the next one then says so.
-                written = out.write(line)
-                while written < len(line):
-                    written += out.write(line[written:])
-            except OSError:
-                out.truncate(size)
-                raise
+        jsonl.append(file, record)
 
 
-_LOCK = ".lock"
 _UNBEGUN = frozenset(
     {
-        *(_LOCK, "config.toml", "environment.json", "partition", "tokenizer"),
-        *(".config.toml.tmp", ".environment.json.tmp"),
+        *(lock.NAME, "config.toml", "environment.json", "partition", "tokenizer"),
+        *("trackers", ".config.toml.tmp", ".environment.json.tmp"),
     }
 )
 """What is in the folder of a run before its first round, or its first client."""
 
-_LARGEST = 64 * MIB
-"""Bytes of a file that is read at once."""
-_LONGEST = 16 * MIB
-"""Bytes of a line. What is longer is damage."""
-
 _FILES = (
-    *(_LOCK, "config.toml", "environment.json", "summary.json", "rounds.jsonl", "clients.jsonl"),
+    *(
+        lock.NAME,
+        "config.toml",
+        "environment.json",
+        "summary.json",
+        "rounds.jsonl",
+        "clients.jsonl",
+    ),
     *("privacy.jsonl", "audit.jsonl"),
 )
-_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer")
+_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer", "trackers")
 
 
 def _check_own(folder: Path) -> None:
@@ -496,39 +468,6 @@ def _is(path: Path, content: bytes) -> bool:
     return path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-_writers: "weakref.WeakSet[RunDir]" = weakref.WeakSet()
-
-
-def _release_in_child() -> None:
-    # A lock lives as long as any copy of its descriptor: a forked worker that outlives a killed
-    # server would keep the run locked.
-    for run in list(_writers):
-        run.close()
-
-
-system.in_forked_children(_release_in_child)
-
-
-def _locked(folder: Path) -> int:
-    """Takes the run's lock, which the system drops when its holder dies, however it dies."""
-    path = folder / _LOCK
-    with disk(f"lock {path}"):
-        descriptor = system.open_file(path, os.O_RDWR | os.O_CREAT)
-        try:
-            system.lock(descriptor, wait=False)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise EnvironmentFailure(
-                f"{folder} is being written by another process, pid {holder}",
-                fix="Wait for it or stop it; two servers cannot share a run directory.",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
-
-
 def _fresh(hint: str) -> Path:
     """A new folder under ``runs``."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -540,170 +479,3 @@ def _fresh(hint: str) -> Path:
             return path
         count += 1
         path = first.with_name(f"{first.name}-{count}")
-
-
-def plain(value: object, where: str = "record") -> Any:
-    """A value as JSON can say it: NaN and infinities become null, tuples lists.
-
-    Null stands for "there is no such number", which JSON has no other word for.
-
-    Raises:
-        TypeError: a value that is no JSON, named by its key; tensors are to be turned into numbers
-            by whoever knows what they mean.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        items = cast(Mapping[object, object], value).items()
-        return {_key(key, where): plain(item, f"{where}.{key}") for key, item in items}
-    if isinstance(value, list | tuple):
-        items = enumerate(cast(Sequence[object], value))
-        return [plain(item, f"{where}[{index}]") for index, item in items]
-    raise TypeError(f"{where} is a {type(value).__name__}, which is no JSON value")
-
-
-def _key(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"{where} has the key {key!r}, and keys of JSON are strings")
-    return key
-
-
-def _dumps(value: object, indent: int | None = None) -> str:
-    # ASCII only (json's default), so that no text a client sent can steer a terminal.
-    return json.dumps(value, allow_nan=False, indent=indent)
-
-
-def _pretty(record: Mapping[str, object]) -> bytes:
-    return _dumps(plain(record), indent=2).encode() + b"\n"
-
-
-def _read_object(path: Path) -> Record:
-    """A JSON object from a file of its own; empty where there is no such file."""
-    with disk(f"read {path}"):
-        if not path.exists():
-            return {}
-        text = read_plain(path, largest=_LARGEST)
-    record = _parsed(text)
-    if record is None:
-        raise IntegrityError(
-            f"{path} is damaged: it is not a JSON object",
-            fix="Restore it from a copy of the run directory.",
-        )
-    return record
-
-
-def _parsed(text: bytes) -> Record | None:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return cast(Record, record) if isinstance(record, dict) else None
-
-
-def _lines(path: Path, until: int | None = None) -> Iterator[tuple[bytes, Record]]:
-    """The lines of a JSONL file with what they say, of the rounds up to ``until``.
-
-    What follows the last synced line may be anything after a crash: half a line, or blocks of
-    zeros. Damage is therefore an error only where a wanted line comes after it.
-    """
-    with disk(f"read {path}"):
-        if not path.exists():
-            return
-        damaged = 0
-        with open_plain(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
-                record = _parsed(line) if line.endswith(b"\n") else None
-                if record is None or type(record.get("round")) is not int:
-                    damaged = damaged or number
-                elif until is None or record["round"] <= until:
-                    if damaged:
-                        raise _damaged_line(path, damaged)
-                    yield line, record
-
-
-def _damaged_line(path: Path, number: int) -> IntegrityError:
-    return IntegrityError(
-        f"{path}, line {number} is damaged: it is not the record of a round",
-        fix="Where a crash did this, `fedft resume` repairs it; else restore the file from a copy.",
-    )
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Removes what stands after the last line break: a record that a crash cut short."""
-    with disk(f"repair {path}"):
-        if not path.exists():
-            return
-        with path.open("rb+") as file:
-            whole = 0
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
-
-
-def _sync(path: Path) -> None:
-    descriptor = system.open_file(path, os.O_RDWR)  # Windows syncs what is open for writing only
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def surroundings() -> Record:
-    """What the program runs on: versions, platform, processor, source revision, command line.
-
-    Versions come from package metadata; nothing is imported.
-    """
-    return {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": list(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": {"count": os.cpu_count(), "machine": platform.machine(), "flags": _cpu_flags()},
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "git": _git_state(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_flags() -> list[str]:
-    """The processor's features that decide about speed and rounding; empty where unknown."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return [flag for flag in _CPU_FLAGS if line and flag in line[1].split()]
-
-
-def _git_state() -> Record | None:
-    """Commit of the repository that this source file is tracked in, and whether it was edited."""
-    source = Path(__file__)
-    tracked = _git(source.parent, "ls-files", "--error-unmatch", source.name)
-    commit = _git(source.parent, "rev-parse", "HEAD")
-    status = _git(source.parent, "status", "--porcelain", "--untracked-files=no")
-    if not tracked or commit is None or status is None:
-        return None
-    return {"commit": commit, "dirty": bool(status)}
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
