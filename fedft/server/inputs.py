@@ -37,10 +37,22 @@ def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None)
         *([left_out] if skipped else []),
         *_cut(config, data),
         *([_ENDLESS] if endless else []),
+        *_own_seed(config),
     ]
 
 
 _ENDLESS = "the tokenizer has no end-of-text token: the model does not learn where to stop"
+
+
+def _own_seed(config: RunConfig) -> list[str]:
+    """That a rule draws from a seed of its own, which is not the run's."""
+    seed = getattr(config.strategy, "seed", None)
+    if seed is None or seed == config.seed:
+        return []
+    return [
+        f"[strategy] seed = {seed}: {config.strategy.name} draws from it and not from seed = "
+        f"{config.seed}; leave the key out to follow the run"
+    ]
 
 
 def _cut(config: RunConfig, data: Data) -> list[str]:

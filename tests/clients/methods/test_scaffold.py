@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedft.clients.engines.cohort import CohortEngine
 from fedft.clients.engines.loop import PeftEngine
 from fedft.clients.methods.effective_steps import effective
 from fedft.core import models, seeds
-from fedft.core.metrics import mean_loss
 from fedft.core.spec import LoraSpec, ModelSpec
 from fedft.core.terms import Dynamic, taken
 from fedft.core.types import Adapter, Batch, ClientUpdate, LocalTraining, Site, TrainPlan
@@ -73,7 +73,7 @@ def gradient(bare: models.Base, adapter: Adapter, batch: Batch) -> Tensors:
         for path, f in live.factors.items()
     } | {n.removeprefix("base_model.model."): t for n, t in live.head.items()}
     output = torch.func.functional_call(bare.model, weights, (), dict(batch.inputs))
-    found = torch.autograd.grad(mean_loss(output.logits, batch.labels), list(leaves.values()))
+    found = torch.autograd.grad(F.cross_entropy(output.logits, batch.labels), list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
 
 
