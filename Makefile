@@ -74,7 +74,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	# A client runs on Windows, too: nothing on its path may be of Unix alone.
-	$(BIN)/pyright --pythonplatform Windows
+	$(BIN)/pyright --pythonplatform Windows fedft/core fedft/clients fedft/strategies fedft/report \
+	  fedft/trackers fedft/conformance fedft/*.py
 	$(BIN)/lint-imports
 
 # Both can be interrupted and gone on with: make bench BENCH=--resume

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets", "pyarrow"),
     "report": ("matplotlib",),
     "privacy": ("dp_accounting", "opacus"),
+    "trackers": ("tensorboard",),
     "gguf": ("gguf",),
     "quantized": ("bitsandbytes",),
 }

@@ -5,13 +5,12 @@ A run that goes on therefore writes its events anew: they are derived from the c
 report is. The numbers are those of ``rounds.jsonl``, in double precision.
 """
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedft.core.errors import MismatchError
+from fedft.core.extras import need
 from fedft.core.files import disk
 from fedft.core.record.lines import ClientLine, RoundLine, Summary
 from fedft.trackers.base import Start, Tracker, numbers
@@ -27,16 +26,12 @@ class TensorBoard(Tracker):
     """Writes event files.
 
     Raises:
-        MismatchError: the package ``tensorboard`` is not installed.
+        EnvironmentFailure: the package ``tensorboard`` is not installed.
     """
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
-        if importlib.util.find_spec("tensorboard") is None:
-            raise MismatchError(
-                "[track] trackers names tensorboard, and the package tensorboard is not installed",
-                fix="pip install 'fedft[trackers]', or leave it out: --set track.trackers=[]",
-            )
+        need("trackers", "[track] trackers names tensorboard")
 
     def started(self, start: Start) -> None:
         """Writes the committed rounds."""

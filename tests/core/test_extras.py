@@ -196,6 +196,12 @@ def converted(folder: Path) -> None:
     _converted(folder / "model.gguf", "1")
 
 
+def tracked(_: Path) -> None:
+    from fedft.trackers.tensorboard import TensorBoard
+
+    TensorBoard()
+
+
 def quantized(_: Path) -> None:
     extras.need("quantized", "[model] load-in = '4bit' needs it")
 
@@ -213,6 +219,7 @@ TRIES: list[tuple[str, Callable[[Path], None]]] = [
     ("dp_accounting", lambda _: accounted("pld")),
     ("opacus", lambda _: accounted("opacus")),
     ("gguf", converted),
+    ("tensorboard", tracked),
     ("bitsandbytes", quantized),
 ]
 
