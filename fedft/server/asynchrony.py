@@ -31,7 +31,8 @@ from fedft.core.record.lines import ClientLine, Facts
 from fedft.core.types import ClientUpdate, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.clock import SimulatedClock, check_reachable, elapsed
-from fedft.server.exchange import plan_for, train
+from fedft.server.collect.plain import train
+from fedft.server.exchange import plan_for
 from fedft.server.federation import Asked, Completed, Federation, Ledger, Stopwatch
 from fedft.server.replies import Intake
 from fedft.server.rounds import concluded

@@ -20,10 +20,11 @@ from fedft.core.record.lines import Accounts, Facts, RoundLine, with_figures
 from fedft.core.types import ServerState, Site, TrainPlan
 from fedft.server import evaluation
 from fedft.server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
+from fedft.server.collect import collector_of
 from fedft.server.comparing import compared
 from fedft.server.config import RoundsSpec
 from fedft.server.evaluation import Evaluation
-from fedft.server.exchange import Sent, plan_for, planned, received, send, site_errors, unplanned
+from fedft.server.exchange import Sent, plan_for, planned, send, site_errors, unplanned
 from fedft.server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
 from fedft.server.replies import Intake
 
@@ -258,6 +259,7 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
     """Take in answers, and ask further cohorts until one of them meets the quorum."""
     settings, state = federation.settings, opening.state
     sent, stays, watch, ledger = opening.sent, opening.stays, opening.watch, opening.ledger
+    collector = collector_of(federation)
     intake = Intake(federation.strategy, federation.kinds)
     for attempt in range(settings.retries + 1):
         if attempt > 0:
@@ -266,8 +268,7 @@ def _gather(federation: Federation, opening: Opening) -> tuple[Intake, Sequence[
             if federation.real:
                 _forget(federation, failed, {site.name for site, _ in sent.asked.values()})
         with watch.phase("train"):
-            intake = Intake(federation.strategy, federation.kinds)
-            intake.add(received(federation, sent, ledger))
+            intake = collector.collect(federation, sent, ledger)
         if len(intake) >= _needed(federation):
             return intake, sent.cohort, attempt + 1
         if not federation.real:

@@ -11,7 +11,7 @@ import torch
 from fedft.api import Run
 from fedft.core.errors import Interrupted, UpdateRejected
 from fedft.core.types import TrainPlan
-from fedft.server import exchange, setting
+from fedft.server import setting
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
@@ -165,7 +165,7 @@ def test_what_a_refused_reply_left_at_its_client_does_not_count(
     """As at a real client, which is told; else its records and the server's would fall apart."""
     if "backend" in engine:  # whose workers are to know the term, too
         monkeypatch.setattr(setting, "CLIENT_APP", "tests.server.drift_app:app")
-    honest = exchange.validate
+    honest = plain.validate
 
     def strict(content: Any, plan: TrainPlan, site: Any, *rest: Any) -> Any:
         update = honest(content, plan, site, *rest)
@@ -173,7 +173,7 @@ def test_what_a_refused_reply_left_at_its_client_does_not_count(
             raise UpdateRejected("norm", "as it happens")
         return update
 
-    monkeypatch.setattr(exchange, "validate", strict)
+    monkeypatch.setattr(plain, "validate", strict)
     table = tiny_table(engine=engine, rounds={"quorum": 1, "count": 5, "per-round": 6})
     run = run_of(parse_config(table), tmp_path / "run")
     assert any(line["failures"] for line in run.rounds)
@@ -183,7 +183,7 @@ def test_what_a_refused_reply_left_at_its_client_does_not_count(
 def test_an_attempt_that_does_not_count_leaves_nothing_at_clients(
     tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, refused = exchange.validate, 3
+    honest, refused = plain.validate, 3
 
     def strict(content: Any, plan: TrainPlan, site: Any, *rest: Any) -> Any:
         nonlocal refused
@@ -192,7 +192,7 @@ def test_an_attempt_that_does_not_count_leaves_nothing_at_clients(
             raise UpdateRejected("norm", "as it happens")
         return honest(content, plan, site, *rest)
 
-    monkeypatch.setattr(exchange, "validate", strict)
+    monkeypatch.setattr(plain, "validate", strict)
     table = tiny_table(rounds={"quorum": 2, "retries": 2, "count": 4})
     run = run_of(parse_config(table), tmp_path / "run")
     assert [line["attempts"] for line in run.rounds] == [1, 2, 1, 1]

@@ -24,10 +24,11 @@ from fedft.core.types import (
 )
 from fedft.core.wire import codec
 from fedft.core.wire.compress import compressor_of
-from fedft.server import exchange
+from fedft.server.collect import plain
+from fedft.server.collect.plain import received
 from fedft.server.config import PruningSpec, RoundsSpec
 from fedft.server.deadline import Pace
-from fedft.server.exchange import grouped, received
+from fedft.server.exchange import grouped
 from fedft.server.federation import Completed, Federation, Ledger
 from fedft.server.grids.inline import Fault, Faults, InlineGrid
 from fedft.server.messages import Waiting
@@ -278,8 +279,8 @@ def test_nor_one_that_cannot_be_addressed_encoded_or_checked(
         honest = codec.Encoder.train
         monkeypatch.setattr(codec.Encoder, step, breaking(honest, lambda encoder, plan: plan.site))
     else:
-        broken = breaking(exchange.validate, lambda content, plan, site, *_: site.name)
-        monkeypatch.setattr(exchange, step, broken)
+        broken = breaking(plain.validate, lambda content, plan, site, *_: site.name)
+        monkeypatch.setattr(plain, step, broken)
     completed = one_round(replace(federation(), real=True), ServerState(initial()))
     reason = "check" if step == "validate" else "plan"
     assert completed.record["failures"] == {reason: ["site-1"]}
