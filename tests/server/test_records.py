@@ -13,6 +13,7 @@ from fedft.core.errors import Interrupted, UpdateRejected
 from fedft.core.types import TrainPlan
 from fedft.server import setting
 from fedft.server.checkpoints import Checkpoints
+from fedft.server.collect import plain
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
 from fedft.server.forecast import forecast
