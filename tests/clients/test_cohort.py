@@ -27,6 +27,7 @@ from fedft.clients.engines import attention, cohort
 from fedft.clients.engines.attention import PackedAttention, group_rows
 from fedft.clients.engines.base import Trained
 from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.grouping import groups
 from fedft.clients.engines.loop import PeftEngine
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models import Base
@@ -478,7 +479,7 @@ def test_only_equal_deltas_share_a_pass() -> None:
     other_scale[path] = replace(other_scale[path], scale=3.0)
     deltas = (first, same, other_B, other_scale)
     plans = [replace(p, delta=delta) for p, delta in zip(plans, deltas, strict=True)]
-    assert cohort._groups(plans) == [[0, 1], [2], [3]]
+    assert groups(plans) == [[0, 1], [2], [3]]
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

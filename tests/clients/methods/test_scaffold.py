@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same(
     whole = simulate(parse_config(table), tmp_path / "whole")
     stop = stop_after(3)
     with pytest.raises(Exception, match="stopped"):
-        simulate(parse_config(table), tmp_path / "parts", observer=stop, stop=stop)
+        simulate(parse_config(table), tmp_path / "parts", trackers=[stop], stop=stop)
     parts = resume(tmp_path / "parts")
     assert parts.summary()["adapter_sha256"] == whole.summary()["adapter_sha256"]
     again = [line["site"] for line in whole.clients()]
