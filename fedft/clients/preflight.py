@@ -25,7 +25,7 @@ from fedft.core.errors import FedftError, MismatchError
 from fedft.core.examples import Examples
 from fedft.core.models import Base
 from fedft.core.spec import TaskSpec
-from fedft.core.tasks import task_of
+from fedft.core.tasks import TASKS, task_of
 from fedft.core.trial import Verdict
 from fedft.core.types import IGNORED, Adapter, Batch, Factors, LocalTraining, TrainPlan
 
@@ -270,7 +270,10 @@ def _refusing(bench: Bench, tokens: int) -> Iterator[None]:
             f"{source} cannot be trained on {rows}: {said}",
             fix='Set [engine] precision = "fp32": parts of this model compute in it whatever is asked.'
             if bench.task.precision == "bf16" and "BFloat16" in str(error)
-            else "Check that the tokenizer and the weights belong together, or choose another model.",
+            else "Check that the tokenizer and the weights belong together, or choose another model."
+            if bench.task.model.task in TASKS
+            else f"Or the task is at fault, {bench.task.model.task}: it is not fedft's own. Check its "
+            "targets and its loss.",
         ) from error
 
 

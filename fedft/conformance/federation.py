@@ -99,7 +99,9 @@ def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = No
         }
         for record, shapes in plan.schema("sends").items()
     }
-    return ClientUpdate(site.name, site.examples, sent, plan.start, records=records)
+    return ClientUpdate(
+        site.name, site.examples, sent, plan.start, _reported(site.examples), records=records
+    )
 
 
 def still(name: str, plan: TrainPlan, examples: int = 4) -> ClientUpdate:
@@ -108,7 +110,12 @@ def still(name: str, plan: TrainPlan, examples: int = 4) -> ClientUpdate:
         record: {name: torch.zeros(shape) for name, shape in shapes.items()}
         for record, shapes in plan.schema("sends").items()
     }
-    return ClientUpdate(name, examples, plan.sent(), plan.start, records=zeros)
+    return ClientUpdate(name, examples, plan.sent(), plan.start, _reported(examples), records=zeros)
+
+
+def _reported(examples: int) -> dict[str, float]:
+    """What a client says of its training."""
+    return {"loss": 1.0 + 1.0 / max(examples, 1), "steps": 4.0}
 
 
 def replies(rule: Strategy, state: ServerState, count: int = 4) -> list[ClientUpdate]:

@@ -46,7 +46,9 @@ def _read(table: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> 
         return _given(table)
     given: Any = cast(Mapping[str, Any], table).get("name") if isinstance(table, Mapping) else None
     if not isinstance(given, str):
-        raise PydanticCustomError("no_name", "a table with the name of a rule is expected")
+        raise PydanticCustomError(
+            "no_name", "a table with the name of a rule, or a rule as an object, is expected"
+        )
     try:
         member = REGISTRY.find(given, trusted(info.context))
     except ConfigError as error:

@@ -104,6 +104,15 @@ class Plot:
     quoted: tuple[tuple[str, tuple[str, ...]], ...] = ()
     heat: Heat | None = None
 
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("axis", self.axis, get_args(Axis)),
+            ("better", self.better, (*get_args(Better), None)),
+        ):
+            if value not in known:
+                said = ", ".join(str(one) for one in known if one is not None)
+                raise ValueError(f"a plot has {key} = {value!r}; choose one of {said}")
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; :func:`plot_from` gives the plot again."""
         return asdict(self)
