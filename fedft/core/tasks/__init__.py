@@ -1,6 +1,8 @@
 """What can be fine-tuned: a file a task, a row each in :data:`TASKS`, or a class of another package."""
 
 import inspect
+from collections.abc import Callable
+from typing import cast
 
 from fedft.core.plugins import Registry, Trust, Unfit, subclass_of
 from fedft.core.tasks.base import Reduction, Task, wide
@@ -38,7 +40,7 @@ def _accept(found: object) -> Task:
     if not kind.metrics:
         raise Unfit("its metrics are none, and the first one decides about the best round")
     try:
-        return found if isinstance(found, Task) else kind()
+        return found if isinstance(found, Task) else cast(Callable[[], Task], kind)()
     except Exception as error:
         raise Unfit(f"it cannot be made: {type(error).__name__}: {error}") from error
 
