@@ -176,6 +176,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         from fedft.clients.work import Timing
         from fedft.clients.worker import Site, checked_precision
         from fedft.console import safe
+        from fedft.core.plugins import REMOTE, trust_process
 
         def tell(text: str) -> None:
             typer.echo(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}", err=True)
@@ -214,6 +215,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             policy=Policy.read(policy, conditions),
             send_details=send_details,
         )
+        trust_process(REMOTE)  # from here on it is the server that names things
         tell("loading the libraries is done; connecting …")
         try:
             with graceful() as stop:

@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from fedft.core import plugins
 from fedft.core.quiet import quiet
 from fedft.trackers import Tracker
 
@@ -35,6 +36,14 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_trust() -> Iterator[None]:
+    """A command that runs in this process says whom it trusts for that command only."""
+    before = plugins.trusted(None)
+    yield
+    plugins.trust_process(before)
 
 
 @pytest.fixture(scope="session")

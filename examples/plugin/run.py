@@ -1,8 +1,10 @@
-"""The same run from Python: rules are objects, and can stand beside fedft's own."""
+"""The same run from Python: rules are objects, tasks and methods are classes; all stand beside fedft's own."""
 
 import sys
 
+from fedft_example_plugin.methods import Sparse
 from fedft_example_plugin.rules import Tempered
+from fedft_example_plugin.tasks import SmoothedClassification
 
 import fedft
 
@@ -12,6 +14,7 @@ if __name__ == "__main__":
         config,
         strategies=["fedavg-lora", Tempered(power=0.25)],
         seeds=[0],
+        settings={"model.task": SmoothedClassification, "training.method": Sparse},
         run_dir=folder,
     )
     for run in comparison.runs:

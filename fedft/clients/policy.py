@@ -26,6 +26,7 @@ from fedft.core.data.batches import batch_count
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
 from fedft.core.parts import Part, checked
+from fedft.core.plugins import USER
 from fedft.core.spec import ModelSpec, Table, TaskName, TaskSpec
 from fedft.core.sublayers import Half
 from fedft.core.tasks import TASKS, task_of
@@ -100,7 +101,7 @@ class Policy(Table):
         table = {} if path is None else read_toml(path)
         given = {name.replace("_", "-"): v for name, v in options.items() if v is not None}
         try:
-            return cls.model_validate({**table, **given})
+            return cls.model_validate({**table, **given}, context=USER)
         except ValidationError as error:
             fault = complaints(error)[0]
             key = ".".join(fault.path)

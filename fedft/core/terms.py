@@ -11,7 +11,7 @@ is on the wire. Beside the adapter it may use named records of tensors, each PEF
 checks, the count of bytes, the checkpoint and a client's own state all go by it.
 
 To add a term, write a class here and add it to :data:`TERMS`; what a client does for it is one file
-in ``fedft/clients/methods``.
+in ``fedft/clients/methods``. A method of another package brings its own term, see :data:`REGISTRY`.
 """
 
 import re
@@ -21,8 +21,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from pydantic import Field, ValidationError
 
 from fedft.core.complaints import complaints
-from fedft.core.errors import MismatchError
+from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.parts import PREFIX
+from fedft.core.plugins import Registry, Trust, Unfit
 from fedft.core.strict import Table
 
 Shape = tuple[int, ...]
@@ -45,17 +46,18 @@ _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
 class Term(Table):
-    """Base of every term. A subclass gives ``kind`` a literal type and a default.
+    """Base of every term. One of ours gives ``kind`` a literal type and a default.
 
     Attributes:
-        kind: names the term on the wire, such as ``control-variates``.
+        kind: names the term on the wire, such as ``control-variates``. A term from outside leaves it
+            as it is: there it is the name of its method, as a configuration has it.
         receives: names of the records that travel down.
         sends: names of those that travel up.
         keeps: names of those that stay at the client. A record may be both sent and kept, and a
             name may travel in both directions; what is kept and what comes down have different names.
     """
 
-    kind: Any  # a str; each subclass has its own literal
+    kind: Any = ""  # a str; each of our own has its literal
     receives: ClassVar[frozenset[str]] = frozenset()
     sends: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[frozenset[str]] = frozenset()
@@ -185,43 +187,100 @@ def kind_of(term: type[Term]) -> str:
 
 
 def known(kind: str) -> type[Term]:
-    """The class of a kind. Looks in :data:`TERMS` only: nothing that a server names is imported.
+    """The class of a kind; of a method from outside, what the process trusts is imported for it.
 
     Raises:
-        MismatchError: there is none.
+        MismatchError: there is none, or nobody trusted asked for its code.
     """
     for term in TERMS:
         if kind_of(term) == kind:
             return term
-    raise unknown(kind)
+    if kind in REGISTRY.own:
+        raise unknown(kind)  # it travels as fields of LocalTraining
+    try:
+        return term_of(REGISTRY.find(kind).value)
+    except SecurityRefusal as error:
+        raise MismatchError(
+            f"the plan asks for {kind[:80]!r}, which is no term of local training that is known "
+            "here; code from outside of fedft is not imported because a message names it",
+            fix="Train by another method, or in a simulation.",
+        ) from error
+    except ConfigError as error:
+        raise unknown(kind) from error
 
 
 CHOICES: tuple[type[Term], ...] = (Proximal, Tail)
 """The terms that `[training] method` may name: they need no part of a rule at the server."""
 
 
-def choice(name: str, table: Mapping[str, Any]) -> Term:
+def _accept(found: object) -> type[Any]:
+    """A client method that others bring along: the class that does the work, with its ``term``."""
+    if not isinstance(found, type):
+        raise Unfit(f"it is a {type(found).__name__}, not a class derived from {_BASE}")
+    if lacks := [name for name in ("gradient", "correct", "end") if not hasattr(found, name)]:
+        raise Unfit(f"it has no {', '.join(lacks)}: derive it from {_BASE}")
+    term = getattr(found, "term", None)
+    if not (isinstance(term, type) and issubclass(term, Term)):
+        raise Unfit("its term is no class derived from fedft.core.terms.Term")
+    if term in (*TERMS, *CHOICES, DPSGD):
+        raise Unfit(f"its term is fedft's own {kind_of(term)!r}; give it one of its own")
+    if term.model_fields["kind"].annotation is not Any or kind_of(term):
+        raise Unfit(f"{term.__name__} says its kind; leave it out: it is the name of the method")
+    return found
+
+
+_BASE = "fedft.clients.methods.Method"
+
+REGISTRY: Registry[type[Any]] = Registry(
+    "methods", "client method", {kind_of(term): term for term in CHOICES}, _accept
+)
+"""What `[training] method` may name: terms of ours, and the methods of others, each with its term.
+
+A rule of another package asks for the term of such a method with its name as the ``kind``.
+"""
+
+
+def term_of(member: type[Any]) -> type[Term]:
+    """The term of a member of :data:`REGISTRY`."""
+    return member if issubclass(member, Term) else member.term
+
+
+def choice(name: str, table: Mapping[str, Any], trust: Trust | None = None) -> Term:
     """The term behind `[training] method`, with the table of its own below that.
+
+    Args:
+        name: one of ours, a registered one, or ``package.module:Class`` of a method.
+        table: its values.
+        trust: what may be imported for it; None for what the process trusts.
 
     Raises:
         ValueError: there is none of this name, or its table is not its own.
+        SecurityRefusal: it would have to be imported, and nobody trusted asked for it.
     """
-    for term in CHOICES:
-        if kind_of(term) == name:
-            return _filled(term, table)
-    able = ", ".join(kind_of(term) for term in CHOICES)
     rules = {kind_of(t): "a rule of [strategy]" for t in TERMS} | {"dp-sgd": "[training] dp"}
-    who = f" is what {rules[name]} asks for;" if name in rules else " is no method here;"
-    raise ValueError(f"{name!r}{who} known: {able}")
-
-
-def _filled(term: type[Term], table: Mapping[str, Any]) -> Term:
+    if name in rules:
+        able = ", ".join(map(kind_of, CHOICES))
+        raise ValueError(f"{name!r} is what {rules[name]} asks for; known: {able}")
     try:
-        return term.model_validate({**table, "kind": kind_of(term)})
+        found = REGISTRY.find(name, trust)
+    except ConfigError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
+    term = _filled(found.name, term_of(found.value), table)
+    if records := term.receives | term.sends:
+        raise ValueError(
+            f"{name} needs a rule of [strategy] that asks for it: the records "
+            f"{', '.join(sorted(records))} travel"
+        )
+    return term
+
+
+def _filled(name: str, term: type[Term], table: Mapping[str, Any]) -> Term:
+    try:
+        return term.model_validate({**table, "kind": name})
     except ValidationError as error:
         fault = complaints(error)[0]
         where = ".".join(fault.path)
-        raise ValueError(f"{kind_of(term)}.{where} = {fault.shown}: {fault.rule}") from error
+        raise ValueError(f"{name}.{where} = {fault.shown}: {fault.rule}") from error
 
 
 def unknown(kind: str) -> MismatchError:

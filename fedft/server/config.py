@@ -9,11 +9,13 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     model_validator,
 )
 
 from fedft.core.adapters import family_of
 from fedft.core.errors import ConfigError
+from fedft.core.plugins import trusted
 from fedft.core.spec import (
     AttackSpec,
     DataSpec,
@@ -224,16 +226,17 @@ class TrackSpec(Table):
     """`[track]`: who is told of a run beside its directory. Changes no result.
 
     Attributes:
-        trackers: names, see :data:`fedft.trackers.TRACKERS`; ``tensorboard`` needs fedft[trackers].
+        trackers: names, see :data:`fedft.trackers.TRACKERS`, or ``package.module:Class``;
+            ``tensorboard`` needs fedft[trackers].
     """
 
     trackers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _known(self) -> "TrackSpec":
+    def _known(self, info: ValidationInfo) -> "TrackSpec":
         for name in self.trackers:
             try:
-                found(name)
+                found(name, trusted(info.context))
             except ConfigError as error:
                 raise ValueError(f"{error.what}; {error.fix}") from error
             if self.trackers.count(name) > 1:

@@ -8,10 +8,15 @@ from pydantic import BaseModel
 from fedft.core.foreign import source_of
 from fedft.core.meters import REGISTRY as METERS
 from fedft.core.plugins import Registry
+from fedft.core.tasks import REGISTRY as TASKS
+from fedft.core.tasks import task_of
+from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.wire.compress import REGISTRY as COMPRESSORS
 from fedft.server.config import RunConfig
 from fedft.strategies import REGISTRY as STRATEGIES
 from fedft.strategies import Strategy
+from fedft.trackers import REGISTRY as TRACKERS
+from fedft.trackers import found
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """Name in the configuration → what :func:`~fedft.core.foreign.source_of` says of it."""
@@ -32,6 +37,11 @@ def _members(config: RunConfig) -> Iterator[tuple[Registry[Any], str, object]]:
         yield STRATEGIES, rule.name, rule
     for name, meter in zip(config.evaluation.meters, config.evaluation.kinds, strict=True):
         yield METERS, name, meter
+    yield TASKS, config.model.task, task_of(config.model.task)
+    for term in config.training.terms():
+        yield METHODS, term.kind, METHODS.find(term.kind).value
+    for name in config.track.trackers:
+        yield TRACKERS, name, found(name)
     compressor = config.engine.compressor
     yield COMPRESSORS, COMPRESSORS.admit(type(compressor)).name, compressor
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from fedft.core.errors import ConfigError
-from fedft.core.terms import Term, kind_of
+from fedft.core.terms import Term
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
 
@@ -47,6 +47,6 @@ def check_beside(rule: Strategy, terms: Sequence[Term], *, dp_sgd: bool) -> None
 
 def _refused(promise: str, term: Term, record: str, what: str) -> ConfigError:
     return ConfigError(
-        f"{promise}, and the record {record!r} of the term {kind_of(type(term))} {what}",
+        f"{promise}, and the record {record!r} of the term {term.kind} {what}",
         fix="Leave one of the two out.",
     )

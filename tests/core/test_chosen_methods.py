@@ -33,7 +33,7 @@ def test_what_is_written_reads_as_the_same_object() -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"method": "proximol"}, "'proximol' is no method here; known: proximal, tail"),
+        ({"method": "proximol"}, "no client method is called 'proximol'; did you mean 'proximal'"),
         ({"method": "control-variates"}, "is what a rule of .strategy. asks for"),
         ({"method": "dp-sgd"}, r"is what .training. dp asks for"),
         ({"method": "proximal", "proximal": {"nu": 1}}, "nu"),

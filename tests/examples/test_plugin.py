@@ -73,9 +73,10 @@ def test_a_run_from_toml_in_worker_processes(site: Path, tmp_path: Path, tiny_ta
     import tomllib
 
     asked = tomllib.loads(shipped.read_text())
-    table = tiny_table(
-        rounds={"count": 2}, strategy=asked["strategy"], evaluation=asked["evaluation"]
-    )
+    parts = {part: asked[part] for part in ("strategy", "evaluation")}
+    table = tiny_table(rounds={"count": 2}, **parts)
+    for part in ("model", "training"):  # a stranger's task and method beside what tests need
+        table[part] = {**table.get(part, {}), **asked[part]}
     path = config(
         {**table, "engine": {**table.get("engine", {}), "backend": "processes"}}, tmp_path
     )
@@ -85,14 +86,15 @@ def test_a_run_from_toml_in_worker_processes(site: Path, tmp_path: Path, tiny_ta
     assert recorded["rounds"] == 2
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert Run(tmp_path / "run").rounds[-1]["meters"]["head_share"]["share"] is not None
-    assert environment["plugins"].keys() == {"tempered", "head-share"}
+    assert environment["plugins"].keys() == registered()
     assert environment["plugins"]["tempered"]["package"] == "fedft-example-plugin 0.1.0"
     # What is installed under a plain name needs no repetition.
     assert fedft(site, tmp_path, "resume", "run").returncode == 0
     # Without the package the name is told.
     missing = fedft(tmp_path / "nowhere", tmp_path, "resume", "run")
     assert missing.returncode == 2
-    assert "no rule is called 'tempered'" in missing.stderr
+    for kind in ("rule is called 'tempered'", "task is called 'smoothed-classification'"):
+        assert f"no {kind}" in missing.stderr
 
 
 def test_the_same_from_python(site: Path, tmp_path: Path, tiny_table: Table) -> None:
@@ -104,3 +106,4 @@ def test_the_same_from_python(site: Path, tmp_path: Path, tiny_table: Table) -> 
     assert names == ["fedavg-lora-seed0", "tempered-seed0"]
     text = (tmp_path / "comparison" / "tempered-seed0" / "config.toml").read_text()
     assert 'name = "tempered"' in text and "power = 0.25" in text
+    assert 'task = "smoothed-classification"' in text and 'kind = "sparse"' in text

@@ -6,21 +6,27 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import fedft
 from fedft import cli
+from fedft.clients.policy import Policy
 from fedft.clients.worker import task_of
 from fedft.core.errors import ConfigError, Interrupted, MismatchError, SecurityRefusal
-from fedft.core.plugins import RECORD, USER, reference_of
+from fedft.core.plugins import RECORD, REMOTE, USER, reference_of, trust_process
+from fedft.core.tasks import REGISTRY as TASKS
+from fedft.core.terms import REGISTRY as METHODS
+from fedft.core.terms import terms_from
 from fedft.core.wire import compress
 from fedft.report import write_report
 from fedft.server.app import configuration
 from fedft.server.config_file import parse_config, parse_toml
 from fedft.server.run import fork, resume, simulate
 from fedft.strategies import REGISTRY, FedAvgLoRA, FedProx
+from fedft.trackers import REGISTRY as TRACKERS
+from fedft.trackers import Tracker
 
 Table = Callable[..., dict[str, Any]]
 NAME = "outside_rules:Damped"
@@ -79,7 +85,7 @@ def paused(
     table = tiny_table(rounds={"count": 3}, strategy={"name": NAME, "step": 0.25})
     stop = stop_after(1)
     with pytest.raises(Interrupted):
-        simulate(parse_config(table, trust=USER), tmp_path / "run", observer=stop, stop=stop)
+        simulate(parse_config(table, trust=USER), tmp_path / "run", trackers=[stop], stop=stop)
     forget(monkeypatch)
     (module / "imports").unlink()
     yield tmp_path / "run", table
@@ -152,16 +158,14 @@ def test_the_users_word_resumes_it_to_the_same_bytes(
 def test_other_code_than_at_the_start_is_told(paused: Any, module: Path) -> None:
     run, _ = paused
 
-    class Notes:
-        said: list[str] = []
+    class Notes(Tracker):
+        said: ClassVar[list[str]] = []
 
-        def started(self, *_: object) -> None: ...
-        def completed(self, *_: object) -> None: ...
         def note(self, text: str) -> None:
             self.said.append(text)
 
     (module / "outside_rules.py").write_text(CODE + "# changed\n")
-    resume(run, trust=RECORD.also([NAME]), observer=Notes())
+    resume(run, trust=RECORD.also([NAME]), trackers=[Notes()])
     (told,) = [text for text in Notes.said if NAME in text]
     assert told.endswith("the rest of this run is not bit-exact")
 
@@ -281,3 +285,98 @@ def test_a_compressor_from_outside_is_imported_by_workers_and_by_no_real_client(
     with pytest.raises(MismatchError, match="in a way that this client does not know"):
         task_of(asked)
     assert task_of(config.task(wire="int8").model_dump_json()).wire == "int8"
+
+
+STRANGERS = {kind: f"tests.strangers:{kind}" for kind in ("Softened", "Shrinking", "Lines")}
+
+
+def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (TASKS, METHODS, TRACKERS):
+        monkeypatch.setattr(registry, "_known", {})
+
+
+def test_a_task_a_method_and_a_tracker_from_outside_run_in_workers(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tiny_table(rounds={"count": 2})
+    plain = simulate(parse_config(table), tmp_path / "plain").summary()
+    table["model"] = {**table.get("model", {}), "task": STRANGERS["Softened"]}
+    method = {"kind": STRANGERS["Shrinking"], "strength": 0.5}
+    table["training"] = {**table.get("training", {}), "method": method}
+    table["track"] = {"trackers": [STRANGERS["Lines"]]}
+    table["engine"] = {**table.get("engine", {}), "backend": "processes", "workers": 1}
+    config = parse_config(table, trust=USER)
+    assert parse_toml(config.to_toml(), "x") == config
+    run = simulate(config, tmp_path / "run")
+    assert run.environment()["plugins"].keys() == set(STRANGERS.values())
+    rounds = run.rounds()
+    assert all(line["failures"] == {} for line in rounds)
+    assert run.summary()["adapter_sha256"] != plain["adapter_sha256"]
+    said = (run.path / "trackers" / "lines" / "losses.txt").read_text().splitlines()
+    assert said == [f"{line['round']} {line['train']['loss']!r}" for line in rounds]
+    as_in_a_new_process(monkeypatch)
+    for left in [*STRANGERS.values()]:
+        allowed = [name for name in STRANGERS.values() if name != left]
+        as_in_a_new_process(monkeypatch)
+        with pytest.raises(SecurityRefusal, match=f"--allow {left}"):
+            resume(run.path, trust=RECORD.also(allowed))
+    assert resume(run.path, trust=RECORD.also(STRANGERS.values())).summary() == run.summary()
+
+
+def test_classes_from_python_are_written_by_the_names_that_find_them(
+    tiny_table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.strangers import Shrink, Shrinking, Softened
+
+    table = tiny_table()
+    table["training"] = {**table.get("training", {}), "method": Shrinking}
+    table["model"] = {**table.get("model", {}), "task": Softened}
+    config = parse_config(table)
+    assert config.model.task == STRANGERS["Softened"]
+    assert config.training.method == Shrink(kind=STRANGERS["Shrinking"])
+    as_in_a_new_process(monkeypatch)
+    with pytest.raises(SecurityRefusal):
+        parse_toml(config.to_toml(), "x")
+    assert parse_toml(config.to_toml(), "x", USER) == config
+    table["training"]["method"] = Shrink()
+    with pytest.raises(ConfigError, match="name the method"):
+        parse_config(table)
+
+
+def test_a_real_client_imports_no_task_and_no_method_that_a_server_names(
+    tiny_table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tiny_table()
+    table["model"] = {**table.get("model", {}), "task": STRANGERS["Softened"]}
+    config = parse_config(table, trust=USER)
+    asked = config.task().model_dump_json()
+    as_in_a_new_process(monkeypatch)
+    monkeypatch.delitem(sys.modules, "tests.strangers")
+    with pytest.raises(MismatchError, match=r"not known to this client.*a message, names it"):
+        task_of(asked)
+    term = [{"kind": STRANGERS["Shrinking"], "strength": 0.1}]
+    trust_process(REMOTE)
+    with pytest.raises(MismatchError, match="not imported because a message names it"):
+        terms_from(term)
+    assert "tests.strangers" not in sys.modules
+    # Its owner's own word is another matter.
+    assert Policy.read(None, {"tasks": [STRANGERS["Softened"]]}).tasks == (STRANGERS["Softened"],)
+    assert task_of(asked).model.task == STRANGERS["Softened"]
+    trust_process(USER)
+    assert terms_from(term)[0].kind == STRANGERS["Shrinking"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tests.strangers:Shrink", "it has no gradient, correct, end"),
+        ("fedft.clients.methods.proximal:Proximal", "fedft's own 'proximal'"),
+        ("tests.strangers:Lines", "it has no gradient, correct, end"),
+        ("tests.strangers:None_", "has no None_"),
+    ],
+)
+def test_what_is_no_method_is_told_why(tiny_table: Table, name: str, why: str) -> None:
+    table = tiny_table()
+    table["training"] = {**table.get("training", {}), "method": name}
+    with pytest.raises(ConfigError, match=why):
+        parse_config(table, trust=USER)

@@ -144,7 +144,7 @@ class CohortEngine:
         """
         for method in {method for plan in plans for method in asked(plan) if method.by_example}:
             raise ConfigError(
-                f"{kind_of(method.term)} takes gradients example by example, and a cohort's are taken "
+                f"{kind_of(method.term) or method.__name__} takes gradients example by example, and a cohort's are taken "
                 "client by client",
                 fix="Set [engine] cohort = 1.",
             )

@@ -1,4 +1,4 @@
-"""What clients do beside plain steps: one method a file, one row here."""
+"""What clients do beside plain steps: one method a file, one row here, or a class of another package."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,6 +10,7 @@ from fedft.clients.methods.proximal import Proximal
 from fedft.clients.methods.scaffold import ControlVariates
 from fedft.clients.methods.tail import Tail
 from fedft.core import terms
+from fedft.core.errors import ConfigError
 from fedft.core.terms import Term, kind_of
 from fedft.core.types import LocalTraining, TrainPlan
 
@@ -25,7 +26,7 @@ METHODS: tuple[type[Method], ...] = (
 
 
 def method_of(kind: str) -> type[Method]:
-    """The method behind a term's kind.
+    """The method behind a term's kind; one from outside is known since its term was read.
 
     Raises:
         MismatchError: none is known here.
@@ -33,7 +34,15 @@ def method_of(kind: str) -> type[Method]:
     for method in METHODS:
         if kind_of(method.term) == kind:
             return method
-    raise terms.unknown(kind)
+    found = None if kind in terms.REGISTRY.own else terms.REGISTRY.known(kind)
+    if found is None:
+        raise terms.unknown(kind)
+    if not issubclass(found, Method):
+        raise ConfigError(
+            f"the client method {kind} does not derive from fedft.clients.methods.Method",
+            fix="docs/extending.md says what one has to be.",
+        )
+    return found
 
 
 def terms_of(plan: TrainPlan) -> tuple[Term, ...]:
@@ -61,7 +70,7 @@ def asked(plan: TrainPlan) -> list[type[Method]]:
     Raises:
         MismatchError: of a kind that is not known here.
     """
-    return _ordered({method_of(term.kind) for term in terms_of(plan)})
+    return [method_of(kind) for kind in _ordered({term.kind for term in terms_of(plan)})]
 
 
 def methods(rows: Rows) -> list[Method]:
@@ -71,17 +80,16 @@ def methods(rows: Rows) -> list[Method]:
         MismatchError: of a kind that is not known here.
         FedftError: a method cannot be run with its values.
     """
-    wanted = {method for plan in rows.plans for method in asked(plan)}
     by_client = [{term.kind: term for term in terms_of(plan)} for plan in rows.plans]
     return [
-        method(rows, [own.get(kind_of(method.term)) for own in by_client])
-        for method in _ordered(wanted)
+        method_of(kind)(rows, [own.get(kind) for own in by_client])
+        for kind in _ordered({kind for own in by_client for kind in own})
     ]
 
 
-def _ordered(found: Iterable[type[Method]]) -> list[type[Method]]:
-    rank = {method: i for i, method in enumerate(METHODS)}
-    return sorted(found, key=lambda m: (rank.get(m, len(rank)), kind_of(m.term)))
+def _ordered(kinds: Iterable[str]) -> list[str]:
+    rank = {kind_of(method.term): i for i, method in enumerate(METHODS)}
+    return sorted(kinds, key=lambda kind: (rank.get(kind, len(rank)), kind))
 
 
 __all__ = ["METHODS", "Losses", "Method", "Rows", "asked", "method_of", "methods", "terms_of"]

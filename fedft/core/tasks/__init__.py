@@ -1,7 +1,10 @@
-"""What can be fine-tuned: a file a task, a row each in :data:`TASKS`."""
+"""What can be fine-tuned: a file a task, a row each in :data:`TASKS`, or a class of another package."""
 
-from fedft.core.errors import ConfigError
-from fedft.core.names import hint
+import inspect
+from collections.abc import Callable
+from typing import cast
+
+from fedft.core.plugins import Registry, Trust, Unfit, subclass_of
 from fedft.core.tasks.base import Reduction, Task, wide
 from fedft.core.tasks.causal_lm import CausalLM
 from fedft.core.tasks.classification import Classification
@@ -21,21 +24,47 @@ TASKS: dict[str, Task] = {
 }
 """``[model] task`` → what it means."""
 
+_of_kind = subclass_of(Task, "fedft.core.tasks.Task")
 
-def task_of(name: str) -> Task:
+
+def _accept(found: object) -> Task:
+    """The one object of a class, or an object as it is, if it says all that has no default."""
+    kind = _of_kind(found if isinstance(found, type) else type(found))
+    own = next((task for task in TASKS.values() if type(task) is kind), None)
+    if own is not None:
+        return own
+    wanted = [name for name in inspect.get_annotations(Task) if not hasattr(kind, name)]
+    # The name is of the configuration: whoever brings a task is found by another one.
+    if missing := sorted(set(wanted) - {"name"}):
+        raise Unfit(f"it does not say {', '.join(missing)}")
+    if not kind.metrics:
+        raise Unfit("its metrics are none, and the first one decides about the best round")
+    try:
+        return found if isinstance(found, Task) else cast(Callable[[], Task], kind)()
+    except Exception as error:
+        raise Unfit(f"it cannot be made: {type(error).__name__}: {error}") from error
+
+
+REGISTRY: Registry[Task] = Registry("tasks", "task", TASKS, _accept)
+"""Every task by name."""
+
+
+def task_of(name: str, trust: Trust | None = None) -> Task:
     """The task of a name.
+
+    Args:
+        name: one of ours, a registered one, or ``package.module:Class``.
+        trust: what may be imported for it; None for what the process trusts.
 
     Raises:
         ConfigError: there is none.
+        SecurityRefusal: it would have to be imported, and nobody trusted asked for it.
     """
-    if name not in TASKS:
-        raise ConfigError(
-            f"[model] task = {name[:80]!r}: no task is called that", fix=hint(name[:80], TASKS)
-        )
-    return TASKS[name]
+    return REGISTRY.find(name, trust).value
 
 
 __all__ = [
+    "REGISTRY",
     "TASKS",
     "Column",
     "RawRows",

@@ -198,7 +198,9 @@ def test_there_may_be_no_test_row(name: str, folder_of: Any, tmp_path: Path) -> 
 
 
 def test_an_unknown_task_is_told_with_a_near_one() -> None:
-    with pytest.raises(ConfigError, match=r"no task is called that.*(\n.*)*clas"):
+    with pytest.raises(
+        ConfigError, match=r"no task is called .clasification.(.*\n)*.*classification"
+    ):
         task_of("clasification")
     with pytest.raises(ValueError, match="did you mean 'classification'"):
         ModelSpec(task="clasification")
