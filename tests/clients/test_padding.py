@@ -212,6 +212,6 @@ def test_xlnet_is_padded_before_its_rows(tmp_path: Path) -> None:
     from fedft.clients.engines.unpadded import join
 
     halves = [examples.collate(part) for part in np.array_split(np.arange(len(TEXTS)), 3)]
-    step = join(halves, examples.pad_id, packs=False, side="left")
+    step = join(halves, task_of("classification"), examples.pad_id, packs=False, side="left")
     assert torch.equal(step.inputs["input_ids"], batch.inputs["input_ids"])
     assert torch.equal(step.inputs["attention_mask"], batch.inputs["attention_mask"])

@@ -168,7 +168,7 @@ def test_an_unreachable_minimum_is_answered_with_what_works(keys: dict) -> None:
 def test_a_missing_column_and_missing_classes_are_told() -> None:
     with pytest.raises(ConfigError, match="column"):
         build(PartitionSpec(kind="natural"), examples=5, clients=2, seed=0)
-    with pytest.raises(ConfigError, match="classes") as caught:
+    with pytest.raises(ConfigError, match="one class a row") as caught:
         build(PartitionSpec(kind="shards"), examples=5, clients=2, seed=0)
     assert "data.partition.column" in caught.value.fix
 

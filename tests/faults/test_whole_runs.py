@@ -154,7 +154,7 @@ def test_stock_peft_scores_as_the_run_did(
     run = Run(simulate(config, tmp_path / "run").path)
     test = load(config.data, "classification", seed=config.seed).test
     tokens = AutoTokenizer.from_pretrained(config.model.source)(
-        list(test.inputs), padding=True, return_tensors="pt"
+        list(test.values["text"]), padding=True, return_tensors="pt"
     )
     tokens.pop("token_type_ids", None)
     losses: list[float] = []

@@ -16,6 +16,7 @@ from fedft.core.errors import EnvironmentFailure, UpdateRejected
 from fedft.core.link import framing, limits
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import MAX_MESSAGE_BYTES, describe
+from fedft.core.wire.dtypes import BF16
 from fedft.server import audit as audit_module
 from fedft.server.audit import Audit
 from fedft.server.grids.allowance import Allowance
@@ -89,7 +90,11 @@ def test_a_format_of_a_tensor_is_short() -> None:
     with pytest.raises(UpdateRejected, match="serialisation"):
         framing.check(content, {"arrays": {"a": (1,)}})
     content.records[0].arrays[0].format = "x" * 64
-    assert framing.check(content, {"arrays": {"a": (1,)}}) == 4
+    with pytest.raises(UpdateRejected, match="serialisation"):  # short, and none that is known
+        framing.check(content, {"arrays": {"a": (1,)}})
+    content.records[0].arrays[0].format = BF16
+    content.records[0].arrays[0].dtype, content.records[0].arrays[0].size = "bfloat16", 2
+    assert framing.check(content, {"arrays": {"a": (1,)}}) == 2
 
 
 # ── the audit ─────────────────────────────────────────────────────────────────────────────────

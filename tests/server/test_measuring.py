@@ -94,7 +94,7 @@ def test_a_run_says_how_its_later_meters_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("names", "why"),
     [
-        (["biass"], "no meter is called 'biass'; Did you mean 'bias'?"),
+        (["biass"], "no meter is called 'biass'; did you mean 'bias'?"),
         (["bias", "bias"], "the meter 'bias' is named twice"),
         ("bias", "a list is expected"),
         ([3], "text is expected"),

@@ -425,6 +425,6 @@ def test_few_bits_need_a_cuda_device(bits: str, tiny_table: Table, tmp_path: Pat
 
 def test_few_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(EnvironmentFailure, match="bitsandbytes, which is not installed"):
+    monkeypatch.setattr("fedft.core.extras.find_spec", lambda _: None)
+    with pytest.raises(EnvironmentFailure, match="bitsandbytes is not installed"):
         models.check_quantized("4bit", "cuda")

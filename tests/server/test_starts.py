@@ -246,5 +246,5 @@ def test_plan_reads_the_data_of_a_language_model(config: RunConfig, tmp_path: Pa
 
 
 def test_there_is_nothing_to_remark_on_good_data() -> None:
-    made: Any = Data((), (), (), None, {}, "", {})  # type: ignore[arg-type]
+    made: Any = Data((), (), (), None, None, (), {}, "", {})  # type: ignore[arg-type]
     assert remarks(RunConfig(), made) == []

@@ -47,7 +47,7 @@ def test_cut_rows_are_shown_before_and_recorded_after(
     config = parse_config(table)
     raw = load(config.data, "classification", seed=config.seed)
     expected = {
-        name: naive_cut(tiny_model, list(rows.inputs), 5)
+        name: naive_cut(tiny_model, list(rows.values["text"]), 5)
         for name, rows in (("train", raw.train), ("test", raw.test))
     }
     assert expected["train"] > 0 < expected["test"]

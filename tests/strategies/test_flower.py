@@ -143,7 +143,7 @@ def run(
 RULES = [
     FedAvgM(lr=0.3) if cls is FedAvgM else cls()
     for cls in strategies.RULES
-    if cls is not strategies.CentralDP
+    if cls not in (strategies.CentralDP, strategies.Scaffold, strategies.FedDyn, strategies.FedNova)
 ]
 
 
@@ -160,6 +160,9 @@ def test_every_rule_learns(rule: Strategy) -> None:
 def test_what_cannot_be_kept_in_flowers_loop_is_refused() -> None:
     with pytest.raises(ConfigError, match="Poisson"):
         run(strategies.CentralDP())
+    for rule in (strategies.Scaffold(), strategies.FedDyn(), strategies.FedNova()):
+        with pytest.raises(ConfigError, match="terms of local training"):
+            run(rule)
     with pytest.raises(ConfigError, match="hydralora"):
         FlowerStrategy(
             FedAvgLoRA(), {A: torch.ones(2, 8), **dict.fromkeys(HEADS, torch.ones(6, 2))}, 1.0

@@ -87,7 +87,7 @@ def test_a_meter_is_one_file_under_its_name(kind: type[Meter]) -> None:
 def test_a_meter_that_does_not_exist_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="no meter is called 'efective_rank'") as told:
         meters.find("efective_rank")
-    assert "Did you mean 'effective_rank'?" in told.value.fix
+    assert "did you mean 'effective_rank'?" in told.value.fix
     with pytest.raises(ConfigError, match="'bias' is named twice"):
         meters.chosen(["bias", "lag", "bias"])
 
