@@ -38,7 +38,7 @@ def add_authority(cli: typer.Typer) -> None:
         name: Name,
         output: Output,
         site_dir: Annotated[
-            Path | None, typer.Option(help="This site's own folder, for the key.")
+            Path | None, typer.Option(help="This client's own folder, for the key.")
         ] = None,
     ) -> None:
         """At a client: draw its key, and write the request to certify it."""

@@ -122,7 +122,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
     def join(
         kit: Annotated[Path, typer.Argument(help="Join kit.", show_default=False)],
         data: Annotated[
-            Path, typer.Option(help="This site's examples; they stay here.", show_default=False)
+            Path, typer.Option(help="This client's examples; they stay here.", show_default=False)
         ],
         rank: Annotated[int | None, typer.Option(help="LoRA rank to train.")] = None,
         memory: Annotated[float | None, typer.Option(help="MiB to grant to training.")] = None,
@@ -138,7 +138,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             bool, typer.Option(help="Let the base model bring code of its own.")
         ] = False,
         site_dir: Annotated[
-            Path | None, typer.Option(help="This site's own folder: key, kept parts.")
+            Path | None, typer.Option(help="This client's own folder: key, kept parts.")
         ] = None,
         ledger: Ledgers = None,
         give_up: Annotated[

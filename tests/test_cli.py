@@ -161,7 +161,7 @@ def test_a_rule_that_is_not_compared_need_not_fit(
     for asked in ("fedavg-lora", "flexlora,fedavg-lora"):  # positive control
         code, _, err = fedft(*command, asked, "--run-dir", tmp_path / "x")
         assert code == 2
-        assert "fedavg-lora cannot take sites of different ranks" in err
+        assert "fedavg-lora cannot take clients of different ranks" in err
 
 
 def test_a_rule_of_the_file_that_is_compared_keeps_its_hyperparameters(

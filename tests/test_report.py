@@ -336,7 +336,7 @@ def test_a_rule_that_hides_a_factor_shows_a_dash_for_its_bias(tmp_path: Path) ->
     assert rows["fedsa-lora"].bias is None
     assert rows["fedsa-lora"].sites is not None
     html = render(tmp_path, tmp_path)
-    assert "keeps a factor at the sites" in html
+    assert "keeps a factor at the clients" in html
 
 
 def test_settings_that_vary_within_a_rule_tell_groups_apart(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_single_run_shows_what_ran_and_how_it_ended(single: Path, run_page: str)
     for expected in (
         "lora-fair, ridge 0.01", "dirichlet, alpha 0.3", "100 clients, 10 a round, 20 rounds",
         f"{100 * ended:.1f} %", "124 MB", "1 min 33 s", "2.13.0", "cd" * 32,
-        "Failures by reason", "timeout", "Client drift", "Training loss of the sites",
+        "Failures by reason", "timeout", "Client drift", "Training loss of the clients",
     ):  # fmt: skip
         assert expected in run_page, expected
 

@@ -19,7 +19,7 @@ SITE = {
     "noise_multiplier": 0.558,
     "sampling": "poisson",
     "sampling_rate": 0.05,
-    "adjacency": "add or remove one site",
+    "adjacency": "add or remove one client",
     "releases": 20,
 }
 EXAMPLE = {
@@ -28,12 +28,12 @@ EXAMPLE = {
     "delta": 1e-6,
     "noise_multiplier": 1.0,
     "sampling": "poisson",
-    "adjacency": "add or remove one example of a site",
+    "adjacency": "add or remove one example of a client",
     "sites": 12,
 }
 PROMISE = (
     "ε = 7.98 at δ = 1e-05; Poisson sampling, rate 0.05, noise multiplier 0.558, releases 20; "
-    "adjacency: add or remove one site"
+    "adjacency: add or remove one client"
 )
 
 
@@ -55,11 +55,11 @@ def half(unit: dict[str, Any]) -> dict[str, Any]:
 def test_the_page_of_a_private_run_says_what_it_promises() -> None:
     run = record("central-dp", {"site": half(SITE)}, {"site": SITE, "example": EXAMPLE})
     shown = html.unescape(page.of_run(run))
-    assert "<dt>ε of a site</dt><dd>7.98<small>δ = 1e-05, after round 2</small>" in shown
+    assert "<dt>ε of a client</dt><dd>7.98<small>δ = 1e-05, after round 2</small>" in shown
     assert "<dt>ε of an example</dt><dd>4.38<small>δ = 1e-06, after round 2</small>" in shown
-    assert f"<dt>Privacy by site</dt><dd>{PROMISE}</dd>" in shown
+    assert f"<dt>Privacy by client</dt><dd>{PROMISE}</dd>" in shown
     assert "ε = 4.38 (3.90 in the median) at δ = 1e-06; Poisson sampling" in shown
-    assert "sites 12; adjacency: add or remove one example of a site" in shown
+    assert "clients 12; adjacency: add or remove one example of a client" in shown
 
 
 def test_nothing_is_said_of_a_run_that_promises_nothing() -> None:
@@ -78,10 +78,10 @@ def test_the_table_shows_the_largest_account_of_the_seeds() -> None:
         record("central-dp", {"site": SITE}, seed=1),
     ]
     table = tabulate(runs)
-    column = table.header().index("ε of a site")
+    column = table.header().index("ε of a client")
     assert [cells[column] for cells in table.cells()] == ["—", "7.98"]
     assert table.note().endswith(
-        "ε of a site: δ = 1e-05, Poisson sampling, adjacency: add or remove one site; "
+        "ε of a client: δ = 1e-05, Poisson sampling, adjacency: add or remove one client; "
         "the largest of the runs' accounts."
     )
     assert [row["epsilon"] for row in table.to_json()] == [{}, {"site": 7.978}]
@@ -124,4 +124,4 @@ def test_the_terminal_says_it_at_the_end(
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     RunConsole().result(Run(tmp_path))
-    assert f"privacy by site: {PROMISE}" in capsys.readouterr().out
+    assert f"privacy by client: {PROMISE}" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def main() -> None:
         for row in table:
             file.write(json.dumps(row) + "\n")
     counts = Counter(row["site"] for row in table)
-    print(f"{len(table)} rows, {len(counts)} sites, in {FOLDER / 'rows.jsonl'}")
+    print(f"{len(table)} rows, {len(counts)} clients, in {FOLDER / 'rows.jsonl'}")
 
 
 if __name__ == "__main__":

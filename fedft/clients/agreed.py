@@ -76,7 +76,7 @@ class Agreement:
         except (ValueError, KeyError, TypeError) as error:
             raise coded(
                 SecurityRefusal(
-                    f"{self.path} is damaged: it says which task this site has joined",
+                    f"{self.path} is damaged: it says which task this client has joined",
                     fix="Delete it to agree to the server's task anew.",
                 ),
                 "changed",

@@ -171,7 +171,7 @@ def _plan(bench: Workbench, message: Message, context: Context) -> TrainPlan:
 def _index(bench: Workbench, context: Context) -> int:
     index = int(context.node_config["partition-id"])
     if not 0 <= index < len(bench.manifest):
-        raise MismatchError(f"no site has index {index}; there are {len(bench.manifest)}")
+        raise MismatchError(f"no client has index {index}; there are {len(bench.manifest)}")
     return index
 
 

@@ -70,7 +70,7 @@ def compare(
         )
     if kind == "ablation" and engine.base.lean:
         raise MismatchError(
-            "ablation needs the whole model, and this site holds a part of it",
+            "ablation needs the whole model, and this client holds a part of it",
             fix='Set [pruning] importance = "block-influence".',
         )
     if granularity == "sublayer":

@@ -56,7 +56,7 @@ def enrolled(
     )
     if own.ca != kit.ca.encode():
         raise SecurityRefusal(
-            f"{folder} belongs to a site of another server", fix="Name another --site-dir."
+            f"{folder} belongs to a client of another server", fix="Name another --site-dir."
         )
     if kit.key:
         own.checked(str(folder))
@@ -101,7 +101,7 @@ def pinned(kit: Kit, credentials: Credentials | None) -> Roster | None:
     if not kit.roster or credentials is None:
         return None
     roster = Roster.verified(kit.roster, kit.ca.encode())
-    roster.check(kit.name, load_key(credentials.key, "the folder of this site"))
+    roster.check(kit.name, load_key(credentials.key, "the folder of this client"))
     return roster
 
 
@@ -121,12 +121,12 @@ def _renewed(kit: Kit, folder: Path, own: Credentials, tell: Callable[[str], Non
     try:
         new = _certified(kit, own, own.key)
     except (SecurityRefusal, EnvironmentFailure) as error:
-        tell(f"the certificate of this site was not renewed: {error.what}")
+        tell(f"the certificate of this client was not renewed: {error.what}")
         if not kit.key:
             tell(signed_again(kit, folder / f"{kit.name}.csr"))
         return own
     write_private(folder / "certificate.pem", new.certificate)
-    tell("the certificate of this site was renewed")
+    tell("the certificate of this client was renewed")
     return new
 
 
@@ -142,7 +142,7 @@ def _certified(kit: Kit, show: Credentials, key_file: bytes) -> Credentials:
         SecurityRefusal: the server refused, or is not the one that made the kit.
         EnvironmentFailure: the server cannot be reached.
     """
-    key = load_key(key_file, "the folder of this site")
+    key = load_key(key_file, "the folder of this client")
     reply = _call_enrol(kit, show, pb.EnrolRequest(csr=request_pem(kit.name, key)))
     if reply.refusal:
         raise SecurityRefusal(

@@ -121,7 +121,7 @@ def _occupied(folder: Path) -> Iterator[None]:
         system.lock(lock, wait=False)
     except BlockingIOError:
         raise EnvironmentFailure(
-            f"another `fedft join` is running for this site ({folder})", fix="Stop it first."
+            f"another `fedft join` is running for this client ({folder})", fix="Stop it first."
         ) from None
     else:
         yield

@@ -98,7 +98,7 @@ def adopt(kit: Kit, folder: Path) -> None:
 
 
 def _ends(pem: bytes) -> float:
-    return load_certificate(pem, "a certificate of this site").not_valid_after_utc.timestamp()
+    return load_certificate(pem, "a certificate of this client").not_valid_after_utc.timestamp()
 
 
 def prepare(kit: Kit, folder: Path) -> Path:

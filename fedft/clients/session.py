@@ -142,7 +142,7 @@ class Session:
                     await self._stream.goodbye("stopped")
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                raise Interrupted("stopped; the site can join again with the same command")
+                raise Interrupted("stopped; the client can join again with the same command")
             await asyncio.wait([task], timeout=0.2)
         task.result()
 
@@ -160,7 +160,7 @@ class Session:
         # A server that is just going down hangs up too; one that means it does so every time.
         if trouble is not None and (trouble.certain or self._turned_away >= _MEANT):
             raise SecurityRefusal(
-                f"{self.connection.target} and this site do not trust each other: {trouble.reason}",
+                f"{self.connection.target} and this client do not trust each other: {trouble.reason}",
                 fix="Check the address, the clocks of both machines, and that the kit is of this "
                 "server and has not expired.",
             )

@@ -279,7 +279,7 @@ class Stream:
         self._refused = True
         kind = MismatchError if refusal.mismatch else SecurityRefusal
         return kind(
-            f"the server refused this site: {refusal.reason}",
+            f"the server refused this client: {refusal.reason}",
             fix="Ask whoever runs the server; `fedft clients` there shows what it knows.",
         )
 

@@ -119,7 +119,7 @@ class RunningMean:
         """
         if self.mixed:
             raise ValueError(
-                f"{min(self.mixed)} has no mean: its shape is not the same at all sites"
+                f"{min(self.mixed)} has no mean: its shape is not the same at all clients"
             )
         means = self.means()
         return {n: means[n][0].to(dtype, copy=True) for n, dtype in self._dtypes.items()}

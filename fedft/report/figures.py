@@ -70,9 +70,9 @@ def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -
     spread = [(label, values) for label, values in spread if values]
     if not spread:
         return None
-    alt = f"{metric.word.capitalize()} of the sites' own models. " + " ".join(
+    alt = f"{metric.word.capitalize()} of the clients' own models. " + " ".join(
         f"{label}: median {score(median(v), metric.percent)}, lowest {score(min(v), metric.percent)}, "
-        f"highest {score(max(v), metric.percent)}, {len(v)} sites."
+        f"highest {score(max(v), metric.percent)}, {len(v)} clients."
         for label, v in spread
     )
     height = 1.0 + 0.27 * len(spread)
@@ -90,11 +90,11 @@ def site_scores(named: Sequence[tuple[str, Sequence[Record]]], metric: Metric) -
         ax.grid(visible=True, axis="x")
         if metric.percent:
             charts.formatted(ax.xaxis, charts.percent)
-        ax.set_xlabel(f"{metric.word.capitalize()} on the site's own held-out data")
+        ax.set_xlabel(f"{metric.word.capitalize()} on the client's own held-out data")
         return Figure(
             "sites",
-            f"Sites' own {metric.word}",
-            "Box: middle half; line: 5th to 95th percentile; dots: sites beyond. Last evaluation, all seeds.",
+            f"Clients' own {metric.word}",
+            "Box: middle half; line: 5th to 95th percentile; dots: clients beyond. Last evaluation, all seeds.",
             charts.svg(figure, "sites", alt),
         )
 

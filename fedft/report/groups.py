@@ -98,7 +98,7 @@ def metrics_of(records: Sequence[Record]) -> list[Metric]:
     known = [
         *(at("eval", "Test", metric) for metric in declared),
         TEST_LOSS,
-        *(at("sites", "Sites' own", metric) for metric in declared),
+        *(at("sites", "Clients' own", metric) for metric in declared),
         TRAINING_LOSS,
     ]
     return [m for m in known if any(r.series(*m.keys) for r in records)]

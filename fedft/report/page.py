@@ -174,7 +174,7 @@ def _cards(record: Record, metric: Metric) -> str:
         (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}" if values else ""),
         *((m.title, score(record.final(*m.keys), m.percent), "") for m in _further(record, metric)),
         ("Best round", score(values[best], metric.percent) if best is not None else "—", f"round {best}" if best is not None else ""),
-        (f"Sites' own {metric.word}", score(sites, metric.percent), "mean over sites") if sites is not None else None,
+        (f"Clients' own {metric.word}", score(sites, metric.percent), "mean over clients") if sites is not None else None,
         ("Relative bias", bias_text(record.mean("bias", "relative")), "mean over rounds"),
         ("Forgotten", bias_text(forgotten), "of the bias: not sent to low ranks, and lost") if forgotten > EXACT else None,
         ("Traffic", bytes_text(traffic(record)), f"{bytes_text(up)} up, {bytes_text(down)} down"),
@@ -289,7 +289,7 @@ def _exact_note(table: Table) -> str:
     if any(row.bias and row.bias.mean <= 1e-6 for row in table.rows):
         notes.append("“exact”: a relative bias of 10⁻⁶ or less, the rounding of float32.")
     if any(row.bias is None for row in table.rows) and any(row.bias for row in table.rows):
-        notes.append("A bias of “—” cannot be known: the rule keeps a factor at the sites.")
+        notes.append("A bias of “—” cannot be known: the rule keeps a factor at the clients.")
     return " ".join(notes)
 
 

@@ -44,7 +44,7 @@ def of_run(record: Record, metric: Metric) -> list[Figure]:
         *meter_figures.of_run(record),
         run_bytes(record),
         run_seconds(record),
-        site_scores([("all sites", [record])], metric),
+        site_scores([("all clients", [record])], metric),
         run_failures(record),
     )
     return [figure for figure in candidates if figure is not None]
@@ -75,7 +75,7 @@ def run_score(record: Record, metric: Metric) -> Figure | None:
 def run_loss(record: Record) -> Figure | None:
     """Training and test loss per round."""
     train, test = record.series("train", "loss"), record.series("eval", "loss")
-    named = [("Training, mean over the sites", _RED, train), ("Test", _BLUE, test)]
+    named = [("Training, mean over the clients", _RED, train), ("Test", _BLUE, test)]
     lines = [curve(label, style, values) for label, style, values in named if values]
     if not lines:
         return None
@@ -97,7 +97,7 @@ def run_bytes(record: Record) -> Figure | None:
     if not any([*up.values(), *down.values()]):
         return None
     size, unit = bytes_unit(max([*up.values(), *down.values()]))
-    named = [("Up, from the sites", _BLUE, up), ("Down, to the sites", _RED, down)]
+    named = [("Up, from the clients", _BLUE, up), ("Down, to the clients", _RED, down)]
     lines = [
         curve(label, style, {r: b / size for r, b in values.items()})
         for label, style, values in named
@@ -143,10 +143,10 @@ def run_failures(record: Record) -> Figure | None:
         reasons,
         name="failures",
         title="Failures by reason",
-        ylabel="Sites a round",
+        ylabel="Clients a round",
         whole=True,
         show=lambda count: f"{count:g}",
-        caption="Sites that were asked and gave no usable reply.",
+        caption="Clients that were asked and gave no usable reply.",
     )
 
 
@@ -159,7 +159,7 @@ def client_losses(record: Record) -> Figure | None:
     bands = {r: five_numbers(by_round[r]) for r in x}
     first, last = (by_round[r] for r in (x[0], x[-1]))
     alt = (
-        f"Training loss of each site per round: median {median(first):.3g} in round {x[0]} "
+        f"Training loss of each client per round: median {median(first):.3g} in round {x[0]} "
         f"(from {min(first):.3g} to {max(first):.3g}), {median(last):.3g} in round {x[-1]} "
         f"(from {min(last):.3g} to {max(last):.3g})."
     )
@@ -172,11 +172,11 @@ def client_losses(record: Record) -> Figure | None:
             ax.plot(*zip(*dots, strict=True), ".", color=PALETTE[0], alpha=0.5, markersize=3.0)
         ax.plot(x, [bands[r][2] for r in x], color=INK)
         charts.whole_rounds(ax)
-        ax.set_ylabel("Training loss of a site")
+        ax.set_ylabel("Training loss of a client")
         return Figure(
             "client-losses",
-            "Training loss of the sites",
-            "Line: median. Bands: middle half and 5th to 95th percentile of the sites in a round.",
+            "Training loss of the clients",
+            "Line: median. Bands: middle half and 5th to 95th percentile of the clients in a round.",
             charts.svg(figure, "client-losses", alt),
         )
 
@@ -192,7 +192,7 @@ def client_examples(record: Record) -> Figure | None:
         return None
     counts = sorted(held.values(), reverse=True)
     alt = (
-        f"Examples of the {len(counts)} sites that took part, in descending order: "
+        f"Examples of the {len(counts)} clients that took part, in descending order: "
         f"from {counts[0]:g} to {counts[-1]:g}, median {median(counts):g}."
     )
     with charts.canvas() as (figure, ax):
@@ -207,10 +207,10 @@ def client_examples(record: Record) -> Figure | None:
             textcoords="offset points",
             ha="right",
         )
-        ax.set_xlabel("Sites that took part, by size")
+        ax.set_xlabel("Clients that took part, by size")
         ax.set_ylabel("Examples")
         ax.margins(x=0.01)
-        return Figure("examples", "Examples a site", "", charts.svg(figure, "examples", alt))
+        return Figure("examples", "Examples a client", "", charts.svg(figure, "examples", alt))
 
 
 def _stacked(

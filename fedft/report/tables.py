@@ -179,10 +179,10 @@ class Table:
             title = f"Δ to {self.baseline}"
             columns += [(title, lambda r: spread(r.gain, m.percent, signed=True))]
         if self._any(lambda r: r.sites):
-            title = f"Sites' own {m.word} (%)" if m.percent else f"Sites' own {m.word}"
+            title = f"Clients' own {m.word} (%)" if m.percent else f"Clients' own {m.word}"
             columns += [(title, lambda r: spread(r.sites, m.percent))]
         if self._any(lambda r: r.sites_gain):
-            columns += [("Δ sites' own", lambda r: spread(r.sites_gain, m.percent, signed=True))]
+            columns += [("Δ clients' own", lambda r: spread(r.sites_gain, m.percent, signed=True))]
         columns += [c for size in self._sizes() for c in self._submodel(size)]
         if self._any(lambda r: r.bias):
             columns += [("Relative bias", lambda r: bias_text(r.bias.mean if r.bias else None))]

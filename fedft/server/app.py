@@ -97,14 +97,14 @@ class Lines(Tracker):
         terms = first_plan(config.strategy).terms
         kept = config.strategy.personal.union(*(term.keeps for term in terms))
         if parts := ", ".join(sorted(kept)):
-            self.note(f"sites keep {parts} in Flower's nodes; fedft resume would begin them anew")
+            self.note(f"clients keep {parts} in Flower's nodes; fedft resume would begin them anew")
 
     def round(self, line: RoundLine, replies: Sequence[ClientLine]) -> None:
         """See :class:`fedft.trackers.Tracker`."""
         failed = sum(map(len, line["failures"].values()))
         scores = {"train loss": line["train"]["loss"], **line.get("eval", {})}
         shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if v is not None)
-        lost = f"  ({failed} sites failed)" if failed else ""
+        lost = f"  ({failed} clients failed)" if failed else ""
         print(f"fedft: round {line['round']}  {shown}{lost}", flush=True)
 
     def note(self, text: str) -> None:

@@ -240,7 +240,7 @@ class Flight:
     def _nobody(self, now: float) -> ConfigError:
         return ConfigError(
             f"server update {self.state.round + 1}: after {now:.0f} s of simulated time no further "
-            "site can be reached",
+            "client can be reached",
             fix="Take a smaller buffer or more clients, or let [fleet] availability repeat: period-s.",
         )
 

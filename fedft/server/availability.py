@@ -127,7 +127,7 @@ def read_availability(path: Path, period_s: float | None = None, seed: int = 0) 
         if len(names) != 1:
             raise ConfigError(
                 f"{path} needs a column 'site' or a column 'profile', and has {len(names)} of them",
-                fix="Give every window the name of a site, or of a profile that is dealt out.",
+                fix="Give every window the name of a client, or of a profile that is dealt out.",
             )
         name = row[next(iter(names))]
         if not name:

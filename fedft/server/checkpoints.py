@@ -320,7 +320,7 @@ class _Pack:
             }
             _check_keys(self._file.keys(), expected, _PACK_KEY)
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise _Damaged(f"{path.name} is no pack of site states ({error!r})") from error
+            raise _Damaged(f"{path.name} is no pack of client states ({error!r})") from error
 
     def read(self, site: str) -> dict[str, Tensor]:
         index = self._index[site]

@@ -129,7 +129,7 @@ class SimulatedClock:
                     return sorted(found, key=lambda site: site.name), opening
             opening = self.availability.next_opening(opening)
         raise ConfigError(
-            f"round {round_} needs {needed} sites, and after {begun:.0f} s of simulated time so many "
+            f"round {round_} needs {needed} clients, and after {begun:.0f} s of simulated time so many "
             "can never be reached together",
             fix="Lower [rounds] quorum, lengthen the windows of [fleet] availability, or let it repeat: period-s.",
         )
@@ -227,7 +227,7 @@ def check_reachable(stays: Sequence[Stay], deadline_s: float) -> None:
     fastest = min((stay.trip.seconds for stay in stays), default=0.0)
     if stays and fastest > deadline_s:
         raise ConfigError(
-            f"[rounds] deadline-s = {deadline_s:g}, and the fastest of {len(stays)} sites that were "
+            f"[rounds] deadline-s = {deadline_s:g}, and the fastest of {len(stays)} clients that were "
             f"asked needs {fastest:.4g} s of simulated time",
-            fix=f"Raise the deadline above {fastest:.4g}, or give the sites less to do.",
+            fix=f"Raise the deadline above {fastest:.4g}, or give the clients less to do.",
         )

@@ -30,7 +30,7 @@ def compared(
             if answers:
                 return pruning.learned(state, answers)
     raise QuorumFailure(
-        f"round {state.round + 1}: no site could compare the model's blocks, after "
+        f"round {state.round + 1}: no client could compare the model's blocks, after "
         f"{federation.settings.retries + 1} attempts",
         fix='Choose them without: [pruning] selection = "stride".',
     )

@@ -321,13 +321,13 @@ class RunConfig(Table):
         if self.one_by_one and self.engine.cohort not in (1, "auto"):
             what = "load-in" if lora.form == "lora" else f"method = {lora.form!r}"
             raise ValueError(
-                f"[engine] cohort = {self.engine.cohort}: sites with {what} are "
+                f"[engine] cohort = {self.engine.cohort}: clients with {what} are "
                 'trained one by one; set cohort = 1 or "auto"'
             )
         held = f"load-in = {self.model.load_in!r}" if self.model.load_in else self.engine.precision
         if family_of(lora).from_weights(lora) and held not in ("fp32", "tf32"):
             raise ValueError(
-                f"[lora] method = {lora.method!r} works out frozen tensors from the base weights, and sites "
+                f"[lora] method = {lora.method!r} works out frozen tensors from the base weights, and clients "
                 f"that hold them in {held} get others; set [engine] precision = 'fp32'"
             )
         if self.model.load_in is not None and lora.init != "default":
@@ -346,7 +346,7 @@ class RunConfig(Table):
         rule, rounds, fleet = self.strategy, self.rounds, self.fleet
         if self.training.dp is not None and self.engine.cohort not in (1, "auto"):
             raise ValueError(
-                f"[engine] cohort = {self.engine.cohort}: DP-SGD trains sites one by one; set "
+                f"[engine] cohort = {self.engine.cohort}: DP-SGD trains clients one by one; set "
                 'cohort = 1 or "auto"'
             )
         if self.engine.gradient_checkpointing and self.training.dp is not None:
@@ -368,7 +368,7 @@ class RunConfig(Table):
             raise ValueError(f"[training] dp needs [lora] method = 'lora', not {self.lora.form!r}")
         if self.data.holdout and self.training.dp is not None:
             raise ValueError(
-                f"[data] holdout = {self.data.holdout}: sites would report scores on examples of "
+                f"[data] holdout = {self.data.holdout}: clients would report scores on examples of "
                 "theirs, which [training] dp does not cover; leave it out"
             )
         below: Strategy = rule
@@ -384,7 +384,7 @@ class RunConfig(Table):
         if rule.expected_sites not in (None, rounds.per_round):
             raise ValueError(
                 f"[strategy] expected-sites = {rule.expected_sites}: central-dp samples [rounds] per-round "
-                f"= {rounds.per_round} sites on average; leave the key out"
+                f"= {rounds.per_round} clients on average; leave the key out"
             )
         if rule.delta >= 1 / fleet.clients:
             raise ValueError(
@@ -393,7 +393,7 @@ class RunConfig(Table):
             )
         if fleet.timed:
             raise ValueError(
-                "[fleet] speeds, bandwidths, devices and availability: central-dp samples every site "
+                "[fleet] speeds, bandwidths, devices and availability: central-dp samples every client "
                 "independently of what it can do; leave them out"
             )
 
@@ -435,11 +435,11 @@ class RunConfig(Table):
         if isinstance(self.strategy, CentralDP):
             raise ValueError(
                 f"[pruning] selection = {selection!r}: central-dp puts noise on every layer, and "
-                "divides by sites that hold none of it"
+                "divides by clients that hold none of it"
             )
         if self.training.dp is not None and selection in ("cka", "importance"):
             raise ValueError(
-                f"[pruning] selection = {selection!r}: what sites say of the blocks is not in the "
+                f"[pruning] selection = {selection!r}: what clients say of the blocks is not in the "
                 "account of [training] dp; choose random, stride, first or last"
             )
 
@@ -455,7 +455,7 @@ class RunConfig(Table):
             )
         if buffer > self.fleet.clients:
             raise ValueError(
-                f"[strategy] {name} waits for {buffer} replies of different sites, and "
+                f"[strategy] {name} waits for {buffer} replies of different clients, and "
                 f"[fleet] clients = {self.fleet.clients}"
             )
         if self.pruning.selection != "none":
@@ -533,18 +533,18 @@ def check_real(config: RunConfig) -> None:
     """
     if config.fleet.timed:
         raise ConfigError(
-            "[fleet] speeds, bandwidths, devices and availability are for simulations; real sites "
+            "[fleet] speeds, bandwidths, devices and availability are for simulations; real clients "
             "take the time they take",
             fix="Remove the keys, or run it with: fedft simulate CONFIG",
         )
     if isinstance(config.strategy, CentralDP):
         raise ConfigError(
-            "[strategy] central-dp samples a fixed roster of sites independently, and real sites come "
+            "[strategy] central-dp samples a fixed roster of clients independently, and real clients come "
             "and go: the account would not hold",
             fix="Protect examples instead, with [training] dp, or run it with: fedft simulate CONFIG",
         )
     if config.fleet.attack is not None:
         raise ConfigError(
-            "[fleet] attack makes sites lie, which is for simulations; real sites are never asked to",
+            "[fleet] attack makes clients lie, which is for simulations; real clients are never asked to",
             fix="Remove the key, or run it with: fedft simulate CONFIG",
         )

@@ -135,7 +135,7 @@ def check_devices(devices: Sequence[Device]) -> None:
             raise ValueError(f"{missing} of {len(devices)} devices have no {column}")
     sites = [device.site for device in devices if device.site is not None]
     if twice := next((a for a, b in itertools.pairwise(sorted(sites)) if a == b), None):
-        raise ValueError(f"site {twice!r} has two devices")
+        raise ValueError(f"client {twice!r} has two devices")
 
 
 def read_devices(path: Path) -> list[dict[str, Any]]:
@@ -217,16 +217,16 @@ def match_sites(named: Sequence[str], manifest: Manifest, what: str) -> None:
             manifest.index_of(name)
         except KeyError:
             raise MismatchError(
-                f"{what} names {name!r}, and no registered site is called so",
-                fix=f"The registered sites are {manifest.name_of(0)} … {manifest.name_of(len(manifest) - 1)}.",
+                f"{what} names {name!r}, and no registered client is called so",
+                fix=f"The registered clients are {manifest.name_of(0)} … {manifest.name_of(len(manifest) - 1)}.",
             ) from None
     if len(named) < len(manifest):
         given = set(named)
         missing = next(n for i in range(len(manifest)) if (n := manifest.name_of(i)) not in given)
         raise MismatchError(
-            f"{what} leaves out {len(manifest) - len(given)} of {len(manifest)} registered sites, "
+            f"{what} leaves out {len(manifest) - len(given)} of {len(manifest)} registered clients, "
             f"{missing!r} for one",
-            fix="Give every site its rows, or leave the column of sites out: rows are then dealt out.",
+            fix="Give every client its rows, or leave the column of clients out: rows are then dealt out.",
         )
 
 

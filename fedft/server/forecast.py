@@ -244,8 +244,8 @@ def _traffic_lines(config: RunConfig, cost: dict[str, Any]) -> list[str]:
 
 def _privacy_line(unit: str, spent: dict[str, Any]) -> str:
     whom = {
-        "site": "one site more or less",
-        "example": "one example more or less, at a site of mean size that is in every round",
+        "site": "one client more or less",
+        "example": "one example more or less, at a client of mean size that is in every round",
     }
     return (
         f"privacy by {unit:<10} ε = {spent['epsilon']:.3f} at δ = {spent['delta']:g} "

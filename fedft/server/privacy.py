@@ -113,7 +113,7 @@ class PrivacyAccount:
                 "noise_multiplier": min([rule.noise_multiplier, *(z for z, _ in self._sites())]),
                 "sampling": "poisson",
                 "sampling_rate": max([sampling_rate(self._config), *(q for _, q in self._sites())]),
-                "adjacency": "add or remove one site",
+                "adjacency": "add or remove one client",
                 "releases": len(self._lines),
             }
         if (dp := self._config.training.dp) is not None:
@@ -124,7 +124,7 @@ class PrivacyAccount:
                 "delta": dp.delta,
                 "noise_multiplier": min([dp.noise_multiplier, *self._example_noises()]),
                 "sampling": "poisson",
-                "adjacency": "add or remove one example of a site",
+                "adjacency": "add or remove one example of a client",
                 "sites": len(each),
             }
         return spent
@@ -225,7 +225,7 @@ def _deltas(config: RunConfig) -> dict[str, float]:
 
 
 def _named(found: frozenset[str]) -> str:
-    words = {"site": "whole sites", "example": "single examples"}
+    words = {"site": "whole clients", "example": "single examples"}
     return " and ".join(words[unit] for unit in words if unit in found) or "nobody"
 
 

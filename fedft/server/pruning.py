@@ -316,7 +316,7 @@ def _check_halves(config: Any, shapes: models.Schema, geometry: Geometry) -> Non
     for half in HALVES:
         if any(Sublayer(block, half) not in adapted for block in range(geometry.blocks)):
             raise ConfigError(
-                f"{wanted}: no layer of the {half} part is adapted, and a site could hold nothing "
+                f"{wanted}: no layer of the {half} part is adapted, and a client could hold nothing "
                 "that learns",
                 fix='Set [lora] target-modules = "all-linear", or granularity = "block".',
             )
@@ -332,11 +332,11 @@ def _check_budget(least: float, needs: Footprint, spec: PruningSpec) -> None:
     )
     what = f"one {spec.granularity} of the model" if prunes else "the whole model"
     raise ConfigError(
-        f"[fleet] a site grants {least:.0f} MiB, and training {what} takes {needed:.0f} MiB ({parts})",
+        f"[fleet] a client grants {least:.0f} MiB, and training {what} takes {needed:.0f} MiB ({parts})",
         fix="Lower [training] batch-size or [data] max-length, set [engine] gradient-checkpointing, "
-        "or leave such sites out."
+        "or leave such clients out."
         if prunes
-        else 'Let such sites hold a part of it: [pruning] selection = "cka".',
+        else 'Let such clients hold a part of it: [pruning] selection = "cka".',
     )
 
 

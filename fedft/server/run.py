@@ -351,7 +351,7 @@ def _restore(
         grid.load_states({})
         config = setting.config
         if config.one_by_one:
-            told.note("sites are trained one by one: the cohort engine takes plain LoRA only")
+            told.note("clients are trained one by one: the cohort engine takes plain LoRA only")
         return first_state(config, setting.shapes, len(setting.data.classes)), Progress()
     for note in checkpoint.notes:
         told.note(note)

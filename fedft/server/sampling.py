@@ -63,8 +63,8 @@ class SimulatedRoster:
         population = len(self.manifest) if eligible is None else len(eligible)
         if population < count:
             raise QuorumFailure(
-                f"a round needs {count} sites, and only {population} of {len(self.manifest)} have data",
-                fix="Lower [rounds] per-round, or choose a partition that leaves no site empty.",
+                f"a round needs {count} clients, and only {population} of {len(self.manifest)} have data",
+                fix="Lower [rounds] per-round, or choose a partition that leaves no client empty.",
             )
         drawn = generator.choice(population, size=count, replace=False, shuffle=False)
         indices = drawn if eligible is None else eligible[drawn]

@@ -375,12 +375,12 @@ def objection(setting: Setting, site: Site) -> str | None:
     if rank > config.rank:
         return f"{site.name} wants rank {rank}, and the run's largest is {config.rank}"
     if rank != config.rank and not config.strategy.mixed_ranks:
-        return f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} of all sites"
+        return f"{site.name} wants rank {rank}, and {config.strategy.name} needs {config.rank} of all clients"
     if rank != config.rank and (why := _against_ranks(config, rank)) is not None:
         return f"{site.name} wants rank {rank}, and the run's is {config.rank}: {why}"
     if site.memory_mib is not None and config.training.dp is not None:
         return (
-            f"{site.name} grants {site.memory_mib:.0f} MiB, and sites with a memory budget train in "
+            f"{site.name} grants {site.memory_mib:.0f} MiB, and clients with a memory budget train in "
             "the cohort engine, which has no DP-SGD; join without --memory"
         )
     if site.memory_mib is None:

@@ -119,8 +119,8 @@ def comparison(content: RecordDict, blocks: int) -> tuple[Tensor, Tensor, int] |
     if set(arrays) != set(sizes) or not isinstance(rows, int) or rows < 1:
         return None
     try:
-        _check_schema(arrays, {name: (size,) for name, size in sizes.items()}, "a site")
-        similarity, importance = (_decode(name, arrays[name], "a site") for name in sizes)
+        _check_schema(arrays, {name: (size,) for name, size in sizes.items()}, "a client")
+        similarity, importance = (_decode(name, arrays[name], "a client") for name in sizes)
     except UpdateRejected:
         return None
     alike = bool(((similarity >= 0) & (similarity <= 1)).all())

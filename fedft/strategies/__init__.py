@@ -108,7 +108,7 @@ def check_init(strategy: Strategy, init: str) -> None:
     sent = strategy.plan(probe, Site("probe", 1)).receive
     if init != "default" and not sent >= {"A", "B"}:
         raise ConfigError(
-            f"init = {init!r} needs A and B sent to the sites, and {strategy.name} does not send both",
+            f"init = {init!r} needs A and B sent to the clients, and {strategy.name} does not send both",
             fix="set [lora] init = 'default', or choose a rule such as fedavg-lora or lora-fair",
         )
 
@@ -129,8 +129,8 @@ def check_ranks(strategy: Strategy, ranks: Iterable[int | None]) -> None:
     able = rule_names(mixed_ranks=True)
     shown = ", ".join("the run's" if r is None else str(r) for r in sorted(distinct, key=str))
     raise ConfigError(
-        f"{strategy.name} cannot take sites of different ranks ({shown})",
-        fix=f"give all sites one rank, or choose a rule that can: {', '.join(able)}",
+        f"{strategy.name} cannot take clients of different ranks ({shown})",
+        fix=f"give all clients one rank, or choose a rule that can: {', '.join(able)}",
     )
 
 

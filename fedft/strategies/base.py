@@ -376,7 +376,7 @@ def at_rank(adapter: Adapter, rank: int | None, *, common_scale: bool = False) -
         return adapter
     if rank > adapter.rank:
         raise ConfigError(
-            f"a site trains rank {rank}, but the global adapter has rank {adapter.rank}",
+            f"a client trains rank {rank}, but the global adapter has rank {adapter.rank}",
             fix="set [lora] rank to the largest rank of [fleet] ranks",
         )
     known = _RESIZED.setdefault(adapter, {})

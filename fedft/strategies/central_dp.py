@@ -104,7 +104,7 @@ class CentralDP(Summary):
             ValueError: it was never said; a configuration that is resolved says it.
         """
         if self.expected_sites is None:
-            raise ValueError("central-dp needs expected-sites, the mean number of sites a round")
+            raise ValueError("central-dp needs expected-sites, the mean number of clients a round")
         return self.expected_sites
 
     @property

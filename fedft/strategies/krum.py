@@ -61,7 +61,7 @@ class Central(Combinator, ABC):
     def _products_are_known(self) -> Self:
         if kept := self.inner.personal & MATRICES:
             raise ValueError(
-                f"inner: the sites' products are compared, and under {self.inner.name} they keep "
+                f"inner: the clients' products are compared, and under {self.inner.name} they keep "
                 f"{', '.join(sorted(kept))} to themselves; choose a rule that shares both factors"
             )
         return self

@@ -243,7 +243,7 @@ def test_a_run_reports_each_sites_own_epsilon(tiny_table: Table, tmp_path: Path)
     assert len(lines) == 2
     spent = run.rounds[-1]["privacy"]["example"]
     assert 0 < spent["median"] <= spent["epsilon"]
-    assert spent["adjacency"] == "add or remove one example of a site"
+    assert spent["adjacency"] == "add or remove one example of a client"
     replies = [r for r in run_replies(run) if r["status"] == "ok"]
     assert len(replies) == 6
     assert all(r["epsilon"] > 0 and "loss" not in r for r in replies)

@@ -62,7 +62,7 @@ def site_batches(examples: Examples, site: int, rows: int, round_: int, **how: A
             np.arange(rows) * 3 % len(examples) + site % 3,
             how.pop("size", 4),
             generator=seeds.torch_generator(0, "batches", round_, str(site)),
-            pool=how.pop("pool", f"site {site}"),
+            pool=how.pop("pool", f"client {site}"),
             **how,
         )
     )
@@ -71,7 +71,7 @@ def site_batches(examples: Examples, site: int, rows: int, round_: int, **how: A
 def plans_of(base: Base, sites: int, **changes: Any) -> list[TrainPlan]:
     plan = TrainPlan(make_adapter(base, 2, 0, 2.0), training=LocalTraining(lr=5e-3))
     return [
-        replace(plan, start=make_adapter(base, 2 + k % 2, k, 2.0), site=f"site {k}", **changes)
+        replace(plan, start=make_adapter(base, 2 + k % 2, k, 2.0), site=f"client {k}", **changes)
         for k in range(sites)
     ]
 
@@ -122,7 +122,9 @@ def test_every_mix_equals_running_all_blocks(
     plans = plans_of(engine.base, len(sites))
     known, unknown = (
         [
-            site_batches(examples, k, rows, 0, size=size, epochs=epochs, pool=pool and f"site {k}")
+            site_batches(
+                examples, k, rows, 0, size=size, epochs=epochs, pool=pool and f"client {k}"
+            )
             for k, (rows, size) in enumerate(sites)
         ]
         for pool in ("known", None)

@@ -239,7 +239,7 @@ def test_the_documentation_says_the_same() -> None:
     assert said.keys() - {"rslora", "pissa", "olora", "hydralora"} == TUNERS.keys()
     for name, tuner in TUNERS.items():
         assert said[name].startswith("**yes**" if tuner.exact else "no"), name
-        weighed = f"`{name}`" in page[page.index("`delora`, `frod`") :].split("at every site")[0]
+        weighed = f"`{name}`" in page[page.index("`delora`, `frod`") :].split("every client")[0]
         assert weighed == tuner.from_weights, name
     refused = page[page.index("Refused, by name") :].split("\n\n")[1]
     prompts = {canonical(k.value) for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items() if _prompts(v)}

@@ -238,7 +238,7 @@ def test_names_that_could_be_paths_are_refused(value: str) -> None:
 
 def test_owners_that_give_one_name_are_refused() -> None:
     assert safe_name("a b") == "a_20b" == safe_name("a_20b")
-    with pytest.raises(ConfigError, match="same site name"):
+    with pytest.raises(ConfigError, match="same client name"):
         build(
             PartitionSpec(kind="natural", column="c"),
             examples=2, clients=2, seed=0, owners=["a b", "a_20b"],

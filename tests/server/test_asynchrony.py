@@ -109,14 +109,14 @@ def test_the_engine_trains_the_replies_of_an_update_together(
     table = tiny_table(fleet=SPEEDS, strategy={"name": "fedbuff", "size": 4}, engine=backend)
     run = run_of(table, tmp_path / "run")
     assert run.metrics["status"] == "finished"
-    assert all(len(set(line["cohort"])) == 4 for line in run.rounds), "a site is once in a buffer"
+    assert all(len(set(line["cohort"])) == 4 for line in run.rounds), "a client is once in a buffer"
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
         ({"fleet": {}}, "needs the simulated clock"),
-        ({"strategy": {"name": "fedbuff", "size": 9}}, "waits for 9 replies of different sites"),
+        ({"strategy": {"name": "fedbuff", "size": 9}}, "waits for 9 replies of different clients"),
         ({"rounds": {"spares": 1}}, "spares and quorum are of rounds"),
         ({"rounds": {"quorum": 2}}, "spares and quorum are of rounds"),
         ({"pruning": {"selection": "stride"}}, "compares layers round by round"),
@@ -135,7 +135,7 @@ def test_a_deadline_that_nobody_can_meet(
     rule: dict[str, Any], tiny_table: Table, tmp_path: Path
 ) -> None:
     table = tiny_table(fleet={"speeds": [0.01]}, rounds={"deadline-s": 2.0}, strategy=rule)
-    with pytest.raises(ConfigError, match=r"deadline-s = 2, and the fastest of \d+ sites"):
+    with pytest.raises(ConfigError, match=r"deadline-s = 2, and the fastest of \d+ clients"):
         run_of(table, tmp_path / "run")
 
 

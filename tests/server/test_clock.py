@@ -113,7 +113,7 @@ def test_ranks_are_drawn_as_whole_numbers_up_to_the_global_one() -> None:
     drawn = {config.devices.device(f"site-{k}").rank for k in range(50)}
     assert drawn == set(config.fleet.rank_choices) == {4, 5, 6}
     assert config.rank == 6
-    with pytest.raises(ConfigError, match="fedavg-lora cannot take sites of different ranks"):
+    with pytest.raises(ConfigError, match="fedavg-lora cannot take clients of different ranks"):
         parse_config({"fleet": {"ranks": ranks}})
 
 
@@ -157,9 +157,9 @@ def test_a_file_of_devices_that_cannot_be_used(text: str, why: str, tmp_path: Pa
     ("fleet", "why"),
     [
         ({"devices": "nowhere.csv"}, "cannot read nowhere.csv"),
-        ({"devices": [{"site": "a"}, {"rank": 4}]}, "1 of 2 devices have no site"),
+        ({"devices": [{"site": "a"}, {"rank": 4}]}, "1 of 2 devices have no client"),
         ({"devices": [{"rank": 4}, {}]}, "1 of 2 devices have no rank"),
-        ({"devices": [{"site": "a"}, {"site": "a"}]}, "site 'a' has two devices"),
+        ({"devices": [{"site": "a"}, {"site": "a"}]}, "client 'a' has two devices"),
         ({"devices": [{"name": "a"}], "speeds": [1]}, "speeds cannot stand beside them"),
         ({"speeds": [0]}, "greater than 0"),
         ({"speeds": {"kind": "uniform", "low": 3, "high": 2}}, "low = 3.0 is above high"),
@@ -179,7 +179,7 @@ def test_devices_by_site_are_those_of_the_registered_sites(tiny_table: Table, tm
     run_of(tiny_table(fleet=fleet(sites), rounds={"count": 1}), tmp_path / "all")
     with pytest.raises(MismatchError, match="names 'site-9', and no registered"):
         run_of(tiny_table(fleet=fleet([*sites, "site-9"])), tmp_path / "more")
-    with pytest.raises(MismatchError, match="leaves out 1 of 8 registered sites, 'site-3'"):
+    with pytest.raises(MismatchError, match="leaves out 1 of 8 registered clients, 'site-3'"):
         run_of(tiny_table(fleet=fleet(sites[:3] + sites[4:])), tmp_path / "fewer")
 
 
@@ -246,7 +246,9 @@ def test_with_spares_the_fastest_count(tiny_table: Table, tmp_path: Path) -> Non
 
 def test_a_deadline_that_nobody_can_meet(tiny_table: Table, tmp_path: Path) -> None:
     table = tiny_table(fleet={"speeds": [0.01]}, rounds={"deadline-s": 2.0})
-    with pytest.raises(ConfigError, match="deadline-s = 2, and the fastest of 12 sites") as caught:
+    with pytest.raises(
+        ConfigError, match="deadline-s = 2, and the fastest of 12 clients"
+    ) as caught:
         run_of(table, tmp_path / "run")
     assert "Raise the deadline above" in caught.value.fix
 

@@ -674,7 +674,7 @@ def test_a_federation_whose_authority_is_on_another_machine(
     ann, bob = machines.start(join.format("ann")), machines.start(join.format("bob"))
     said, _ = ann.communicate(timeout=300)
     assert ann.returncode == 0, said
-    assert "certificate of this site was renewed" in said
+    assert "certificate of this client was renewed" in said
     said, _ = bob.communicate(timeout=60)
     assert bob.returncode == 0, said
     said, _ = server.communicate(timeout=60)

@@ -177,7 +177,7 @@ def test_a_federation_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="no SuperNode has partition-id 1"):
         SuperLinkGrid(StandIn([0, 2]), 2)
     raising = Faults((Fault("raise", node=1),))
-    with pytest.raises(EnvironmentFailure, match="cannot say which site it is"):
+    with pytest.raises(EnvironmentFailure, match="cannot say which client it is"):
         SuperLinkGrid(StandIn([0, 1], faults=raising), 2)
     silent = Faults((Fault("drop", node=1),))
     with pytest.raises(EnvironmentFailure, match="1 of 2 SuperNodes did not say"):

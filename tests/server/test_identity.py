@@ -391,7 +391,7 @@ class TestOverTls:
         monkeypatch.setattr(authority, "SITE_DAYS", 4 / 1440)  # of 14 minutes, 10 are in the past
         old = enrolled(kit, site, told.append)
         new = enrolled(kit, site, told.append)
-        assert told == ["the certificate of this site was renewed"] * 2  # the first one at once
+        assert told == ["the certificate of this client was renewed"] * 2  # the first one at once
         assert new.key == old.key and new.certificate != old.certificate
         for own in (old, new, new):  # the answer could have been lost: both work, until the new did
             asked = iter([False] * 5)
@@ -422,7 +422,7 @@ class TestOverTls:
         asyncio.run(session._renew())
         new = session.connection.credentials
         assert new is not None and new.key == own.key and not new.due
-        assert told == ["the certificate of this site was renewed"]
+        assert told == ["the certificate of this client was renewed"]
         asked = iter([False] * 5)
         with pytest.raises(Interrupted):
             attend(here.address.target, new, stop=lambda: next(asked, True))
@@ -486,7 +486,7 @@ class TestOverTls:
         with pytest.raises(SecurityRefusal, match="certificate"):
             attend(other.address.target, own)
         stranger = Credentials(other.authority.pem, own.certificate, own.key)
-        with pytest.raises(SecurityRefusal, match="turns this site's certificate away"):
+        with pytest.raises(SecurityRefusal, match="turns this client's certificate away"):
             attend(other.address.target, stranger)
         assert tls_trouble(here.address.target, own) is None  # positive control
 
@@ -618,7 +618,7 @@ class TestOverTls:
         with pytest.raises(SecurityRefusal, match="expired on"):
             enrolled(kit, site)
         credentials = Credentials(kit.ca.encode(), pem, key_pem(key))
-        with pytest.raises(SecurityRefusal, match="turns this site's certificate away"):
+        with pytest.raises(SecurityRefusal, match="turns this client's certificate away"):
             attend(here.address.target, credentials)
 
     def test_plaintext_and_no_certificate_get_nowhere(

@@ -217,7 +217,7 @@ def test_the_forecast_counts_the_router(tiny_table: Table) -> None:
         ({"lora": {"heads": 2}}, "belongs to method = 'hydralora'"),
         ({"lora": hydra_lora()}, "hydralora"),
         ({"strategy": {"name": "hydralora"}}, "fedavg-lora"),
-        ({"lora": {"method": "adalora"}}, "cannot be averaged: every site prunes"),
+        ({"lora": {"method": "adalora"}}, "cannot be averaged: every client prunes"),
         ({"lora": {"method": "prompt-tuning"}}, "cannot be averaged: it trains tokens"),
         ({"lora": {"method": "lorra"}}, "peft has no such method"),
         ({"lora": {"method": "dora"}, "strategy": {"name": "flexlora"}}, "fedavg-lora"),

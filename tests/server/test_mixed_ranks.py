@@ -145,7 +145,7 @@ def test_it_composes_with_layer_pruned_clients(tiny_table: Table, tmp_path: Path
     run = run_of(table, tmp_path / "run")
     assert all(line["bias"]["relative"] < 1e-5 for line in run.rounds)
     cut = [set(line["pruning"]["held"]) for line in run.rounds]
-    assert any(0 < len(sites) < 4 for sites in cut), "some sites hold one block, others both"
+    assert any(0 < len(sites) < 4 for sites in cut), "some clients hold one block, others both"
 
 
 def test_plan_says_which_rules_forget(tiny_table: Table) -> None:

@@ -102,7 +102,7 @@ def test_a_frozen_head_stays_as_the_seed_made_it(
     frozen, less = head_and_bytes("frozen")
     trained, more = head_and_bytes("trained")
     size = 4 * sum(t.numel() for t in frozen.values())
-    assert more - less == 4 * size, "four sites send no head"
+    assert more - less == 4 * size, "four clients send no head"
     one = parse_config(tiny_table())
     shapes = models.schema(one.model, one.lora, 3)
     initial = models.initial_adapter(shapes, one.lora, one.rank, one.seed)

@@ -182,7 +182,7 @@ SELECTING = ("krum", "multi-krum", "norm-clip")
 def test_a_layer_is_the_business_of_those_that_hold_it(rule: Strategy) -> None:
     """As if the others had not been asked: weights are renormalised over the holders."""
     if rule.model_dump()["name"] in SELECTING:
-        pytest.skip("weighs sites by all that they sent")
+        pytest.skip("weighs clients by all that they sent")
     state = warm(rule)
     updates = updates_of(rule, state, HOLDINGS)
     both = function(rule.aggregate(state, updates))
@@ -197,7 +197,7 @@ def test_a_layer_is_the_business_of_those_that_hold_it(rule: Strategy) -> None:
 def test_halves_of_a_block_are_averaged_each_over_its_own_holders(rule: Strategy) -> None:
     """A site may hold attention of one block and the feed-forward part of another."""
     if rule.model_dump()["name"] in SELECTING:
-        pytest.skip("weighs sites by all that they sent")
+        pytest.skip("weighs clients by all that they sent")
     state = warm(rule, HALVED)
     holdings = [
         (Sublayer(0, "attention"), Sublayer(1, "feed-forward")),

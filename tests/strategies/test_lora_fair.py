@@ -55,7 +55,7 @@ COHORTS = {
     "a row of A repeated": [(A[[0, 0, 1]], B) for A, B in pairs(12)],
     "an input that is never used": masked(13, (torch.arange(N) > 0).double()),
     "columns of any size": masked(14, torch.logspace(-12, 3, N, dtype=torch.float64)),
-    "sites of any size": [(A * 10.0 ** (2 * k), B * 10.0 ** (-3 * k))
+    "clients of any size": [(A * 10.0 ** (2 * k), B * 10.0 ** (-3 * k))
                           for k, (A, B) in enumerate(pairs(15))],
     "a B that only some rows use": [(A, B * (torch.arange(M) < 2).double()[:, None])
                                     for A, B in pairs(16)],

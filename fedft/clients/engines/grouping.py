@@ -15,7 +15,7 @@ def groups(plans: Sequence[TrainPlan]) -> list[list[int]]:
     groups: list[list[int]] = []
     for k, plan in enumerate(plans):
         if not plan.start.tensors(plan.train):
-            raise ConfigError(f"the plan for site {plan.site!r} trains nothing")
+            raise ConfigError(f"the plan for client {plan.site!r} trains nothing")
         for group in groups:
             if _together(plans[group[0]], plan):
                 group.append(k)

@@ -94,11 +94,11 @@ TUNERS: Mapping[str, Tuner] = {
 """Method, spelled with hyphens → what is known of it."""
 
 REFUSED: Mapping[str, str] = {
-    "adalora": "every site prunes ranks of its own, so that entries of two sites do not correspond",
+    "adalora": "every client prunes ranks of its own, so that entries of two clients do not correspond",
     "adamss": "it clusters the rows of each weight, so that the shapes of what it trains are known "
     "only where the weights are",
     "adaption-prompt": "it trains tokens in front of the attention, nothing in the adapted layers",
-    "poly": "its sites learn which of several skills a task uses, not one update",
+    "poly": "its clients learn which of several skills a task uses, not one update",
     "shadow": "it trains a second network beside the model, not tensors of the adapted layers",
     "trainable-tokens": "it trains rows of the word table, and adapted layers are linear here",
     "xlora": "it mixes adapters that exist already",
@@ -171,9 +171,9 @@ _FIELDS: Mapping[str, tuple[str, str]] = {
     "eva_config": ("it starts from data, which the server does not have", "use [lora] init"),
     "corda_config": ("it starts from data, which the server does not have", "use [lora] init"),
     "lora_ga_config": ("it starts from data, which the server does not have", "use [lora] init"),
-    "velora_config": ("its gradients depend on earlier batches of a site", "leave it out"),
+    "velora_config": ("its gradients depend on earlier batches of a client", "leave it out"),
     "kasa_config": (
-        "it cuts the base weights at every site, and needs a loss of its own",
+        "it cuts the base weights at every client, and needs a loss of its own",
         "leave it out",
     ),
     "monteclora_config": (
@@ -218,7 +218,7 @@ _STARTS: Mapping[str, tuple[str, str]] = {
     "pissa": ("it changes the base weights", 'method = "lora" with init = "pissa"'),
     "olora": ("it changes the base weights", 'method = "lora" with init = "olora"'),
     "mica": (
-        "it freezes a decomposition of the weights that sites need not agree on",
+        "it freezes a decomposition of the weights that clients need not agree on",
         "leave it out",
     ),
 }

@@ -84,7 +84,7 @@ class Manifest:
         else:
             index = min(int(np.searchsorted(self.names, name)), len(self) - 1)
         if index >= len(self) or self.name_of(index) != name:
-            raise KeyError(f"no site is called {name[:MAX_NAME]!r}")
+            raise KeyError(f"no client is called {name[:MAX_NAME]!r}")
         return index
 
     def save(self, folder: Path) -> None:
@@ -114,7 +114,7 @@ class Manifest:
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
-            raise IndexError(f"site {index} of {len(self)}")
+            raise IndexError(f"client {index} of {len(self)}")
 
 
 def load(folder: Path, fingerprint: str | None = None) -> Manifest:
@@ -263,7 +263,7 @@ def safe_name(value: str) -> str:
     )
     if re.search(r"[/\\\0]", value) or value.startswith(".") or not 0 < len(name) <= MAX_NAME:
         raise SecurityRefusal(
-            f"{value[:40]!r} cannot name a site: it could be taken for a path, or is too long",
+            f"{value[:40]!r} cannot name a client: it could be taken for a path, or is too long",
             fix=f"use owners without '/', '\\' and NUL, not starting with '.', up to {MAX_NAME} bytes",
         )
     return name
@@ -307,7 +307,7 @@ def _natural(
         twin = by_name.setdefault(safe_name(owner), owner)
         if twin != owner:
             raise ConfigError(
-                f"the owners {twin!r} and {owner!r} give the same site name",
+                f"the owners {twin!r} and {owner!r} give the same client name",
                 fix=f"rename one of them in the column {spec.column!r}",
             )
     if len(by_name) != clients:
@@ -460,4 +460,4 @@ def _check_shapes(manifest: Manifest, header: dict[str, Any]) -> None:
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(rows):
         raise ValueError("offsets and rows do not fit together")
     if names is not None and (names.dtype.kind != "U" or names.shape != (len(manifest),)):
-        raise ValueError("there must be one name a site")
+        raise ValueError("there must be one name a client")

@@ -47,7 +47,7 @@ def tls_trouble(target: str, credentials: Credentials, timeout_s: float = 5.0) -
         return None
     # A server that lets us in speaks first (HTTP/2 settings); one that does not hangs up instead.
     away = Trouble(
-        "the server turns this site's certificate away" + near_the_end(credentials), certain=False
+        "the server turns this client's certificate away" + near_the_end(credentials), certain=False
     )
     try:
         with plain, context.wrap_socket(plain, server_hostname=host) as tls:

@@ -34,9 +34,9 @@ class Drift(Meter):
             title="Client drift",
             quantity="Squared distance",
             low=0.0,
-            caption="Squared distance of the sites' factors from their start, and the part on which "
+            caption="Squared distance of the clients' factors from their start, and the part on which "
             "they disagree.",
-            curves=(Curve(("total",), "Total"), Curve(("between",), "Between sites")),
+            curves=(Curve(("total",), "Total"), Curve(("between",), "Between clients")),
         ),
     )
 

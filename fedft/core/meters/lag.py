@@ -40,7 +40,7 @@ class Lag(Meter):
             title="Initialisation lag",
             quantity="Ratio",
             axis="ratio",
-            caption="What the round boundary does: distance of the next start from where the sites "
+            caption="What the round boundary does: distance of the next start from where the clients "
             "arrived, in function and in factors, and |∇A| / |∇B| on the first batch.",
             curves=(
                 Curve(("function_jump",), "Function jump"),
@@ -50,7 +50,7 @@ class Lag(Meter):
                     name="Displacement of the factors",
                     title="Initialisation lag per round",
                     caption="|θ start − θ mean| / |θ mean|: how far the next start is from the mean of "
-                    "the sites' factors.",
+                    "the clients' factors.",
                 ),
                 Curve(("dead_start",), "Dead-start ratio"),
             ),

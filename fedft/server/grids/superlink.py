@@ -106,7 +106,7 @@ class SuperLinkGrid:
             EnvironmentFailure: there are states, which cannot be put into Flower's nodes.
         """
         if states:
-            raise EnvironmentFailure("states of sites cannot be put into Flower's nodes")
+            raise EnvironmentFailure("states of clients cannot be put into Flower's nodes")
 
     def _addressed(self, message: Message) -> Message:
         about = message.metadata
@@ -150,14 +150,14 @@ class SuperLinkGrid:
                 known[index] = node
         if asked:
             raise EnvironmentFailure(
-                f"{len(asked)} of {len(nodes)} SuperNodes did not say which site they are "
+                f"{len(asked)} of {len(nodes)} SuperNodes did not say which client they are "
                 f"within {seconds:.0f} s",
                 fix="Look into the log of the SuperLink, or of the SuperNodes.",
             )
         missing = [index for index in range(sites) if index not in known]
         if missing:
             raise ConfigError(
-                f"no SuperNode has partition-id {missing[0]}; {sites} sites need 0 to {sites - 1}",
+                f"no SuperNode has partition-id {missing[0]}; {sites} clients need 0 to {sites - 1}",
                 fix="Start the missing SuperNodes.",
             )
         return [known[index] for index in range(sites)]
@@ -170,7 +170,7 @@ def _registered(grid: Grid, sites: int, seconds: float) -> list[int]:
             raise EnvironmentFailure(
                 f"{len(nodes)} SuperNodes are registered, and [fleet] clients = {sites}",
                 fix=f"In a simulation: flwr run . --federation-config 'num-supernodes={sites}'. "
-                "In a deployment: start one SuperNode for each site.",
+                "In a deployment: start one SuperNode for each client.",
             )
         time.sleep(PAUSE_S)
     return nodes
@@ -179,7 +179,7 @@ def _registered(grid: Grid, sites: int, seconds: float) -> list[int]:
 def _index(reply: Message, node: int) -> int:
     if reply.has_error():
         raise EnvironmentFailure(
-            f"SuperNode {node} cannot say which site it is: {reply.error.reason}",
+            f"SuperNode {node} cannot say which client it is: {reply.error.reason}",
             fix="Install fedft there, and start it with "
             "--node-config 'partition-id=I num-partitions=N'.",
         )
