@@ -8,8 +8,7 @@ A commit writes only what the round changed. Blobs are named by their content an
 the manifest is put in place when everything it names is durable, so a crash leaves either the old
 checkpoint or the new one. A site's latest state may lie in a pack of many rounds ago: a manifest
 lists the packs that still hold somebody's latest state, oldest first, and a pack goes when its last
-site has moved on. With c of N sites drawn at random each round, about (N / c) H_c packs are live
-(H_c the harmonic number), whatever the number of registered sites.
+site has moved on. With c of N sites drawn a round, about (N / c) H_c packs are live (H_c harmonic).
 
 Every manifest carries the SHA-256 of its own body and of every blob, and all of them are checked
 before anything is used. If the newest checkpoint is damaged, the one before it is taken, and the

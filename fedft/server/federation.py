@@ -12,11 +12,11 @@ from fedft.core.terms import Term
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from fedft.core.wire.compress import FP32, Compressor
 from fedft.server.clock import SimulatedClock
-from fedft.server.config import RoundsSpec
 from fedft.server.deadline import Pace
 from fedft.server.messages import Courier, Waiting, Watch
 from fedft.server.pruning import Pruning
 from fedft.server.sampling import Roster
+from fedft.server.tables import RoundsSpec
 from fedft.server.validation import Limits
 from fedft.strategies import Strategy
 

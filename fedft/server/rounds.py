@@ -22,11 +22,11 @@ from fedft.server import evaluation
 from fedft.server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from fedft.server.collect import collector_of
 from fedft.server.comparing import compared
-from fedft.server.config import RoundsSpec
 from fedft.server.evaluation import Evaluation
 from fedft.server.exchange import Sent, plan_for, planned, send, site_errors, unplanned
 from fedft.server.federation import Account, Asked, Completed, Federation, Ledger, Stopwatch
 from fedft.server.replies import Intake
+from fedft.server.tables import RoundsSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from fedft.core.wire import codec
 from fedft.core.wire.compress import compressor_of
 from fedft.server.collect import plain
 from fedft.server.collect.plain import received
-from fedft.server.config import PruningSpec, RoundsSpec
+from fedft.server.config import PruningSpec
 from fedft.server.deadline import Pace
 from fedft.server.exchange import grouped
 from fedft.server.federation import Completed, Federation, Ledger
@@ -35,6 +35,7 @@ from fedft.server.messages import Waiting
 from fedft.server.pruning import Pruning
 from fedft.server.replies import Intake
 from fedft.server.rounds import one_round, opened, rounds
+from fedft.server.tables import RoundsSpec
 from fedft.server.validation import CHECK_FAILED, PLAN_FAILED
 from fedft.strategies import FedAvgLoRA, FedAvgM, Strategy
 from fedft.strategies.fedsa_lora import FedSALoRA
