@@ -157,7 +157,7 @@ def test_a_file_of_devices_that_cannot_be_used(text: str, why: str, tmp_path: Pa
     ("fleet", "why"),
     [
         ({"devices": "nowhere.csv"}, "cannot read nowhere.csv"),
-        ({"devices": [{"site": "a"}, {"rank": 4}]}, "1 of 2 devices have no client"),
+        ({"devices": [{"site": "a"}, {"rank": 4}]}, "1 of 2 devices have no site"),
         ({"devices": [{"rank": 4}, {}]}, "1 of 2 devices have no rank"),
         ({"devices": [{"site": "a"}, {"site": "a"}]}, "client 'a' has two devices"),
         ({"devices": [{"name": "a"}], "speeds": [1]}, "speeds cannot stand beside them"),

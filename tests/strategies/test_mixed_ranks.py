@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedft import strategies
-from fedft.conformance.federation import distance, function, reply
+from fedft.conformance.federation import distance, function, reply, still
 from fedft.core import algebra, meters
 from fedft.core.folding import fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, ServerState, Site, TrainPlan
@@ -86,7 +86,7 @@ def warm(rule: Strategy, dtype: torch.dtype = torch.float64) -> ServerState:
 def idle(rule: Strategy, state: ServerState, mix: Sequence[int | None]) -> list[ClientUpdate]:
     """Sites that return what they were sent."""
     plans = [(site, rule.plan(state, site)) for site in fleet(mix)]
-    return [ClientUpdate(s.name, s.examples, plan.sent(), plan.start) for s, plan in plans]
+    return [still(s.name, plan, s.examples) for s, plan in plans]
 
 
 def model(plan: TrainPlan | ServerState) -> dict[str, Tensor]:
