@@ -184,7 +184,7 @@ def test_if_ray_is_killed_the_driver_is_told_within_seconds(
     folder, pids = started(driver)
     time.sleep(0.5)
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
-    keep = [pid for pid, name in names.items() if b"reaper.py" in name]
+    keep = [pid for pid, name in names.items() if b"ray_cleanup.py" in name]
     servers = [p for p, name in names.items() if b"gcs_server" in name or b"raylet/raylet" in name]
     assert len(servers) == 2
     assert len(keep) == 1
