@@ -22,8 +22,8 @@ GRID = Path(__file__).with_name("grid") / "arms.toml"
 def scores(folder: Path) -> dict[str, float]:
     """Arm → its mean final accuracy."""
     found: dict[str, list[float]] = defaultdict(list)
-    for path in sorted(p.parent for p in folder.rglob("summary.json")):
-        record = load(path)
+    records, _ = load([folder])
+    for record in records:
         if record.summary is not None and record.arm is not None:
             found[record.arm].append(record.summary["final"]["accuracy"])
     return {arm: mean(values) for arm, values in found.items()}
