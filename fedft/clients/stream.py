@@ -29,6 +29,9 @@ from fedft.core.link.framing import (
 )
 from fedft.core.link.stream import Broken, Pipe, first_to_end
 
+logger = logging.getLogger(__name__)
+
+_LINGER_S = 0.5
 UNUSABLE = 102
 """Code of a failure for work that this client cannot do as it was sent."""
 
@@ -51,11 +54,6 @@ class Paused(Exception):
 
 class Finished(Exception):
     """The run is over."""
-
-
-logger = logging.getLogger(__name__)
-
-_LINGER_S = 0.5
 
 
 class Attending(Protocol):

@@ -82,8 +82,19 @@ def reply(rule: Strategy, state: ServerState, site: Site, noise: str | None = No
         site: who trains.
         noise: what the step is drawn for; None for the client's name.
     """
-    plan = rule.plan(state, site)
-    g = seeds.torch_generator(1, "test", state.round, noise or site.name)
+    return trained(rule.plan(state, site), site, state.round, noise)
+
+
+def trained(plan: TrainPlan, site: Site, round_: int, noise: str | None = None) -> ClientUpdate:
+    """The same for a plan: what it lets learn takes a step, and its records are drawn near two.
+
+    Args:
+        plan: what is asked.
+        site: who trains.
+        round_: as the step is drawn for it, too.
+        noise: as for :func:`reply`.
+    """
+    g = seeds.torch_generator(1, "test", round_, noise or site.name)
     tensors = {
         name: tensor
         + 0.3 * torch.randn(tensor.shape, generator=g, dtype=torch.float64).to(tensor.dtype)

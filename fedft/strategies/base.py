@@ -26,14 +26,14 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from fedft.core import algebra
 from fedft.core.errors import ConfigError
 from fedft.core.means import RunningMean
 from fedft.core.parts import ALL_PARTS
-from fedft.core.strict import check_numbers
+from fedft.core.strict import Table
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -51,7 +51,7 @@ from fedft.strategies.renamed import answer_to_old_names
 from fedft.strategies.sendable import NO_RESULT, REMEDY, check_sendable
 
 
-class Strategy(BaseModel, ABC):
+class Strategy(Table, ABC):
     """Base of every aggregation rule.
 
     Attributes:
@@ -59,14 +59,6 @@ class Strategy(BaseModel, ABC):
             that an installed package registers, or ``package.module:Class``. A rule from outside of
             fedft need not say it.
     """
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
 
     name: str = ""
 
@@ -76,12 +68,6 @@ class Strategy(BaseModel, ABC):
         answer_to_old_names(cls)
 
     _facts: RunFacts = PrivateAttr(default_factory=RunFacts)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, table: Any) -> Any:
-        check_numbers(cls, table)
-        return table
 
     @property
     def facts(self) -> RunFacts:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedft.core import meters, seeds
+from fedft.conformance.federation import trained
+from fedft.core import meters
 from fedft.core.folding import fold
 from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.types import (
@@ -17,7 +18,6 @@ from fedft.core.types import (
     Site,
     TrainPlan,
     module_of,
-    part_of,
 )
 from fedft.strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, Strategy
 
@@ -61,22 +61,7 @@ def reply(
     plan = rule.plan(state, site)
     if layers is not None:
         plan = _held(plan, layers)
-    g = seeds.torch_generator(1, "test", state.round, site.name)
-    noise = {
-        n: 0.3 * torch.randn(t.shape, generator=g, dtype=torch.float64)
-        for n, t in plan.start.tensors().items()
-    }
-    tensors = {
-        n: t + noise[n] if part_of(n) in plan.train else t for n, t in plan.start.tensors().items()
-    }
-    records = {
-        record: {
-            n: torch.randn(shape, generator=g, dtype=torch.float64) for n, shape in own.items()
-        }
-        for record, own in plan.schema("sends").items()
-    }
-    sent = {n: tensors[n] for n in plan.sent()}
-    return ClientUpdate(site.name, site.examples, sent, plan.start, records=records)
+    return trained(plan, site, state.round)
 
 
 def _held(plan: TrainPlan, layers: tuple[Layer, ...]) -> TrainPlan:
