@@ -130,6 +130,7 @@ def keys_shapes_and_dtypes_stay(rule: Strategy, dtype: torch.dtype) -> None:
     require(after.round == state.round + 1, f"round {state.round} was followed by {after.round}")
     # Of the first state: what a rule changed in the rounds before is not what it was given.
     old, new = initial(rule, dtype).adapter.tensors(), after.adapter.tensors()
+    require(new.keys() == state.adapter.tensors().keys(), "other tensors than the round before")
     # A rule of cores puts them between the factors in its first round.
     new = {name: t for name, t in new.items() if name in old or part_of(name) != "R"}
     require(new.keys() == old.keys(), f"other tensors: {sorted(new.keys() ^ old.keys())}")

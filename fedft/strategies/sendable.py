@@ -63,11 +63,12 @@ def _check_form(rule: str, before: ServerState, after: object) -> None:
             f"round {before.round}: {rule} gave back a {type(after).__name__}, not a state", fix=fix
         )
     old, new = before.adapter.tensors(), after.adapter.tensors()
+    # A rule of cores puts them between the factors in its first round.
+    cores = {name for name in new.keys() - old.keys() if part_of(name) == "R"}
     differ = [
         name
-        for name in sorted(old.keys() | new.keys())
-        if (name not in old or name not in new or old[name].shape != new[name].shape)
-        and part_of(name) != "R"  # a rule of cores puts them between the factors in its first round
+        for name in sorted((old.keys() | new.keys()) - cores)
+        if name not in old or name not in new or old[name].shape != new[name].shape
     ]
     if differ:
         raise ConfigError(

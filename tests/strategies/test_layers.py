@@ -19,7 +19,7 @@ from fedft.core.types import (
     TrainPlan,
     module_of,
 )
-from fedft.strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, Strategy
+from fedft.strategies import RULES, FedAdam, FedAvgM, FedProx, FedYogi, LoRAFAIR, RunFacts, Strategy
 
 RANK, DEPTH = 3, 4
 MODULES = {f"net.layer.{b}.{n}": (6 + b, 5) for b in range(DEPTH) for n in ("q", "v")}
@@ -34,7 +34,10 @@ def _plain(rule: type[Strategy]) -> bool:
     return rule.model_fields["name"].default not in ("hydralora", "central-dp")
 
 
-RULES_UNDER_TEST = [rule() for rule in RULES if _plain(rule)] + CUSTOM
+OF_A_RUN = RunFacts(clients=6)
+RULES_UNDER_TEST = [
+    rule.of_run(OF_A_RUN) for rule in [*(rule() for rule in RULES if _plain(rule)), *CUSTOM]
+]
 rules = pytest.mark.parametrize(
     "rule",
     RULES_UNDER_TEST,
@@ -175,10 +178,6 @@ def test_a_layer_is_the_business_of_those_that_hold_it(rule: Strategy) -> None:
     """As if the others had not been asked: weights are renormalised over the holders."""
     if rule.model_dump()["name"] in SELECTING:
         pytest.skip("weighs clients by all that they sent")
-    if rule.model_dump()["name"] == "feddyn":
-        pytest.skip(
-            "divides by all clients of the run; one that holds nothing of a layer counts, too"
-        )
     state = warm(rule)
     updates = updates_of(rule, state, HOLDINGS)
     both = function(rule.aggregate(state, updates))
@@ -194,10 +193,6 @@ def test_halves_of_a_block_are_averaged_each_over_its_own_holders(rule: Strategy
     """A site may hold attention of one block and the feed-forward part of another."""
     if rule.model_dump()["name"] in SELECTING:
         pytest.skip("weighs clients by all that they sent")
-    if rule.model_dump()["name"] == "feddyn":
-        pytest.skip(
-            "divides by all clients of the run; one that holds nothing of a layer counts, too"
-        )
     state = warm(rule, HALVED)
     holdings = [
         (Sublayer(0, "attention"), Sublayer(1, "feed-forward")),

@@ -1,6 +1,7 @@
 """A `[strategy]` table that names somebody else's class is validated by that class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,10 @@ from pydantic import Field, PositiveFloat, TypeAdapter, field_validator
 
 from fedft.core.errors import ConfigError, SecurityRefusal
 from fedft.core.plugins import USER, reference_of
-from fedft.core.types import ClientUpdate, ServerState
+from fedft.core.types import Adapter, ClientUpdate, ServerState
 from fedft.server.config import RunConfig
 from fedft.server.config_file import configured, parse_config, parse_toml
-from fedft.strategies import REGISTRY, RULES, AnyStrategy, FedAvgLoRA, FedProx, Strategy
+from fedft.strategies import REGISTRY, RULES, AnyStrategy, FedAvgLoRA, FedProx, FedSB, Strategy
 from fedft.strategies.combinator import Combinator
 
 ANY = TypeAdapter(AnyStrategy)
@@ -188,3 +189,37 @@ def test_a_rule_that_gives_back_nothing_is_named() -> None:
     state = initial(rule)
     with pytest.raises(ConfigError, match="nothing gave back a NoneType"):
         rule.aggregate(state, replies(rule, state))
+
+
+def other_head(adapter: Adapter) -> Adapter:
+    return replace(adapter, head=dict(list(adapter.head.items())[1:]))
+
+
+def other_shape(adapter: Adapter) -> Adapter:
+    head = {name: t.repeat(2, *[1] * (t.ndim - 1)) for name, t in adapter.head.items()}
+    return replace(adapter, head=head)
+
+
+def no_cores(adapter: Adapter) -> Adapter:
+    return adapter.map_factors({m: replace(f, R=None) for m, f in adapter.factors.items()})
+
+
+@pytest.mark.parametrize(
+    ("honest", "other"),
+    [(FedAvgLoRA, other_head), (FedAvgLoRA, other_shape), (FedSB, no_cores)],
+)
+def test_a_rule_that_gives_back_other_tensors_is_named(
+    honest: type[Strategy], other: Callable[[Adapter], Adapter]
+) -> None:
+    class Careless(honest):  # type: ignore[misc,valid-type]
+        def combine(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+            after = super().combine(state, updates)
+            return replace(after, adapter=other(after.adapter))
+
+    from fedft.conformance.federation import replies, warm
+
+    state = warm(honest())
+    updates = replies(honest(), state)
+    assert honest().aggregate(state, updates).round == state.round + 1
+    with pytest.raises(ConfigError, match="other tensors than it was given"):
+        Careless().aggregate(state, updates)
