@@ -17,9 +17,6 @@ from fedft.core.record.figures import Figures
 Scores = dict[str, float]
 """Metric → value, of one evaluation: ``loss``, and what the task names beside it."""
 
-Unit = Literal["site", "example"]
-"""Whom a promise of privacy is about."""
-
 Kind = Literal["train", "eval", "compare"]
 """What a client was asked for."""
 
