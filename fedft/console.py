@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedft.core.errors import FedftError
+from fedft.core.privacy import WORDS
 from fedft.trackers import Start, Tracker
 
 if TYPE_CHECKING:
@@ -233,7 +234,9 @@ def _round_text(line: "RoundLine") -> str:
     parts = [f"loss {loss:.3f}" if loss is not None else "loss –"]
     if scores := line.get("eval"):
         parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
-    parts += [f"ε by {unit} {_epsilon(spent)}" for unit, spent in _by_unit(line.get("privacy"))]
+    parts += [
+        f"ε by {WORDS[unit]} {_epsilon(spent)}" for unit, spent in _by_unit(line.get("privacy"))
+    ]
     return "  ".join([*parts, f"{sum(line['seconds'].values()):.1f} s"])
 
 
@@ -267,7 +270,10 @@ def _promises(metrics: "Summary") -> list[str]:
         return []
     from fedft.report.privacy import promise
 
-    return [f"privacy by {unit}: {promise(spent)}" for unit, spent in _by_unit(metrics["privacy"])]
+    return [
+        f"privacy by {WORDS[unit]}: {promise(spent)}"
+        for unit, spent in _by_unit(metrics["privacy"])
+    ]
 
 
 def _score(scores: Mapping[str, float], declared: Sequence["Declared"]) -> str:

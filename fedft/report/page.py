@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 
+from fedft.core.privacy import WORDS
 from fedft.report import charts, compare_figures, run_figures
 from fedft.report.figures import Figure
 from fedft.report.formats import EXACT, bias_text, bytes_text, score, seconds_text
@@ -229,7 +230,7 @@ def _facts(record: Record) -> str:
         ("Partition", _partition(config)),
         ("Adapter", f"rank {ranks or rank}, alpha {alpha}, on {modules}"),
         ("Local training", f"{length}, batch {local.get('batch-size', '—')}, {local.get('optimizer', '—')}, lr {local.get('lr', '—')}"),
-        *((f"Privacy by {unit}", promise(facts)) for unit, facts in spent(record).items()),
+        *((f"Privacy by {WORDS[unit]}", promise(facts)) for unit, facts in spent(record).items()),
         ("Seed", record.seed),
         ("Status", lookup(record.summary or {}, "status") or "unfinished"),
         ("Adapter sha256", lookup(record.summary or {}, "adapter_sha256")),

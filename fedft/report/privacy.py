@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from fedft.core.privacy import WORDS
 from fedft.core.record.lines import Promise, Spent
 from fedft.report.formats import significant
 from fedft.report.records import Record, clean, number
 
-UNITS = ("site", "example")
+UNITS = tuple(WORDS)
 """Whom a run can protect, as :mod:`fedft.server.privacy` names them."""
 
 
@@ -51,7 +52,7 @@ def promise(facts: Spent) -> str:
         "rate": facts.get("sampling_rate"),
         "noise multiplier": facts["noise_multiplier"],
         "releases": facts.get("releases"),
-        "sites": facts.get("sites"),
+        "clients": facts.get("sites"),
     }
     shown = "".join(
         f", {name} {_plain(value)}" for name, value in more.items() if value is not None
@@ -77,8 +78,8 @@ def terms(records: Sequence[Record]) -> str:
 
 
 def epsilon_title(unit: str) -> str:
-    """``ε of a site``."""
-    return "ε of an example" if unit == "example" else f"ε of a {unit}"
+    """``ε of a client``."""
+    return "ε of an example" if unit == "example" else f"ε of a {WORDS[unit]}"
 
 
 def _newest(record: Record) -> tuple[int, Promise]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedft.core import model_folder, models
 from fedft.core.memory import MIB, Footprint, framework_bytes
+from fedft.core.privacy import WORDS
 from fedft.core.sublayers import Layer
 from fedft.core.tasks import task_of
 from fedft.core.types import Part, ServerState, Site
@@ -248,7 +249,7 @@ def _privacy_line(unit: str, spent: dict[str, Any]) -> str:
         "example": "one example more or less, at a client of mean size that is in every round",
     }
     return (
-        f"privacy by {unit:<10} ε = {spent['epsilon']:.3f} at δ = {spent['delta']:g} "
+        f"privacy by {WORDS[unit]:<10} ε = {spent['epsilon']:.3f} at δ = {spent['delta']:g} "
         f"(noise multiplier {spent['noise_multiplier']:.4g}, Poisson sampling at rate "
         f"{spent['sampling_rate']:.4g}; {whom[unit]})"
     )

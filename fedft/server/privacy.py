@@ -29,7 +29,7 @@ from typing import Any
 
 from fedft.core.data.batches import poisson_schedule
 from fedft.core.errors import ConfigError, IntegrityError, SecurityRefusal
-from fedft.core.privacy import entropy
+from fedft.core.privacy import WORDS, entropy
 from fedft.core.privacy.accounting import example_epsilon, site_epsilon, solved_noise
 from fedft.core.record.lines import Promise, Release
 from fedft.core.record.rundir import RunDir
@@ -208,7 +208,7 @@ def check_fork(old: RunConfig, new: RunConfig) -> None:
     for unit, delta in _deltas(old).items():
         if now[unit] > delta:
             raise ConfigError(
-                f"this run accounts for each {unit} at delta = {delta:g}, and the fork at "
+                f"this run accounts for each {WORDS[unit]} at delta = {delta:g}, and the fork at "
                 f"{now[unit]:g}: its epsilon would be below what is spent already",
                 fix=f"Choose a delta of at most {delta:g}.",
             )

@@ -382,7 +382,7 @@ def test_the_forecast_says_what_an_undisturbed_run_will_spend(
     cost = forecast(parse_config(table))
     run = Run(simulate(parse_config(table), tmp_path / "run").path)
     assert cost["privacy"]["site"]["epsilon"] == run.rounds[-1]["privacy"]["site"]["epsilon"]
-    assert "privacy by site" in as_text(parse_config(table), cost)
+    assert "privacy by client" in as_text(parse_config(table), cost)
     assert "privacy" not in forecast(parse_config(tiny_table()))
     examples = {"steps": 3, "dp": {"noise-multiplier": 2.0}}
     (spent,) = forecast(parse_config(tiny_table(training=examples)))["privacy"].values()

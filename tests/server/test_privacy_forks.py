@@ -202,7 +202,7 @@ def test_the_books_notice_a_fork_that_accounts_for_itself_only(
         ((None, (1.0, 1e-5)), ((1.0, 1e-5), None), "single examples, and the fork whole clients"),
         (((1.0, 1e-5), None), ((1.0, 1e-5), (1.0, 1e-5)), "whole clients and single examples"),
         (((1.0, 1e-5), (1.0, 1e-5)), ((1.0, 1e-5), None), "the fork whole clients"),
-        (((1.0, 1e-5), None), ((1.0, 1e-4), None), "each site at delta = 1e-05"),
+        (((1.0, 1e-5), None), ((1.0, 1e-4), None), "each client at delta = 1e-05"),
         ((None, (1.0, 1e-5)), (None, (1.0, 1e-4)), "each example at delta = 1e-05"),
         (((1.0, 1e-5), None), ((0.5, 1e-6), None), None),
         ((None, (1.0, 1e-5)), (None, (9.0, 1e-5)), None),

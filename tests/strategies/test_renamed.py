@@ -98,4 +98,4 @@ def test_a_rule_that_has_both_names_is_for_two_releases_and_hears_nothing() -> N
                 return state
 
         assert (Theirs().buffer, Theirs().buffer_size) == (1, 2)
-        assert Theirs().model_dump() == {}
+        assert Theirs().model_dump() == {"name": ""}
