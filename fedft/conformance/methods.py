@@ -1,83 +1,25 @@
-"""The laws of client methods, on a model of two small blocks with random weights."""
+"""The laws of client methods, see :mod:`fedft.conformance.training` for what they train."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 
-from fedft.clients.engines.base import Engine, Trained
+from fedft.clients.engines.base import Trained
 from fedft.clients.methods import Method
 from fedft.conformance.laws import Finding, Law, held, require
+from fedft.conformance.training import batches, engines, recorded, start
 from fedft.core.parts import Part
-from fedft.core.spec import LoraSpec
 from fedft.core.terms import REGISTRY, Term, term_of
-from fedft.core.types import Adapter, Batch, Factors, LocalTraining, TrainPlan
+from fedft.core.types import LocalTraining, TrainPlan
 
-_WORDS, _CLASSES = 60, 5
 _ALL: frozenset[Part] = frozenset({"A", "B", "head"})
 _SGD = LocalTraining(optimizer="sgd", lr=0.05, clip_norm=0.5)
 _STEPS = (2, 3, 1)
 
 Kind = type[Any]
 """A method, or the term of one of fedft's own."""
-
-
-@cache
-def engines() -> tuple[Engine, Engine]:
-    """The plain loop and the cohort engine, each on its own copy of one model, in float64."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from fedft.clients.engines.cohort import CohortEngine
-    from fedft.clients.engines.loop import PeftEngine
-    from fedft.core.models import Base
-
-    lora = LoraSpec(target_modules=("query", "value"))
-
-    def base() -> Base:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            described: Any = BertConfig  # whose signature lacks what its base takes
-            config = described(
-                vocab_size=_WORDS,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=40,
-                num_labels=_CLASSES,
-            )
-            model: Any = BertForSequenceClassification(config)
-            for parameter in model.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        frozen = model.to(torch.float64).eval().requires_grad_(False)
-        return Base(frozen, lora, "classification")
-
-    return PeftEngine(base(), lora), CohortEngine(base(), lora)
-
-
-def _start(rank: int, seed: int) -> Adapter:
-    shapes, g = engines()[0].base.shapes, torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64) * 0.2
-
-    factors = {
-        path: Factors(draw(rank, d_in), draw(d_out, rank), 2.0)
-        for path, (d_out, d_in) in shapes.modules.items()
-    }
-    return Adapter(factors, {name: draw(*shape) for name, shape in shapes.head.items()})
-
-
-def _batches(count: int, seed: int) -> list[Batch]:
-    g = torch.Generator().manual_seed(seed)
-    made: list[Batch] = []
-    for _ in range(count):
-        ids = torch.randint(2, _WORDS, (3, 7), generator=g)
-        labels = torch.randint(_CLASSES, (3,), generator=g)
-        made.append(Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels))
-    return made
 
 
 def _term(method: Kind, **values: Any) -> Term:
@@ -88,31 +30,16 @@ def _term(method: Kind, **values: Any) -> Term:
 def _plans(term: Term) -> list[TrainPlan]:
     """Two clients of unequal rank that are asked for it, and one that is not."""
     asked = [
-        _recorded(
-            TrainPlan(_start(r, k), train=_ALL, training=_SGD, terms=(term,), site=f"site-{k}"), k
+        recorded(
+            TrainPlan(start(r, k), train=_ALL, training=_SGD, terms=(term,), site=f"site-{k}"), k
         )
         for k, r in enumerate((4, 2))
     ]
-    return [*asked, TrainPlan(_start(4, 9), train=_ALL, training=_SGD, site="site-9")]
-
-
-def _recorded(plan: TrainPlan, seed: int) -> TrainPlan:
-    g = torch.Generator().manual_seed(seed)
-    wanted = {**plan.schema("receives"), **plan.schema("keeps")}
-    return replace(
-        plan,
-        records={
-            record: {
-                name: 0.05 * torch.randn(shape, generator=g, dtype=torch.float64)
-                for name, shape in shapes.items()
-            }
-            for record, shapes in wanted.items()
-        },
-    )
+    return [*asked, TrainPlan(start(4, 9), train=_ALL, training=_SGD, site="site-9")]
 
 
 def _train(engine: int, plans: list[TrainPlan], first: int = 0) -> list[Trained]:
-    work = [_batches(n, first + k) for k, n in enumerate(_STEPS[first : first + len(plans)])]
+    work = [batches(n, first + k) for k, n in enumerate(_STEPS[first : first + len(plans)])]
     return list(engines()[engine].train(plans, work))
 
 

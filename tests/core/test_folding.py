@@ -1,6 +1,5 @@
 """The replies folded one by one against the naive twins that hold them all."""
 
-import gc
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fedft.core.folding import Folded, MeanUpdate, RunningMean, fold
 from fedft.core.types import Adapter, ClientUpdate, Factors, Part, factor_name, module_of, part_of
+from tests.core.held import held
 
 HEAD = "base_model.model.classifier.weight"
 NAMES = [factor_name("layer.0.q", "A"), factor_name("layer.0.q", "B"), factor_name("x", "A"), HEAD]
@@ -39,22 +39,6 @@ def reply(
 ) -> ClientUpdate:
     moved = {n: t + 0.1 * draw(900 + k, *t.shape) for n, t in start.tensors(parts).items()}
     return ClientUpdate(f"s{k:03}", 1 + k % 7, moved, start, metrics)
-
-
-def held(root: object) -> int:
-    """Bytes of all tensors that an object keeps alive, each piece of memory once."""
-    seen, found, queue = set[int](), dict[int, int](), [root]
-    while queue:
-        x = queue.pop()
-        if id(x) in seen or isinstance(x, type):
-            continue
-        seen.add(id(x))
-        if isinstance(x, Tensor):
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        else:
-            queue += gc.get_referents(x)
-    return sum(found.values())
 
 
 # ── means ─────────────────────────────────────────────────────────────────────────────────────

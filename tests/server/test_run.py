@@ -20,6 +20,7 @@ from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
 from fedft.server.run import fork, resume, simulate
+from tests.core.tasks.cases import vit
 from tests.forks import Forks
 
 Table = Callable[..., dict[str, Any]]
@@ -450,21 +451,6 @@ def test_a_rank_larger_than_a_layer_is_refused_before_training(
         run_of(tiny_table(lora={"rank": 33}), tmp_path / "run")
 
 
-def tiny_vit(folder: Path) -> Path:
-    """A one-block ViT with random weights, with its image processor."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=8, patch_size=4,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ViTForImageClassification(config).vit.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("cohort", [1, 2])
 def test_images_are_classified_by_parties_with_styles_of_their_own(
     tmp_path: Path, cohort: int
@@ -479,7 +465,7 @@ def test_images_are_classified_by_parties_with_styles_of_their_own(
         rows.append(json.dumps({"image": f"{i}.png", "label": str(label), "style": style}))
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     table = {
-        "model": {"source": str(tiny_vit(tmp_path / "vit")), "task": "image-classification"},
+        "model": {"source": str(vit(tmp_path / "vit")), "task": "image-classification"},
         "lora": {"rank": 2, "target-modules": ["q_proj", "v_proj"]},
         "data": {
             "source": str(tmp_path / "rows.jsonl"),

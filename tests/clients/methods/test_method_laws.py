@@ -2,28 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
 
-from fedft.clients.engines.base import Engine, Trained
-from fedft.clients.engines.cohort import CohortEngine
-from fedft.clients.engines.loop import PeftEngine
+from fedft.clients.engines.base import Trained
 from fedft.clients.methods import METHODS, Losses, Method, Rows, method_of, methods
+from fedft.conformance.training import batches, engines, recorded, start
 from fedft.core import terms
 from fedft.core.errors import MismatchError
-from fedft.core.models import Base
 from fedft.core.parts import Part
-from fedft.core.spec import LoraSpec
 from fedft.core.terms import Term, kind_of
-from fedft.core.types import Adapter, Batch, Factors, LocalTraining, TrainPlan
+from fedft.core.types import LocalTraining, TrainPlan
 
-CLASSES, VOCABULARY = 5, 60
-LORA = LoraSpec(target_modules=("query", "value"))
 SGD = LocalTraining(optimizer="sgd", lr=0.05, clip_norm=0.5)
 ADAMW = LocalTraining(lr=5e-3, weight_decay=0.1)
 ALL: frozenset[Part] = frozenset({"A", "B", "head"})
@@ -62,73 +55,6 @@ in_cohorts = pytest.mark.parametrize(
     [r for r in TABLE.values() if r.cohort],
     ids=[kind_of(m.term) for m, r in TABLE.items() if r.cohort],
 )
-
-
-@lru_cache(maxsize=4)
-def engines(dtype: torch.dtype = torch.float64) -> tuple[Engine, Engine]:
-    """The plain loop and the cohort engine, each on its own copy of one model."""
-
-    def base() -> Base:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = BertForSequenceClassification(
-                BertConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    intermediate_size=48,
-                    max_position_embeddings=40,
-                    num_labels=CLASSES,
-                )
-            )
-            for parameter in model.parameters():  # defaults leave attention nearly uniform
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        return Base(model.to(dtype).eval().requires_grad_(False), LORA, "classification")
-
-    return PeftEngine(base(), LORA), CohortEngine(base(), LORA)
-
-
-def start(
-    rank: int, seed: int, dtype: torch.dtype = torch.float64, modules: Sequence[str] = ("layer",)
-) -> Adapter:
-    """In the middle of a run; of the layers whose path has one of ``modules`` in it."""
-    shapes, g = engines(dtype)[0].base.shapes, torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=g, dtype=torch.float64) * 0.2).to(dtype)
-
-    factors = {
-        path: Factors(draw(rank, d_in), draw(d_out, rank), 2.0)
-        for path, (d_out, d_in) in shapes.modules.items()
-        if any(part in path for part in modules)
-    }
-    return Adapter(factors, {name: draw(*shape) for name, shape in shapes.head.items()})
-
-
-def batches(count: int, seed: int) -> list[Batch]:
-    g = torch.Generator().manual_seed(seed)
-    made: list[Batch] = []
-    for _ in range(count):
-        ids = torch.stack([torch.randperm(VOCABULARY - 2, generator=g)[:7] + 2 for _ in range(3)])
-        labels = torch.randint(CLASSES, (3,), generator=g)
-        made.append(Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels))
-    return made
-
-
-def recorded(plan: TrainPlan, seed: int) -> TrainPlan:
-    """With numbers in every record that the plan's terms receive or have kept."""
-    g = torch.Generator().manual_seed(seed)
-    dtype = next(iter(plan.start.head.values())).dtype
-    wanted = {**plan.schema("receives"), **plan.schema("keeps")}
-    records = {
-        record: {
-            name: (0.05 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
-            for name, shape in shapes.items()
-        }
-        for record, shapes in wanted.items()
-    }
-    return replace(plan, records=records)
 
 
 def plans(row: Row, training: LocalTraining, ranks: Sequence[int] = (4, 2, 3)) -> list[TrainPlan]:

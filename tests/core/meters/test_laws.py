@@ -1,6 +1,5 @@
 """The laws that hold for every meter. A new one gets a row in ``federations.py`` and is held to them."""
 
-import gc
 import json
 import logging
 import weakref
@@ -18,6 +17,7 @@ from fedft.core.folding import Folded, fold
 from fedft.core.meters import METERS, Curve, Meter, Panel, Plot, Round
 from fedft.core.meters.panel import plain
 from fedft.core.types import ClientUpdate
+from tests.core.held import held
 from tests.core.meters.federations import CASES, DEGREES, TWINS, Case, adapter, draw, reply
 
 every_meter = pytest.mark.parametrize("kind", METERS, ids=[kind.key for kind in METERS])
@@ -283,22 +283,6 @@ def test_only_a_meter_that_needs_each_sees_replies() -> None:
     case = CASES["one rank"]()
     folded_for(case, *kinds)
     assert seen == [("each", u.site) for u in case.updates]
-
-
-def held(root: object) -> int:
-    """Bytes of all tensors that an object keeps alive, each piece of memory once."""
-    seen, found, queue = set[int](), dict[int, int](), [root]
-    while queue:
-        x = queue.pop()
-        if id(x) in seen or isinstance(x, type):
-            continue
-        seen.add(id(x))
-        if isinstance(x, Tensor):
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        else:
-            queue += gc.get_referents(x)
-    return sum(found.values())
 
 
 class Hoards(Meter):
