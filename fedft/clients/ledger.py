@@ -17,12 +17,13 @@ the ledger has, and as unprotected where there is none.
 A result without DP-SGD has no ε: it is entered as unprotected, and the account says ∞.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedft.core import system
 from fedft.core.data.batches import poisson_schedule
 from fedft.core.data.rowkeys import Keys, fingerprint
 from fedft.core.errors import EnvironmentFailure
@@ -45,6 +47,7 @@ ADJACENCY = "add or remove one example"
 
 _LEDGER = ".example.jsonl"
 _ROWS = ".rows"
+_LOCK = ".lock"
 _NAME_DIGITS = 16
 _LONGEST_NAME = 128
 _UNPROTECTED = b'{"mechanism": "n'
@@ -207,22 +210,42 @@ class Ledger:
         shared = [p for p in _ledgers(self._folder) if p != self.path and self._shares_rows(p)]
         return [release for path in (self.path, *shared) for release in _read(path)[0]]
 
-    def spend(self, release: Release) -> None:
+    def spend(self, release: Release, check: Callable[[], None] = lambda: None) -> None:
         """Enter a result. When this returns, the line is on disk, and the result may leave.
+
+        Args:
+            release: of the result.
+            check: raises where the result may not leave, with what is entered by now. No other process
+                of this user enters anything between the check and the line.
 
         Raises:
             EnvironmentFailure: the disk refused; the result must not leave.
         """
         with disk(f"create {self._folder}"):
             _made(self._folder)
-        rows = self._folder / f"{self.name}{_ROWS}"
-        if not rows.exists():
-            write_file(rows, self._keys.astype("<u8").tobytes())
-        with disk(f"write {self.path}"):
-            new = not self.path.exists()
-            _append(self.path, release.line())
-            if new:
-                Files().sync_folder(self._folder)
+        with self._alone():
+            check()
+            rows = self._folder / f"{self.name}{_ROWS}"
+            if not rows.exists():
+                write_file(rows, self._keys.astype("<u8").tobytes())
+            with disk(f"write {self.path}"):
+                new = not self.path.exists()
+                _append(self.path, release.line())
+                if new:
+                    Files().sync_folder(self._folder)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Generator[None]:
+        """While no other client enters anything in this folder: data sets share accounts."""
+        path = self._folder / _LOCK
+        with disk(f"lock {path}"):
+            descriptor = system.open_file(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            with disk(f"lock {path}"):
+                system.lock(descriptor, wait=True)
+            yield
+        finally:
+            os.close(descriptor)
 
     def overlap(self) -> Account:
         """What was spent on other data sets that share rows with this one."""

@@ -341,7 +341,9 @@ class Resident:
         if release is None:
             return
         assert self._ledger is not None
-        self._ledger.spend(release)
+        policy, ledger = self.site.policy, self._ledger
+        # Once more, as another client of this user may have answered while this one was at work.
+        ledger.spend(release, lambda: policy.check_release(release, ledger, release.run))
         account = self._ledger.account()
         if release.mechanism != "none" or account.unprotected == 1:
             self.tell(f"privacy spent: {account.text()}")

@@ -1,11 +1,13 @@
 """A client's own ledger: it never under-counts, whatever is killed, torn, renamed or stripped."""
 
+import contextlib
 import json
 import math
 import os
 import random
 import signal
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from fedft.cli import cli
 from fedft.clients.join import KeptParts
 from fedft.clients.ledger import Account, Ledger, Release, ledgers, release_of, usable
+from fedft.clients.policy import Policy
 from fedft.clients.work import Failure
 from fedft.clients.worker import Resident, Site
 from fedft.core import models
@@ -185,11 +188,35 @@ def enter(folder: Path, times: int) -> None:
         Ledger(folder, DATA).spend(ONE)
 
 
-def test_processes_that_enter_at_once_lose_nothing(ledger: Ledger, forks: Forks) -> None:
-    ledger.spend(ONE)
+@pytest.mark.parametrize("attempt", range(5))
+def test_processes_that_enter_at_once_lose_nothing(
+    ledger: Ledger, forks: Forks, attempt: int
+) -> None:
+    """From the first line on: who makes the folder and enters the rows is not agreed either."""
     children = [forks.start(enter, ledger.path.parent, 30) for _ in range(4)]
     assert all(forks.wait(child) == 0 for child in children)
-    assert (ledger.account().results, ledger.account().torn) == (121, 0)
+    assert (ledger.account().results, ledger.account().torn) == (120, 0)
+
+
+def enter_within(folder: Path, most: float) -> None:
+    """Enter as often as a limit allows; each check takes a while, as a large account does."""
+    own = Ledger(folder, DATA)
+
+    def check() -> None:
+        within = own.would_spend(ONE) <= most
+        time.sleep(0.002)
+        if not within:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        for _ in range(20):
+            own.spend(ONE, check)
+
+
+def test_processes_together_stay_within_a_limit(ledger: Ledger, forks: Forks) -> None:
+    children = [forks.start(enter_within, ledger.path.parent, epsilon(*[ONE] * 9)) for _ in "1234"]
+    assert all(forks.wait(child) == 0 for child in children)
+    assert ledger.account().results == 9
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(
@@ -405,6 +432,25 @@ def test_it_enters_what_it_did_and_says_so(desk: Desk, tiny_model: Path, tmp_pat
     assert again.ledger.account().epsilon() == epsilon(one, two)
 
 
+def test_what_another_client_entered_meanwhile_counts_against_the_limit(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clients on the same rows: each is allowed at the start of its work, one at its end."""
+    one = Release("dp-sgd", 1.25, 6 / 30, 2)
+    desk.resident.site = replace(desk.resident.site, policy=Policy(most_epsilon=epsilon(one)))
+    work = Resident._spend
+
+    def late(self: Resident, release: Release | None) -> None:
+        desk.ledger.spend(one)
+        work(self, release)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resident, "_spend", late)
+        outcome = desk.train(DP)
+    assert isinstance(outcome, Failure) and outcome.reason == "privacy"
+    assert desk.ledger.account().results == 1
+
+
 def test_a_plan_without_noise_and_one_with_less_are_entered_as_such(desk: Desk) -> None:
     """A server that strips the noise, or lowers it, changes the account, not what it says."""
     desk.train(replace(DP, dp_noise=0.0))
@@ -464,9 +510,9 @@ def work_and_die(model: Path, data: Path, folder: Path, out: Path, after: bool) 
     """A client like ``desk``, that dies before or after it has entered its result."""
     real = Ledger.spend
 
-    def struck(self: Ledger, release: Release) -> None:
+    def struck(self: Ledger, *what: Any) -> None:
         if after:
-            real(self, release)
+            real(self, *what)
         os.kill(os.getpid(), signal.SIGKILL)
 
     Ledger.spend = struck
