@@ -510,9 +510,9 @@ def work_and_die(model: Path, data: Path, folder: Path, out: Path, after: bool) 
     """A client like ``desk``, that dies before or after it has entered its result."""
     real = Ledger.spend
 
-    def struck(self: Ledger, *what: Any) -> None:
+    def struck(self: Ledger, release: Release, check: Any = lambda: None) -> None:
         if after:
-            real(self, *what)
+            real(self, release, check)
         os.kill(os.getpid(), signal.SIGKILL)
 
     Ledger.spend = struck

@@ -94,6 +94,13 @@ class Lab:
         log = self.log(name)
         return log.read_text() if log.exists() else ""
 
+    @property
+    def logs(self) -> str:
+        """What everybody said last, for whoever reads why a test failed."""
+        return "\n".join(
+            f"── {log.stem}\n{log.read_text()[-4000:]}" for log in sorted(self.folder.glob("*.log"))
+        )
+
     def rounds(self) -> list[dict[str, Any]]:
         return read(self.run_dir / "rounds.jsonl")
 
@@ -158,7 +165,7 @@ def test_eight_clients_of_which_five_misbehave_finish_within_their_deadlines(
     here.leave("leaves")
     until(lambda: len(here.rounds()) >= 3)
     here.join("leaves")
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     rounds = here.rounds()
     assert [record["round"] for record in rounds] == [1, 2, 3, 4, 5]
     for record in rounds:
@@ -207,7 +214,7 @@ def test_without_quorum_the_same_clients_are_asked_again_then_the_run_pauses_and
     here.join("good")
     for kind in kinds:
         here.join(kind, kind)
-    assert here.exit_code() == 4, here.said("server")
+    assert here.exit_code() == 4, here.logs
     assert "3 needed, after 2 attempts" in here.said("server")
     assert "Go on with the same command" in here.said("server")
     assert here.rounds() == []
@@ -220,7 +227,7 @@ def test_without_quorum_the_same_clients_are_asked_again_then_the_run_pauses_and
         here.kill(kind)
         here.join(kind)
     here.serve()
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     assert [len(here.counted(round_)) for round_ in (1, 2)] == [4, 4]
 
 
@@ -229,7 +236,7 @@ def test_a_result_that_was_no_good_is_computed_anew(lab: Callable[..., Lab]) -> 
     here = lab(quorum=1, retries=1, **{"per-round": 1})
     here.serve()
     here.join("ann", "nan_once")
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     assert here.rounds()[0]["attempts"] == 2
     assert here.rounds()[0]["failures"] == {"nan": ["ann"]}
     assert here.said("ann").count("round 1: training") == 2
@@ -244,11 +251,11 @@ def test_all_clients_vanish_and_come_back(lab: Callable[..., Lab]) -> None:
     until(lambda: len(here.rounds()) >= 1)
     for name in ("ann", "bob"):
         os.kill(here.clients[name].pid, signal.SIGSTOP)  # nothing of them is heard any more
-    assert here.exit_code() == 4, here.said("server")
+    assert here.exit_code() == 4, here.logs
     for name in ("ann", "bob"):
         os.kill(here.clients[name].pid, signal.SIGCONT)
     here.serve("--patience", "60")
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     assert [record["round"] for record in here.rounds()] == [1, 2, 3]
 
 
@@ -259,7 +266,7 @@ def test_a_straggler_is_late_and_a_patient_server_counts_it(lab: Callable[..., L
         here.serve("--wait-for", "2")
         here.join("good")
         here.join("slow", "late")
-        assert here.exit_code() == 0, here.said("server")
+        assert here.exit_code() == 0, here.logs
         patient = deadline > 5
         assert ("slow" in here.counted(1)) == patient
         assert ("slow" in here.rounds()[0]["failures"].get("timeout", [])) != patient
@@ -275,7 +282,7 @@ def test_what_is_said_three_times_counts_once_and_what_is_stale_not_at_all(
     here.serve("--wait-for", "2")
     here.join("good")
     here.join("odd", kind)
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     for round_ in (1, 2):
         assert here.counted(round_).count("odd") == (kind != "stale")
     events = {line["event"] for line in read(here.run_dir / "audit.jsonl")}
@@ -301,7 +308,7 @@ def test_who_is_turned_away_is_named_with_the_reason(lab: Callable[..., Lab]) ->
     assert "fedft_clients_turned_away 2.0" in here.status("metrics")
     for name in ("poor", "empty"):  # the control: with memory and rows they may
         here.join(name)
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     assert here.counted(2) == ["empty", "poor"]
 
 
@@ -313,7 +320,7 @@ def test_an_own_rank_with_an_own_budget_trains_under_pruning(lab: Callable[..., 
     here.serve("--wait-for", "2")
     here.join("whole")
     here.join("part", rank=2, memory_mib=least_mib(parse_config(here.table), 2))
-    assert here.exit_code() == 0, here.said("server")
+    assert here.exit_code() == 0, here.logs
     assert here.counted(1) == here.counted(2) == ["part", "whole"]
     held = [record["pruning"]["held"] for record in here.rounds()]
     assert all(set(one) == {"part"} and len(one["part"]) == 1 for one in held)
@@ -352,7 +359,7 @@ def test_time_is_not_lost_to_clients_that_were_never_coming(lab: Callable[..., L
         here.join("ann")
         here.join("bob")
         if gather == 1:
-            assert here.exit_code() == 0, here.said("server")
+            assert here.exit_code() == 0, here.logs
             assert here.counted(2) == ["ann", "bob"]
             continue
         waiting = re.compile(r"round 1: 2 of 3 connected; waiting for carol, \d+ s; gives up at")
