@@ -38,7 +38,8 @@ test: install
 
 # Whole runs on Ray, over gRPC and through Flower, processes that are killed, and every architecture.
 test-tiers: install
-	$(BIN)/python -m pytest -m '(ray or grpc or crash or zoo) and not slow'
+	$(BIN)/python -m pytest -m 'zoo and not slow' --numprocesses 2
+	$(BIN)/python -m pytest -m '(ray or grpc or crash) and not (zoo or slow)'
 
 # Flower's SuperLink with SuperNodes, the status page in Chromium, systemd's own checks, where these are;
 # the wheel and the sdist, the site.
