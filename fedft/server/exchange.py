@@ -22,6 +22,7 @@ from fedft.server.messages import messages
 from fedft.server.pruning import narrowed
 from fedft.server.validation import PLAN_FAILED
 from fedft.strategies.beside import check_beside
+from fedft.strategies.blame import blamed
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def unplanned(ledger: Ledger, round_: int, site: Site, why: str) -> None:
 
 def plan_for(federation: Federation, state: ServerState, site: Site) -> TrainPlan:
     """The rule's plan for a site, with the facts of the round."""
-    plan = federation.strategy.plan(state, site).without(federation.frozen)
+    with blamed(federation.strategy, f"planning round {state.round + 1}"):
+        plan = federation.strategy.plan(state, site).without(federation.frozen)
     if federation.pruning is not None:
         plan = narrowed(plan, federation.pruning.layers(state, site))
     training = federation.training.overlaid(plan.training)

@@ -19,6 +19,7 @@ from fedft.core.errors import FedftError, QuorumFailure
 from fedft.core.record.lines import Accounts, Facts, RoundLine, with_figures
 from fedft.core.types import ServerState, Site, TrainPlan
 from fedft.server import evaluation
+from fedft.server.aggregation import aggregated
 from fedft.server.clock import SimulatedClock, Stay, at_time, check_reachable, elapsed
 from fedft.server.collect import collector_of
 from fedft.server.comparing import compared
@@ -223,7 +224,7 @@ def concluded(
         facts: further entries of its line.
     """
     with watch.phase("aggregate"):
-        after = federation.strategy.aggregate(state, intake.replies(state.adapter))
+        after = aggregated(federation.strategy, state, intake.replies(state.adapter))
         if federation.clock is not None:
             after = at_time(after, ledger.now)
     asked: Evaluation | None = None

@@ -20,7 +20,7 @@ from fedft.core.record.rundir import RunDir
 from fedft.core.spec import LoraSpec, TaskSpec
 from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens, TextEncoder
-from fedft.core.types import ServerState
+from fedft.core.types import Delta, ServerState
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RunConfig
 from fedft.server.federation import Federation
@@ -33,6 +33,7 @@ from fedft.server.preflight import preflight
 from fedft.server.pruning import pruning_of
 from fedft.server.sampling import SimulatedRoster
 from fedft.server.validation import Limits
+from fedft.strategies.blame import blamed
 from fedft.trackers import Tracker
 
 CLIENT_APP = "fedft.clients.app:app"
@@ -237,12 +238,14 @@ def first_state(config: RunConfig, shapes: models.Schema, classes: int = 0) -> S
     """
     lora, rule = config.lora, config.rule(classes)
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
-    if not family_of(lora).draws(lora):
-        return rule.init(initial)
-    from fedft.core.models.start import drawn  # peft takes a second to import
+    delta: Delta = {}
+    if family_of(lora).draws(lora):
+        from fedft.core.models.start import drawn  # peft takes a second to import
 
-    adapter, delta = drawn(config.model, lora, initial, config.seed)
-    return replace(rule.init(adapter), delta=delta)
+        initial, delta = drawn(config.model, lora, initial, config.seed)
+    with blamed(rule, "starting"):
+        state = rule.init(initial)
+    return replace(state, delta=delta) if delta else state
 
 
 def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Federation:

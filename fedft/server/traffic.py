@@ -15,7 +15,9 @@ from fedft.core import seeds
 from fedft.core.terms import entry
 from fedft.core.types import Adapter, ClientUpdate, Delta, Site, TrainPlan
 from fedft.core.wire import codec
+from fedft.server.aggregation import aggregated
 from fedft.server.config import RunConfig
+from fedft.strategies.blame import blamed
 
 TRIED = 3
 """Rounds that are compared with the first: enough for rules that alternate."""
@@ -61,20 +63,20 @@ def varies(config: RunConfig, initial: Adapter, delta: Delta) -> bool:
         for k in range(count)
     ]
     rule, modules = config.rule(), _one_of_each_shape(initial)
-    small = replace(
-        rule.init(Adapter({m: initial.factors[m] for m in modules})),
-        delta={m: delta[m] for m in modules if m in delta},
-    )
+    with blamed(rule, "starting"):
+        small = rule.init(Adapter({m: initial.factors[m] for m in modules}))
+    small = replace(small, delta={m: delta[m] for m in modules if m in delta})
     if not modules:  # tensors that are carried whole, of one size for good
         return False
     first = None
     for round_ in range(min(TRIED, config.rounds.count - 1) + 1):
-        plans = [rule.plan(small, site).without(config.frozen) for site in sites]
+        with blamed(rule, f"planning round {round_ + 1}"):
+            plans = [rule.plan(small, site).without(config.frozen) for site in sites]
         sent = [codec.plan_bytes(plan) for plan in plans]
         first = first or sent
         if sent != first:
             return True
-        small = rule.aggregate(small, _replies(config.seed, round_, sites, plans))
+        small = aggregated(rule, small, _replies(config.seed, round_, sites, plans))
     return False
 
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable
 
-import torch
-
 from fedft.core.errors import ConfigError
-from fedft.core.types import Adapter, Factors, Site
 from fedft.strategies.base import Strategy
+from fedft.strategies.beside import first_plan
 from fedft.strategies.central_dp import CentralDP
 from fedft.strategies.coordinate_median import CoordinateMedian
 from fedft.strategies.exact_mixed_rank import ExactMixedRank
@@ -103,10 +101,7 @@ def check_init(strategy: Strategy, init: str) -> None:
     Raises:
         ConfigError: the rule does not send all of the adapter to its sites.
     """
-    zero = torch.zeros(1, 1)
-    probe = strategy.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
-    sent = strategy.plan(probe, Site("probe", 1)).receive
-    if init != "default" and not sent >= {"A", "B"}:
+    if init != "default" and not first_plan(strategy).receive >= {"A", "B"}:
         raise ConfigError(
             f"init = {init!r} needs A and B sent to the clients, and {strategy.name} does not send both",
             fix="set [lora] init = 'default', or choose a rule such as fedavg-lora or lora-fair",

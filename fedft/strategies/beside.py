@@ -13,6 +13,7 @@ from fedft.core.errors import ConfigError
 from fedft.core.terms import Term
 from fedft.core.types import Adapter, Factors, ServerState, Site, TrainPlan
 from fedft.strategies.base import Strategy
+from fedft.strategies.blame import blamed
 
 _DP_SGD = "[training] dp adds its noise to the gradients of the adapter alone"
 
@@ -20,8 +21,10 @@ _DP_SGD = "[training] dp adds its noise to the gradients of the adapter alone"
 def first_plan(rule: Strategy) -> TrainPlan:
     """The rule's plan for the first round, on an adapter of one small layer."""
     zero = torch.zeros(1, 1)
-    probe: ServerState = rule.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
-    return rule.plan(probe, Site("probe", 1))
+    with blamed(rule, "starting"):
+        probe: ServerState = rule.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
+    with blamed(rule, "planning round 1"):
+        return rule.plan(probe, Site("probe", 1))
 
 
 def check_beside(rule: Strategy, terms: Sequence[Term], *, dp_sgd: bool) -> None:

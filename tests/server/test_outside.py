@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from fedft.core.plugins import RECORD, REMOTE, USER, reference_of, trust_process
 from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import terms_from
+from fedft.core.types import Adapter, ClientUpdate, ServerState, Site, TrainPlan
 from fedft.core.wire import compress
 from fedft.report import write_report
 from fedft.server.app import configuration
@@ -380,3 +382,69 @@ def test_what_is_no_method_is_told_why(tiny_table: Table, name: str, why: str) -
     table["training"] = {**table.get("training", {}), "method": name}
     with pytest.raises(ConfigError, match=why):
         parse_config(table, trust=USER)
+
+
+# ── rules that fail ───────────────────────────────────────────────────────────────────────────
+
+
+class Failing(FedAvgLoRA):
+    """Goes wrong in one of the ways in which a rule that somebody has just written does."""
+
+    how: str = "fine"
+
+    @property
+    def uses_mean_only(self) -> bool:
+        return False
+
+    def init(self, initial: Adapter) -> ServerState:
+        if self.how == "init":
+            raise KeyError("moments")
+        return super().init(initial)
+
+    def plan(self, state: ServerState, site: Site) -> TrainPlan:
+        if self.how == "plan" and state.round:
+            raise AttributeError("no such thing")
+        return super().plan(state, site)
+
+    def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        after: Any = super().aggregate(state, updates)
+        if not state.round:
+            return after
+        if self.how == "raises":
+            raise ZeroDivisionError("division by zero")
+        wide = {n: t.double() for n, t in after.adapter.tensors().items()}
+        return {
+            "fine": after,
+            "nothing": None,
+            "adapter": after.adapter,
+            "round": replace(after, round=state.round),
+            "float64": replace(after, adapter=after.adapter.replaced(wide)),
+        }.get(self.how, after)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("init", r"Failing failed while starting: KeyError: 'moments' \(.*test_outside\.py:\d+\)"),
+        ("plan", r"failed while planning round 2: AttributeError: no such thing \(.*:\d+\)"),
+        ("raises", r"failed while aggregating round 2: ZeroDivisionError: .* \(.*:\d+\)"),
+        ("nothing", "returned NoneType for round 2, and a ServerState is expected"),
+        ("adapter", "returned Adapter for round 2"),
+        ("round", "returned a state of round 1 for round 2"),
+        ("float64", r"returned .* as torch\.float64 for round 2; it was torch\.float32"),
+    ],
+)
+def test_a_rule_that_fails_is_named_with_its_own_line(
+    how: str, told: str, tiny_table: Table, tmp_path: Path
+) -> None:
+    table = tiny_table(rounds={"count": 3, "per-round": 2})
+    with pytest.raises(ConfigError, match=told):
+        simulate(parse_config({**table, "strategy": Failing(how=how)}), tmp_path / "run")
+
+
+def test_a_rule_like_it_that_does_not_fail_runs(tiny_table: Table, tmp_path: Path) -> None:
+    config = parse_config(
+        {**tiny_table(rounds={"count": 2, "per-round": 2}), "strategy": Failing()}
+    )
+    simulate(config, tmp_path / "run")
+    assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
