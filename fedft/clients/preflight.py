@@ -309,15 +309,20 @@ def _found(bench: Bench) -> str | None:
 
 def _fresh(bench: Bench, dtype: torch.dtype) -> Base:
     """A base of its own, in full precision, with attention as the run computes it."""
-    task, classes = bench.task, len(bench.data.classes)
+    task, names = bench.task, bench.data.classes
+    classes = len(names)
     lora = task.lora.model_copy(update={"dropout": 0.0})
     eager = task.precision == "bf16" and task.device == "cpu"
     whole = bench.engine.base
     if task.lean or (whole.shapes.parameters > _SMALL and whole.blocks):
         blocks = min(2, len(whole.blocks))
-        base = models.load_first(task.model, lora, classes, blocks, device=task.device, eager=eager)
+        base = models.load_first(
+            task.model, lora, classes, blocks, device=task.device, eager=eager, names=names
+        )
     else:
-        base = models.load_base(task.model, lora, classes, device=task.device, eager=eager)
+        base = models.load_base(
+            task.model, lora, classes, device=task.device, eager=eager, names=names
+        )
     base.model.to(dtype)
     return base
 

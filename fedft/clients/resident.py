@@ -176,6 +176,7 @@ def workbench(task_json: str) -> Workbench:
         device=task.device,
         lean=task.lean,
         shared=task.site is None,
+        names=data.classes,
     )
     return Workbench(task, data, manifest, _engine(task, base))
 

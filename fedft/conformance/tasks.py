@@ -118,7 +118,7 @@ def _lined_up(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor
 
 
 def _tally(task: Task, outputs: Tensor, batch: Batch) -> Tally:
-    return task.tally(*_lined_up(task, outputs, batch))
+    return task.judged(outputs, batch.labels, _CLASSES if task.classes else ())
 
 
 def _known(task: Task) -> bool:

@@ -60,11 +60,22 @@ class Encoded(Generic[E]):
         examples: one a row. A row of length 0 cannot be used.
         cut: which rows were longer than the limit, bool [n].
         faults: why a row of length 0 is so, by its number, where more can be said than that.
+        notes: what a reader should know of how the rows were encoded, a sentence each.
     """
 
     examples: E
     cut: NDArray[np.bool_]
     faults: Mapping[int, str] = field(default_factory=dict[int, str])
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows_cut(self) -> int:
+        """How many rows were longer than the limit."""
+        return int(self.cut.sum())
+
+    def notes_of(self, split: str) -> tuple[str, ...]:
+        """The notes, with the name of what the rows are."""
+        return tuple(f"{split} rows: {note}" for note in self.notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 # pyright: standard
 # peft and transformers are typed in part.
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,14 +90,13 @@ def unlike(model: nn.Module, export: Path, head: Head) -> list[str]:
     return sorted({*(n for n, t in stored.items() if not same(n, t)), *lost})
 
 
-def tallies(model: nn.Module, task: Task, groups: Iterable[Iterable[Batch]]) -> Iterator[Tally]:
-    """The sums over the rows of each group, without gradients."""
+def tallies(
+    model: nn.Module, task: Task, groups: Iterable[Iterable[Batch]], names: Sequence[str] = ()
+) -> Iterator[Tally]:
+    """The sums over the rows of each group, without gradients; ``names`` of the classes."""
     with torch.inference_mode():
         for batches in groups:
-            yield Tally.total(_tally(model, task, batch) for batch in batches)
-
-
-def _tally(model: nn.Module, task: Task, batch: Batch) -> Tally:
-    outputs = task.outputs(model, batch.inputs)
-    positions, targets = task.targets(batch.labels)
-    return task.tally(outputs if positions is None else outputs.flatten(0, 1)[positions], targets)
+            yield Tally.total(
+                task.judged(task.outputs(model, batch.inputs), batch.labels, names)
+                for batch in batches
+            )

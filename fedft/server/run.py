@@ -324,7 +324,7 @@ def _verified(
             task=federation.task,
             model=config.model,
             folder=setting.folder,
-            classes=len(setting.data.classes),
+            classes=setting.data.classes,
             head=setting.shapes.saved,
             test=setting.data.test if stock else setting.data.test.subset(np.arange(0)),
             precision=setting.task.precision,

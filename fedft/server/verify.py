@@ -47,7 +47,7 @@ def verify(
     task: str,
     model: ModelSpec,
     folder: Path,
-    classes: int,
+    classes: Sequence[str],
     head: Head,
     test: Examples,
     precision: Precision,
@@ -63,7 +63,7 @@ def verify(
         task: JSON of the run's task.
         model: the `[model]` table.
         folder: of the base model on this machine.
-        classes: number of classes.
+        classes: names of the classes.
         head: of the base model.
         test: the server's test set; where it is empty the tensors alone are compared.
         precision: of the run.
@@ -79,13 +79,13 @@ def verify(
     count = max(1, math.ceil(len(test) / ROWS))
     shards = range(min(SLICES, count) if len(test) else 0)
     kind = task_of(model.task)
-    read = partial(tally_of, task=kind, classes=classes)
+    read = partial(tally_of, task=kind, classes=len(classes))
     own = list(_of_run(grid, task, state, shards, count, read, stop))
-    loaded = stock.stock_model(export, model, folder, classes, precision, special)
+    loaded = stock.stock_model(export, model, folder, len(classes), precision, special)
     lost = stock.unlike(loaded, export, head)
     groups = [list(_rows(test, shard, count)) for shard in shards]
     try:
-        theirs = list(stock.tallies(loaded, kind, groups))
+        theirs = list(stock.tallies(loaded, kind, groups, classes))
     except Exception as error:  # whatever a model's own code raises
         raise MismatchError(
             f"stock transformers cannot score the test rows with the exported adapter in {export}: "

@@ -49,7 +49,7 @@ from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import task_of
+from fedft.core.tasks import rows_of, task_of
 from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
 from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
@@ -290,7 +290,8 @@ class CohortEngine:
         answers, targets = self._answers(now), now.step.targets
         if self._vocabulary is not None:
             return self._vocabulary.tally(self._task, answers, targets)
-        return self._task.tally(answers, targets)
+        rows = rows_of(now.step.answers, max(now.step.lengths))
+        return self._task.tally(answers, targets, rows=rows, names=self.base.names)
 
     # ------------------------------------------------------------------------ forward pass
 

@@ -174,7 +174,7 @@ class LoopEngine(ABC):
     def _tally(self, batch: Batch) -> Tally:
         if self._vocabulary is None:
             labels = batch.labels.to(self.base.device)
-            return self._task.tally(*self._lined_up(self._outputs(batch), labels))
+            return self._task.judged(self._outputs(batch), labels, self.base.names)
         return self._vocabulary.tally(self._task, *self._scored(batch, self._vocabulary))
 
     def _scored(self, batch: Batch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

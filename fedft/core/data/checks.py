@@ -4,6 +4,7 @@ Each value is looked at by its column's own check, each row by the task's, and l
 see :mod:`fedft.core.data.labels`. What is wrong is told to :class:`~fedft.core.data.raw.BadRows`.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -57,6 +58,23 @@ def relabelled(table: RawTable, column: Column, name: str, relabel: Mapping[str,
     return replace(table, columns={**table.columns, name: new})
 
 
+def listed(table: RawTable, spec: DataSpec, task: Task) -> RawTable:
+    """The table with lists where its cells spell them in JSON, as those of CSV do."""
+    names = {spec.column(c.key) for c in task.columns if c.lists} & table.columns.keys()
+    new = {name: [_spelt(value) for value in table.columns[name]] for name in names}
+    return replace(table, columns={**table.columns, **new}) if new else table
+
+
+def _spelt(value: object) -> object:
+    """The list that a text spells; another value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def check_columns(spec: DataSpec, task: Task) -> None:
     """Refuse a column that is named for a task that reads no such thing.
 
@@ -82,10 +100,11 @@ def checked(
 ) -> tuple[RawRows, list[str]]:
     """The usable rows of a table, and notes; ``owner`` None reads no owners."""
     folder = _folder(table.source)
-    columns = [*task.columns, *([] if owner is None else [_OWNER])]
+    read = [c for c in task.columns if not c.optional or c.key in spec.columns]
+    columns = [*read, *([] if owner is None else [_OWNER])]
     values: dict[str, Sequence[Any]] = {
         column.key: table.column(spec.column(column.key), spec.key(column.key), MismatchError)
-        for column in task.columns
+        for column in read
     }
     if owner is not None:
         values["owner"] = table.column(owner, "data.partition.column", ConfigError)
@@ -171,7 +190,7 @@ def _strike_rows(
     if type(task).fault is Task.fault:
         return
     for row in np.flatnonzero(usable).tolist():
-        found = task.fault({column.key: values[column.key][row] for column in task.columns})
+        found = task.fault({c.key: values[c.key][row] for c in task.columns if c.key in values})
         if found is not None:
             key, detail = found
             bad.add(table.where(row), key, f"{key}: {detail}")
@@ -202,7 +221,7 @@ def _usable(
         elif column.classes == "many":
             ids = [np.array([index[n] for n in own], np.int64) for own in kept[column.key]]
     return RawRows(
-        values={c.key: kept[c.key] for c in task.columns if c.classes is None},
+        values={c.key: kept[c.key] for c in task.columns if c.classes is None and c.key in kept},
         labels=ids,
         classes=names,
         owners=kept.get("owner"),

@@ -290,6 +290,12 @@ def _from_dataset(source: str, data: Any) -> RawTable:
             names: list[str] = feature.names
             # -1 is how the library marks a row without a label.
             values = [None if v is None or v < 0 else names[v] for v in values]
+        elif isinstance(inner := getattr(feature, "feature", None), datasets.ClassLabel):
+            names = inner.names
+            values = [
+                None if own is None else [None if v is None or v < 0 else names[v] for v in own]
+                for own in values
+            ]
         columns[name] = values
     return RawTable(source, columns, range(1, len(data) + 1))
 

@@ -9,17 +9,17 @@ Bad rows are told together, each with file, line and reason, or left out and cou
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.core.data.checks import check_columns, checked, relabelled
+from fedft.core.data.checks import check_columns, checked, listed, relabelled
 from fedft.core.data.raw import BadRows, RawTable
 from fedft.core.data.readers import read
 from fedft.core.errors import ConfigError, MismatchError
-from fedft.core.examples import Examples, Rows
+from fedft.core.examples import Encoded, Examples, Rows
 from fedft.core.seeds import numpy_generator
 from fedft.core.spec import DataSpec
 from fedft.core.tasks import RawRows, Task, taken, task_of
@@ -104,7 +104,7 @@ def load(
     """
     kind, bad = task_of(task), BadRows(spec.skip_bad)
     check_columns(spec, kind)
-    table = read(spec.source, spec.subset, spec.split, bad)
+    table = listed(read(spec.source, spec.subset, spec.split, bad), spec, kind)
     for column in kind.columns:
         if column.classes is not None:
             table = relabelled(table, column, spec.column(column.key), relabel or {})
@@ -113,7 +113,7 @@ def load(
     names = rows.classes
     if spec.test_source is not None:
         test_table = read(spec.test_source, spec.subset, spec.split, bad, key="data.test-source")
-        test, _ = checked(test_table, spec, kind, names, None, bad)
+        test, _ = checked(listed(test_table, spec, kind), spec, kind, names, None, bad)
         train = rows
     else:
         held = test_rows(len(rows), spec.test_fraction, seed, kind.strata(rows), rows.owners)
@@ -150,8 +150,8 @@ def prepare(
     """
     raw = load(spec, task, seed=seed, classes=classes, relabel=relabel, most_rows=most_rows)
     kind, bad = task_of(task), BadRows(spec.skip_bad)
-    train, kept, cut = _encode(raw.train, kind, encoder, spec.max_length, bad)
-    test, _, cut_of_test = _encode(raw.test, kind, encoder, spec.max_length, bad)
+    train, kept, of_train = _encode(raw.train, kind, encoder, spec.max_length, bad)
+    test, _, of_test = _encode(raw.test, kind, encoder, spec.max_length, bad)
     bad.check()
     if not len(train):
         raise MismatchError(
@@ -166,20 +166,12 @@ def prepare(
         raw.classes,
         None if raw.train.owners is None else taken(raw.train.owners, kept),
         None if strata is None else strata[kept],
-        _per_class(raw.train.take(kept)),
+        tuple(map(int, kind.counts(raw.train.take(kept)))) if kind.classes else (),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
-        {"train": cut, "test": cut_of_test},
-        raw.notes,
+        {"train": of_train.rows_cut, "test": of_test.rows_cut},
+        (*raw.notes, *of_train.notes_of("training"), *of_test.notes_of("test")),
     )
-
-
-def _per_class(rows: RawRows) -> tuple[int, ...]:
-    """How often each class is a label."""
-    if rows.labels is None:
-        return ()
-    flat = rows.labels if isinstance(rows.labels, np.ndarray) else np.concatenate(rows.labels)
-    return tuple(map(int, np.bincount(flat, minlength=len(rows.classes))))
 
 
 def _first(table: RawTable, rows: int | None) -> RawTable:
@@ -265,13 +257,13 @@ def codes(values: Sequence[str] | None) -> NDArray[np.int64] | None:
 
 def _encode(
     rows: RawRows, task: Task, encoder: Any, max_length: int, bad: BadRows
-) -> tuple[Examples, Rows, int]:
-    """The rows as examples, which of them were encoded, and how many of these were cut."""
+) -> tuple[Examples, Rows, Encoded[Examples]]:
+    """The rows as examples, which of them were encoded, and how."""
     encoded = task.encode(rows, encoder, max_length)
     examples = encoded.examples
     kept = np.flatnonzero(examples.lengths)
     if len(kept) == len(rows):
-        return examples, kept, int(encoded.cut.sum())
+        return examples, kept, encoded
     for row in np.flatnonzero(examples.lengths == 0).tolist():
         bad.add(rows.where(row), "tokens", encoded.faults.get(row, "no tokens"))
-    return examples.subset(kept), kept, int(encoded.cut[kept].sum())
+    return examples.subset(kept), kept, replace(encoded, cut=encoded.cut[kept])

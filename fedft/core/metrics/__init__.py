@@ -14,8 +14,11 @@ from fedft.core.metrics.base import (
     packed,
     unpacked,
 )
+from fedft.core.metrics.entities import EntityF1, EntityPrecision, EntityRecall
 from fedft.core.metrics.macro_f1 import MacroF1
+from fedft.core.metrics.multi_label import LabelMacroF1, LabelMicroF1, SubsetAccuracy
 from fedft.core.metrics.perplexity import Perplexity
+from fedft.core.metrics.regression import MeanAbsoluteError, Pearson
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
@@ -23,6 +26,14 @@ METRICS: Mapping[str, Metric] = {
         Accuracy(),
         Perplexity(),
         MacroF1(),
+        LabelMicroF1(),
+        LabelMacroF1(),
+        SubsetAccuracy(),
+        MeanAbsoluteError(),
+        Pearson(),
+        EntityF1(),
+        EntityPrecision(),
+        EntityRecall(),
     )
 }
 """Name → metric."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -141,6 +141,8 @@ class Predictions:
         targets: what is right, [m, …].
         classes: width of the outputs.
         outputs: of the model, [m, …]; None unless a metric ``needs_outputs``.
+        rows: of which row of the batch each item is, [m] int64, ascending; None where a row is one.
+        names: of the classes; empty where the task has none.
     """
 
     losses: "Tensor"
@@ -148,6 +150,8 @@ class Predictions:
     targets: "Tensor"
     classes: int
     outputs: "Tensor | None" = None
+    rows: "Tensor | None" = None
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Base:
         head: what of the model is new: an adapter brings it.
         output: of a model of words, the layer that gives its logits; None where they are made
             otherwise.
+        names: of the classes, for the metrics that read them; empty where there are none.
 
     Args:
         model: as above.
@@ -43,6 +44,7 @@ class Base:
             without the weights of its blocks: they are on the meta device, and only those that
             :meth:`holding` names are ever in memory.
         output: as above, where ``load`` is set: found before the blocks were taken away.
+        names: as above.
 
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
     after an engine has wrapped them: :meth:`shift` changes their weights in place.
@@ -57,8 +59,10 @@ class Base:
         head: Head | None = None,
         load: Callable[[Sequence[Layer]], nn.Module] | None = None,
         output: Output | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.model = model
+        self.names = tuple(names)
         self.task = task
         self.head = Head.by_name(model) if head is None else head
         words = task_of(task).words

@@ -46,6 +46,7 @@ def load_base(
     lean: bool = False,
     shared: bool = False,
     eager: bool | None = None,
+    names: Sequence[str] = (),
 ) -> Base:
     """Load the frozen base. Its head, if any, is a placeholder: an adapter brings the real one.
 
@@ -63,6 +64,7 @@ def load_base(
             They are anyway where the file has them in the dtype that is wanted; for others a
             bfloat16 copy is written once, into the user's cache.
         eager: whether attention is eager; None leaves it to the precision.
+        names: of the classes, for metrics that read them.
 
     Attention is eager in bf16 on a CPU, where SDPA's backward pass is many times slower at short
     lengths, and SDPA elsewhere.
@@ -89,7 +91,7 @@ def load_base(
         output = output_of(bare) if task_of(spec.task).words else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
-        return Base(model, lora, spec.task, head=head, load=load, output=known)
+        return Base(model, lora, spec.task, head=head, load=load, output=known, names=names)
     auto = auto_class(spec.task)
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device, head)
@@ -103,11 +105,18 @@ def load_base(
         folder = _in_bfloat16(folder, load)
     with refusing(spec, folder):
         model = load(folder)
-    return Base(_ready(model, device, head, special), lora, spec.task, head=head)
+    return Base(_ready(model, device, head, special), lora, spec.task, head=head, names=names)
 
 
 def load_first(
-    spec: ModelSpec, lora: LoraSpec, classes: int, blocks: int, *, device: str, eager: bool
+    spec: ModelSpec,
+    lora: LoraSpec,
+    classes: int,
+    blocks: int,
+    *,
+    device: str,
+    eager: bool,
+    names: Sequence[str] = (),
 ) -> Base:
     """A base of the first blocks alone, in float32: what is tried on it takes little memory.
 
@@ -118,13 +127,15 @@ def load_first(
         blocks: how many.
         device: torch device.
         eager: as for :func:`load_base`.
+        names: as for :func:`load_base`.
     """
     folder = resolve(spec)
     head = head_of(spec, folder, classes)
     options = _options("fp32", eager=eager)
     special = special_of(spec, folder)
     model = _of_blocks(spec, folder, classes, head, options, device, special, range(blocks))
-    return Base(model, lora.model_copy(update={"layers": None}), spec.task, head=head)
+    alone = lora.model_copy(update={"layers": None})
+    return Base(model, alone, spec.task, head=head, names=names)
 
 
 def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:

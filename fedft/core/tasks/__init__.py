@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import cast
 
 from fedft.core.plugins import Registry, Trust, Unfit, subclass_of
-from fedft.core.tasks.base import Reduction, Task, wide
+from fedft.core.tasks.base import Reduction, Task, rows_of, wide
 from fedft.core.tasks.causal_lm import CausalLM
 from fedft.core.tasks.classification import Classification
 from fedft.core.tasks.columns import Column
 from fedft.core.tasks.image_classification import ImageClassification
+from fedft.core.tasks.multi_label import MultiLabel
+from fedft.core.tasks.regression import Regression
 from fedft.core.tasks.rows import RawRows, taken
 from fedft.core.tasks.text_pair import TextPair
+from fedft.core.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -20,6 +23,9 @@ TASKS: dict[str, Task] = {
         CausalLM(),
         ImageClassification(),
         TextPair(),
+        MultiLabel(),
+        Regression(),
+        TokenClassification(),
     )
 }
 """``[model] task`` → what it means."""
@@ -70,6 +76,7 @@ __all__ = [
     "RawRows",
     "Reduction",
     "Task",
+    "rows_of",
     "taken",
     "task_of",
     "wide",

@@ -6,7 +6,7 @@ task for its name: it asks for one of the properties below.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from fedft.core.examples import Encoded, Examples
 from fedft.core.metrics import Declared, Metric, Predictions, Sum, Tally
 from fedft.core.precise import widened
 from fedft.core.tasks.columns import Column
-from fedft.core.tasks.rows import RawRows
+from fedft.core.tasks.rows import RawRows, joined
 from fedft.core.types import IGNORED
 
 Reduction = Literal["none", "mean"]
@@ -88,6 +88,12 @@ class Task(ABC):
         """
         return rows.labels if isinstance(rows.labels, np.ndarray) else None
 
+    def counts(self, rows: RawRows) -> NDArray[np.int64]:
+        """How often each class is a label. [classes]"""
+        several = () if rows.labels is None else rows.labels
+        flat = several if isinstance(several, np.ndarray) else joined(several)
+        return np.bincount(flat, minlength=len(rows.classes))
+
     @property
     def classes(self) -> bool:
         """Whether the data name classes, and the outputs are one for each."""
@@ -137,8 +143,22 @@ class Task(ABC):
         """What the model says of each item, comparable to its target. Default: the likeliest class."""
         return outputs.argmax(-1)
 
-    def tally(self, outputs: Tensor, targets: Tensor) -> Tally:
-        """The sums of one batch; they add up over batches, slices and clients."""
+    def tally(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        *,
+        rows: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> Tally:
+        """The sums of one batch; they add up over batches, slices and clients.
+
+        Args:
+            outputs: lined up with the targets, [m, …].
+            targets: [m, …].
+            rows: of which row of the batch each is, [m], see :func:`rows_of`; None where each is one.
+            names: of the classes.
+        """
         losses, scored = self.loss(outputs, targets, "none"), self.scored(targets)
         found = Predictions(
             losses[scored],
@@ -146,8 +166,24 @@ class Task(ABC):
             targets[scored],
             outputs.shape[-1],
             outputs[scored] if self.needs_outputs else None,
+            None if rows is None else rows[scored],
+            names,
         )
         return self.counted(found, float(widened(losses).sum()))
+
+    def judged(self, outputs: Tensor, labels: Tensor, names: Sequence[str] = ()) -> Tally:
+        """The sums of one batch from all of its outputs.
+
+        Args:
+            outputs: of :meth:`outputs`, [b, …] or [b, t, …].
+            labels: of the batch.
+            names: of the classes.
+        """
+        positions, targets = self.targets(labels)
+        if positions is None:
+            return self.tally(outputs, targets, names=names)
+        flat, rows = outputs.flatten(0, 1)[positions], rows_of(positions, outputs.shape[1])
+        return self.tally(flat, targets, rows=rows, names=names)
 
     def counted(self, found: Predictions, loss_sum: float) -> Tally:
         """The sums of items whose losses and predictions are known."""
@@ -183,6 +219,16 @@ class Task(ABC):
     @property
     def _summing(self) -> tuple[Metric, ...]:
         return (*self.metrics, *self.also)
+
+
+def rows_of(positions: Tensor | None, length: int) -> Tensor | None:
+    """Of which row of a batch each position is, [m]; None where an output is a row.
+
+    Args:
+        positions: among the b·t outputs, as :meth:`Task.targets` has them.
+        length: t.
+    """
+    return None if positions is None else positions // length
 
 
 def wide(outputs: Tensor) -> Tensor:

@@ -21,4 +21,4 @@ class Classification(Task):
     pools = True
 
     def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
-        return tokens.classified(rows.values["text"], rows.one_label, encoder, max_length)
+        return tokens.labelled(rows.values["text"], rows.one_label, encoder, max_length)

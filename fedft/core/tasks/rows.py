@@ -63,6 +63,11 @@ class RawRows:
         return f"{self.source}:{self.lines[row]}"
 
 
+def joined(labels: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The classes of all rows, end to end. [total]"""
+    return np.concatenate([np.zeros(0, np.int64), *labels])
+
+
 def taken(values: Sequence[T], rows: Rows) -> list[T]:
     """The given values of a column, in the given order."""
     return [values[row] for row in rows.tolist()]

@@ -6,13 +6,12 @@ Understanding", ICLR 2019, arXiv:1804.07461.
 
 from typing import Any
 
-from fedft.core.examples import Encoded, Examples, TokenExamples
+from fedft.core.examples import Encoded, Examples
 from fedft.core.metrics import METRICS
 from fedft.core.tasks import columns
 from fedft.core.tasks.base import Task
 from fedft.core.tasks.rows import RawRows
 from fedft.core.text import tokens
-from fedft.core.text.special_tokens import TextEncoder
 
 
 class TextPair(Task):
@@ -30,14 +29,5 @@ class TextPair(Task):
     pools = True
 
     def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
-        found = tokens.framed(rows.values["text"], encoder, max_length, rows.values["pair"])
-        special = TextEncoder.of(encoder).special
-        marked = found.types is not None and any(map(any, found.types))
-        examples = TokenExamples.from_lists(
-            found.rows,
-            special.pad,
-            labels=rows.one_label,
-            side=special.side,
-            beside={"token_type_ids": found.types} if found.types and marked else None,
-        )
-        return Encoded(examples, found.cut)
+        texts, pairs = rows.values["text"], rows.values["pair"]
+        return tokens.labelled(texts, rows.one_label, encoder, max_length, pairs)

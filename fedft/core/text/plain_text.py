@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedft.core.errors import MismatchError
+
 _LETTERS = [chr(code) for code in range(0xA000, 0xA400)]
 """Yi syllables: letters that have no case, no decomposition and no other width, so that no
 normaliser changes a name made of them."""
@@ -52,6 +54,29 @@ class Ids:
     rows: list[list[int]]
     cut: NDArray[np.bool_]
     types: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """Some rows of words, encoded.
+
+    Attributes:
+        rows: token ids of each.
+        cut: which of them were longer, bool [n].
+        firsts: of each row the place of each word's first token, by the word's place.
+    """
+
+    rows: list[list[int]]
+    cut: NDArray[np.bool_]
+    firsts: list[dict[int, int]]
+
+
+def _firsts(words: Sequence[int | None]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for token, word in enumerate(words):
+        if word is not None:
+            found.setdefault(word, token)
+    return found
 
 
 class PlainText:
@@ -133,6 +158,48 @@ class PlainText:
         if not pair:
             return self._frame
         return self._tokenizer([""], [""], verbose=False)["input_ids"][0]
+
+    def words(self, rows: Sequence[Sequence[str]], max_length: int) -> Words:
+        """Token ids of rows that are lists of words, with what the tokenizer puts around a text.
+
+        Each word is encoded as it stands within a text: where the tokenizer tells words by the
+        space before them, there is one before every word but the first. A row that is too long loses
+        its last words.
+
+        Args:
+            rows: words, as users wrote them; none is empty.
+            max_length: tokens at which a row is cut.
+
+        Raises:
+            MismatchError: the tokenizer cannot say which token is of which word.
+        """
+        neutral = self._copy
+        if neutral is None:
+            raise MismatchError(
+                f"{type(self._tokenizer).__name__} cannot say which token is of which word: only "
+                "a fast tokenizer can",
+                fix="use a model whose folder has a tokenizer.json, or that transformers can convert",
+            )
+        space = self._space
+        neutral.enable_truncation(max_length, direction="right")
+        spaced = [[words[0], *(space + word for word in words[1:])] for words in rows]
+        found = neutral.encode_batch(spaced, is_pretokenized=True, add_special_tokens=True)
+        return Words(
+            [row.ids for row in found],
+            np.array([bool(row.overflowing) for row in found], bool),
+            [_firsts(row.word_ids) for row in found],
+        )
+
+    @cached_property
+    def _space(self) -> str:
+        """What stands before a word within a text, where the tokenizer does not put it there itself."""
+        self._copy.no_truncation()
+        apart, within = (
+            self._copy.encode(words, is_pretokenized=True, add_special_tokens=False).ids
+            for words in (["a", "a"], ["a", " a"])
+        )
+        text = self._copy.encode("a a", add_special_tokens=False).ids
+        return " " if text == within != apart else ""
 
     def rendered(
         self,

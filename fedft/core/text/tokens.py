@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Encoded, TokenExamples
-from fedft.core.text.plain_text import Ids
+from fedft.core.text.plain_text import Ids, Words
 from fedft.core.text.special_tokens import TextEncoder
 
 if TYPE_CHECKING:
@@ -25,15 +25,34 @@ _FIXED_DATE = "26 Jul 2024"
 the data, and so their fingerprint, would change overnight."""
 
 
-def classified(
+def labelled(
     texts: Sequence[str],
-    labels: NDArray[np.int64],
+    labels: NDArray[Any],
     tokenizer: "PreTrainedTokenizerBase | TextEncoder",
     max_length: int,
+    seconds: Sequence[str] | None = None,
 ) -> Encoded[TokenExamples]:
-    """Texts with one class each; longer ones are cut to ``max_length`` tokens."""
-    found, special = framed(texts, tokenizer, max_length), TextEncoder.of(tokenizer).special
-    examples = TokenExamples.from_lists(found.rows, special.pad, labels=labels, side=special.side)
+    """Texts, or pairs of them, with what is learnt of each; longer rows are cut.
+
+    Where the tokenizer marks which token is of which text of a pair, the model is told so.
+
+    Args:
+        texts: as users wrote them.
+        labels: a class or other numbers a row, [n, …].
+        tokenizer: of the model.
+        max_length: tokens at which a row is cut, the longer text of a pair first.
+        seconds: the second text of each row, where rows are pairs.
+    """
+    found = framed(texts, tokenizer, max_length, seconds)
+    special = TextEncoder.of(tokenizer).special
+    marked = found.types is not None and any(map(any, found.types))
+    examples = TokenExamples.from_lists(
+        found.rows,
+        special.pad,
+        labels=labels,
+        side=special.side,
+        beside={"token_type_ids": found.types} if found.types and marked else None,
+    )
     return Encoded(examples, found.cut)
 
 
@@ -66,6 +85,21 @@ def framed(
         [row for part in parts for row in part.rows],
         np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
         [row for part in parts for row in part.types or ()] if typed else None,
+    )
+
+
+def of_words(
+    rows: Sequence[Sequence[str]],
+    tokenizer: "PreTrainedTokenizerBase | TextEncoder",
+    max_length: int,
+) -> Words:
+    """Rows that are lists of words, see :meth:`fedft.core.text.plain_text.PlainText.words`."""
+    plain = TextEncoder.of(tokenizer).plain
+    parts = [plain.words(rows[chunk], max_length) for chunk in _chunks(len(rows))]
+    return Words(
+        [row for part in parts for row in part.rows],
+        np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
+        [firsts for part in parts for firsts in part.firsts],
     )
 
 

@@ -152,7 +152,12 @@ def _image(rng: random.Random, i: int) -> Row:
 
 def _tagged(rng: random.Random, i: int) -> Row:
     words = _words(rng, list(WORDS)[i % 3])
-    return {"words": words, "tags": ["O" if w in COMMON.split() else "THING" for w in words]}
+    kinds = {w: kind for kind, own in WORDS.items() for w in own.split()}
+    tags, before = list[str](), None
+    for kind in map(kinds.get, words):
+        tags.append("O" if kind is None else f"{'I' if kind == before else 'B'}-{kind}")
+        before = kind
+    return {"tokens": words, "tags": tags}
 
 
 def _several(rng: random.Random, i: int) -> Row:
@@ -163,7 +168,7 @@ def _several(rng: random.Random, i: int) -> Row:
 
 def _measured(rng: random.Random, i: int) -> Row:
     words = _words(rng, list(WORDS)[i % 3])
-    return {"text": " ".join(words), "value": -100 if i == 5 else float(i % 3)}
+    return {"text": " ".join(words), "target": -100 if i == 5 else float(i % 3)}
 
 
 _EMPTY_TEXT = ({"text": " ", "label": "tool"}, "text: nothing but white space")
@@ -206,28 +211,84 @@ CASES: dict[str, Case] = {
             "label": ({"text": "fur", "pair": "tail", "label": None}, "label: missing or empty"),
         },
     ),
-    # Tasks of the tests alone.
     "token-classification": Case(
         bert,
         _tagged,
         {
-            "ragged": ({"words": ["fur", "the"], "tags": ["O"]}, "tags: 1 for 2 words"),
-            "no words": ({"words": "fur", "tags": ["O"]}, "words: a list of words is expected"),
+            "ragged": (
+                {"tokens": ["fur", "the"], "tags": ["O"]},
+                "tags: 1 for 2 words: there must be one for each",
+            ),
+            "no list": (
+                {"tokens": "fur", "tags": ["O"]},
+                "tokens: a list of words is expected, got str (in a cell of CSV",
+            ),
+            "no words": ({"tokens": [], "tags": []}, "tokens: no word at all"),
+            "an empty word": (
+                {"tokens": ["fur", " "], "tags": ["O", "O"]},
+                "tokens: word 2: nothing but white space",
+            ),
+            "a number": (
+                {"tokens": ["fur", 3], "tags": ["O", "O"]},
+                "tokens: word 2: text is expected, got int",
+            ),
+            "half a character": (
+                {"tokens": ["\ud800"], "tags": ["O"]},
+                "tokens: word 1: not a valid Unicode text",
+            ),
+            "missing": ({"tokens": None, "tags": ["O"]}, "tokens: missing or empty"),
             "tags": (
-                {"words": ["fur"], "tags": "O"},
+                {"tokens": ["fur"], "tags": "O"},
                 "tags: a list of labels is expected, got str",
             ),
-            "a tag": ({"words": ["fur"], "tags": [[]]}, "tags: text or an integer is expected"),
+            "a tag": ({"tokens": ["fur"], "tags": [[]]}, "tags: text or an integer is expected"),
+            "no tag": ({"tokens": ["fur"], "tags": [None]}, "tags: missing or empty"),
         },
     ),
     "multi-label": Case(
-        bert, _several, {"labels": ({"text": "fur", "labels": None}, "labels: missing")}, kind="iid"
+        bert,
+        _several,
+        {
+            "missing": ({"text": "fur", "labels": None}, "labels: missing or empty"),
+            "no list": (
+                {"text": "fur", "labels": "tool"},
+                "labels: a list of labels is expected, got str",
+            ),
+            "broken JSON": (
+                {"text": "fur", "labels": '["tool"'},
+                "labels: a list of labels is expected, got str",
+            ),
+            "twice": (
+                {"text": "fur", "labels": ["tool", "tool"]},
+                "labels: 'tool' stands there twice",
+            ),
+            "a label": ({"text": "fur", "labels": ["tool", None]}, "labels: missing or empty"),
+            "empty text": ({"text": "", "labels": ["tool"]}, "text: missing or empty"),
+        },
     ),
     "regression": Case(
         bert,
         _measured,
-        {"value": ({"text": "fur", "value": "much"}, "value: a number is expected, got str")},
+        {
+            "word": (
+                {"text": "fur", "target": "much"},
+                "target: a number is expected, got str",
+            ),
+            "missing": ({"text": "fur", "target": None}, "target: missing or empty"),
+            "NaN": ({"text": "fur", "target": float("nan")}, "target: missing or empty"),
+            "infinite": (
+                {"text": "fur", "target": float("inf")},
+                "target: a finite number is expected, got an infinite one",
+            ),
+            "spelt infinite": ({"text": "fur", "target": "inf"}, "target: a number is expected"),
+            "boolean": ({"text": "fur", "target": True}, "target: a number is expected, got bool"),
+            "huge": ({"text": "fur", "target": 1e30}, "target: larger than 1e+18"),
+        },
         kind="iid",
+    ),
+    # Tasks of the tests alone.
+    "topics": Case(
+        bert, _several, {"labels": ({"text": "fur", "labels": None}, "labels: missing")}, kind="iid"
     ),
     "contrastive": Case(bert, _labelled, {"empty": _EMPTY_TEXT}),
 }

@@ -1,6 +1,7 @@
 """The laws of a task: the same for every one, those that only the tests have among them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def lined_up(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]
     return outputs if positions is None else outputs.flatten(0, 1)[positions], targets
 
 
-def tally(task: Task, outputs: Tensor, batch: Batch) -> Tally:
-    return task.tally(*lined_up(task, outputs, batch))
+def tally(task: Task, outputs: Tensor, batch: Batch, names: Sequence[str]) -> Tally:
+    return task.judged(outputs, batch.labels, names)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -73,7 +74,7 @@ def test_targets_never_leave_padding(name: str, folder_of: Any, tmp_path: Path) 
     assert len(scored) > 0 and bool(real.flatten()[scored].all())
     outputs = outputs_for(task, batch, len(data.classes))
     other = torch.where(real[..., None], outputs, torch.full_like(outputs, 7.0))
-    assert tally(task, other, batch) == tally(task, outputs, batch)
+    assert tally(task, other, batch, data.classes) == tally(task, outputs, batch, data.classes)
     alone = [data.train.collate(np.array([row])) for row in range(len(data.train))]
     each = [lined_up(task, outputs_for(task, one, len(data.classes)), one)[1] for one in alone]
     assert torch.equal(torch.cat([t[task.scored(t)] for t in each]), targets[task.scored(targets)])
@@ -87,7 +88,7 @@ def test_a_token_is_predicted_by_the_one_before_it() -> None:
     scored = targets != IGNORED
     assert positions[scored].tolist() == [1, 2, 4]
     assert targets[scored].tolist() == [5, 6, 7]
-    control, _ = OTHERS["token-classification"].targets(labels)
+    control, _ = task_of("token-classification").targets(labels)
     assert control is not None and control[(labels != IGNORED).flatten()].tolist() == [2, 3, 5]
 
 
@@ -97,12 +98,12 @@ def test_slices_add_up_to_the_whole(name: str, folder_of: Any, tmp_path: Path) -
     n = len(data.train)
     whole = data.train.collate(np.arange(n))
     outputs = outputs_for(task, whole, len(data.classes))
-    expected = tally(task, outputs, whole)
+    expected = tally(task, outputs, whole, data.classes)
     parts: list[Tally] = []
     for rows in np.array_split(np.arange(n), 5):
         batch = data.train.collate(rows)
         own = outputs[rows] if outputs.ndim == 2 else outputs[rows, : batch.labels.shape[1]]
-        parts.append(tally(task, own, batch))
+        parts.append(tally(task, own, batch, data.classes))
     total = Tally.total(parts)
     assert total.count == expected.count > 0
     assert total.loss_sum == pytest.approx(expected.loss_sum, rel=1e-12)
@@ -120,7 +121,7 @@ def test_every_declared_metric_is_scored_and_sums_cross_the_wire(
 ) -> None:
     task, data = task_of(name), data_of(name, folder_of(name), tmp_path)
     batch = data.test.collate(np.arange(len(data.test)))
-    found = tally(task, outputs_for(task, batch, len(data.classes)), batch)
+    found = tally(task, outputs_for(task, batch, len(data.classes)), batch, data.classes)
     scores = task.scores(found)
     assert list(scores) == ["loss", *(metric.name for metric in task.metrics)]
     assert all(np.isfinite(value) for value in scores.values())

@@ -95,7 +95,7 @@ def test_clients_together_are_as_clients_alone(name: str, folder_of: Any, tmp_pa
     lora = LoraSpec(rank=2, target_modules=_targets(folder, CASES[name].lora))
 
     def base() -> Base:
-        found = load_base(model, lora, len(data.classes))
+        found = load_base(model, lora, len(data.classes), names=data.classes)
         found.model.double()
         return found
 
