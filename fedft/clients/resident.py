@@ -177,6 +177,7 @@ def workbench(task_json: str) -> Workbench:
         lean=task.lean,
         shared=task.site is None,
     )
+    base.new_tokens = task.new_tokens
     return Workbench(task, data, manifest, _engine(task, base))
 
 

@@ -14,6 +14,7 @@ from fedft.core.metrics.base import (
     packed,
     unpacked,
 )
+from fedft.core.metrics.exact_match import ExactMatch
 from fedft.core.metrics.macro_f1 import MacroF1
 from fedft.core.metrics.perplexity import Perplexity
 
@@ -23,6 +24,7 @@ METRICS: Mapping[str, Metric] = {
         Accuracy(),
         Perplexity(),
         MacroF1(),
+        ExactMatch(),
     )
 }
 """Name → metric."""
