@@ -46,6 +46,7 @@ _UNITS = {
     "speeds": "examples/s",
     "samples_per_s": "examples/s",
     "max_length": "tokens",
+    "max_new_tokens": "tokens",
     "min_rows": "rows",
     "rows_per_client": "rows",
     "shards_per_client": "shards",

@@ -178,6 +178,7 @@ def workbench(task_json: str) -> Workbench:
         shared=task.site is None,
         names=data.classes,
     )
+    base.new_tokens = task.new_tokens
     return Workbench(task, data, manifest, _engine(task, base))
 
 

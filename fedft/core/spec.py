@@ -360,6 +360,13 @@ class AttackSpec(Table):
     scale: PositiveFloat = 1.0
 
 
+NEW_TOKENS = 64
+"""Of a text that an evaluation has generated, at most, unless the configuration says otherwise."""
+
+_LATER = ("new_tokens",)
+"""Keys of a task that older versions do not know: they are sent where they say something."""
+
+
 class TaskSpec(Table):
     """What a client needs to know of a run: sent with every message, the same for all sites.
 
@@ -384,6 +391,7 @@ class TaskSpec(Table):
         quorum: clients without whose replies no round counts, as the server says; 0 says nothing.
         relabel: what a client's own labels are called in the run; a server's is not looked at.
         most_rows: rows that a client brings at most, the first ones; a server's is not looked at.
+        new_tokens: tokens that an evaluation generates for a text, at most.
     """
 
     model: ModelSpec
@@ -406,3 +414,13 @@ class TaskSpec(Table):
     quorum: Annotated[int, Field(ge=0)] = 0
     relabel: dict[str, str] = Field(default={})
     most_rows: PositiveInt | None = None
+    new_tokens: PositiveInt = NEW_TOKENS
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A task that uses no later key is written as before there were any."""
+        table: dict[str, Any] = serialized(self)
+        fields = type(self).model_fields
+        silent = {name for name in _LATER if getattr(self, name) == fields[name].default}
+        names = {name for key in silent for name in (key, fields[key].alias)}
+        return {key: value for key, value in table.items() if key not in names}

@@ -316,6 +316,7 @@ class RunConfig(Table):
             "wire": spelled(self.engine.compressor),
             "gradient_checkpointing": self.engine.gradient_checkpointing,
             "attack": self.fleet.attack,
+            "new_tokens": self.evaluation.max_new_tokens,
         }
         return TaskSpec(**{**own, **facts})
 

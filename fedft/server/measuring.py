@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, PositiveInt, ValidationInfo
 
 from fedft.core.errors import ConfigError
 from fedft.core.meters import DEFAULT, REGISTRY, Meter, chosen
 from fedft.core.plugins import trusted
-from fedft.core.spec import Table
+from fedft.core.spec import NEW_TOKENS, Table
 
 
 def _named(given: Any) -> Any:
@@ -34,9 +34,12 @@ class EvaluationSpec(Table):
         meters: names of meters, see :data:`fedft.core.meters.METERS`, registered ones, or
             ``package.module:Class``; from Python also the classes. An empty list measures nothing.
             ``spectrum`` is also asked for by ``[rounds] spectrum = true``.
+        max_new_tokens: of a text that is generated, where a metric judges texts: at most so many, the
+            likeliest each time, until the model ends the text.
     """
 
     meters: Annotated[tuple[str, ...], BeforeValidator(_named), AfterValidator(_known)] = DEFAULT
+    max_new_tokens: PositiveInt = NEW_TOKENS
 
     @property
     def kinds(self) -> tuple[type[Meter], ...]:

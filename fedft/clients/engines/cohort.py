@@ -40,6 +40,7 @@ from fedft.clients.engines.stacked import (
     StackOptimizer,
 )
 from fedft.clients.engines.unpadded import Packing, Step, form_now, here, join
+from fedft.clients.engines.writing import Writing
 from fedft.clients.methods import Method, asked, methods
 from fedft.core import seeds
 from fedft.core.errors import ConfigError, MismatchError
@@ -274,12 +275,35 @@ class CohortEngine:
         """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
         stack = self._stack([adapter], None)
         leaves, scales = stack.leaves(1), (_scale(adapter),)
-        with self.base.holding(layers, delta), torch.inference_mode(), self._wired(stack):
-            return Tally.total(
-                self._tally(_Now(self._step([b], kept), leaves, scales))
-                for b in batches
-                for kept in [None if layers else self._prefix.for_evaluation(b)]
-            )
+
+        def scored(batch: Batch) -> Tally:
+            kept = None if layers else self._prefix.for_evaluation(batch)
+            return self._tally(_Now(self._step([batch], kept), leaves, scales))
+
+        with self.base.holding(layers, delta), torch.inference_mode():
+            writing = Writing.of(self.base)
+            if writing is None:
+                with self._wired(stack):
+                    return Tally.total(map(scored, batches))
+            total = Tally()
+            for batch in batches:
+                with self._wired(stack):
+                    total += scored(batch)
+                with self._writing(_Now(_one_client(len(batch)), leaves, scales), stack):
+                    total += writing.tally(batch, whole=layers is None)
+            return total
+
+    @contextmanager
+    def _writing(self, now: _Now, stack: Stack) -> Iterator[None]:
+        """The adapter in the base's layers while it generates: rows of one client, of any length."""
+        self._now = now
+        try:
+            with ExitStack() as undo:
+                for layer, forward in self._forwards(stack.adapters[0]):
+                    undo.enter_context(overridden(layer, forward))
+                yield
+        finally:
+            self._now = None
 
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:
@@ -428,6 +452,11 @@ class CohortEngine:
     def _current(self) -> _Now:
         assert self._now is not None, "the base runs under our layers outside of a pass"
         return self._now
+
+
+def _one_client(rows: int) -> Step:
+    """What the layers have to know where all rows are one client's, and nothing is scored."""
+    return Step({}, torch.zeros(0), None, (0,), (rows,), (1,), (rows,), None)
 
 
 def _rewind(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:

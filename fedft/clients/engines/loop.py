@@ -21,6 +21,7 @@ from fedft.clients.engines.by_example import own_gradients, recording
 from fedft.clients.engines.checkpointing import recomputable, recomputed, without_cache
 from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.engines.rows import LoopRows, records
+from fedft.clients.engines.writing import Writing
 from fedft.clients.methods import Method, methods
 from fedft.core import seeds
 from fedft.core.errors import MismatchError
@@ -207,7 +208,12 @@ class LoopEngine(ABC):
         """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
         self._load(adapter, None)
         with self.base.holding(layers, delta), torch.inference_mode():
-            return Tally.total(self._tally(batch) for batch in batches)
+            writing = Writing.of(self.base)
+            if writing is None:
+                return Tally.total(self._tally(batch) for batch in batches)
+            return Tally.total(
+                self._tally(batch) + writing.tally(batch, whole=layers is None) for batch in batches
+            )
 
     def bare(self) -> AbstractContextManager[nn.Module]:
         """See :class:`fedft.clients.engines.base.Engine`."""

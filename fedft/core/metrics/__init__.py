@@ -15,6 +15,7 @@ from fedft.core.metrics.base import (
     unpacked,
 )
 from fedft.core.metrics.entities import EntityF1, EntityPrecision, EntityRecall
+from fedft.core.metrics.exact_match import ExactMatch
 from fedft.core.metrics.macro_f1 import MacroF1
 from fedft.core.metrics.multi_label import LabelMacroF1, LabelMicroF1, SubsetAccuracy
 from fedft.core.metrics.perplexity import Perplexity
@@ -34,6 +35,7 @@ METRICS: Mapping[str, Metric] = {
         EntityF1(),
         EntityPrecision(),
         EntityRecall(),
+        ExactMatch(),
     )
 }
 """Name → metric."""

@@ -133,7 +133,7 @@ def unpacked(record: Mapping[str, Any], sums: Mapping[str, Sum], classes: int) -
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The scored items of one batch.
+    """The scored items of one batch; or, for metrics over texts, what was generated for its rows.
 
     Attributes:
         losses: of each, [m].
@@ -143,6 +143,8 @@ class Predictions:
         outputs: of the model, [m, …]; None unless a metric ``needs_outputs``.
         rows: of which row of the batch each item is, [m] int64, ascending; None where a row is one.
         names: of the classes; empty where the task has none.
+        texts: (what the model says, what is wanted) of each row that asks for a text. Given to metrics
+            that ``needs_texts``, and to no others; they are given nothing else.
     """
 
     losses: "Tensor"
@@ -152,6 +154,7 @@ class Predictions:
     outputs: "Tensor | None" = None
     rows: "Tensor | None" = None
     names: Sequence[str] = ()
+    texts: Sequence[tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,9 @@ class Metric(ABC):
         sums: what is added up over the items, by name. Two metrics may name the same.
         needs_outputs: whether it reads the outputs. The losses of a vocabulary are then not taken
             slice by slice.
+        needs_texts: whether it judges texts that the model writes, :attr:`Predictions.texts`. An
+            evaluation then generates them. The count of a tally is of tokens: such a metric sums up
+            the texts itself.
     """
 
     name: ClassVar[str]
@@ -206,6 +212,7 @@ class Metric(ABC):
     by: ClassVar[str] = ""
     sums: ClassVar[Mapping[str, Sum]] = {}
     needs_outputs: ClassVar[bool] = False
+    needs_texts: ClassVar[bool] = False
 
     def tally(self, found: Predictions) -> Sums:
         """The sums over these items; they must add up over slices."""

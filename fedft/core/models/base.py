@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fedft.core.checkpoint import (
 from fedft.core.errors import MismatchError
 from fedft.core.models.layers import block_list, gives_a_tensor, schema_of, targets
 from fedft.core.overrides import overridden
-from fedft.core.spec import LoraSpec
+from fedft.core.spec import NEW_TOKENS, LoraSpec
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer
 from fedft.core.tables import Output, output_of
 from fedft.core.tasks import task_of
@@ -34,6 +35,7 @@ class Base:
         output: of a model of words, the layer that gives its logits; None where they are made
             otherwise.
         names: of the classes, for the metrics that read them; empty where there are none.
+        new_tokens: that are generated for a text, at most.
 
     Args:
         model: as above.
@@ -45,6 +47,8 @@ class Base:
             :meth:`holding` names are ever in memory.
         output: as above, where ``load`` is set: found before the blocks were taken away.
         names: as above.
+        encoder: gives the model's tokenizer, as :func:`~fedft.core.models.source.input_encoder` does:
+            where texts are generated.
 
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
     after an engine has wrapped them: :meth:`shift` changes their weights in place.
@@ -60,9 +64,12 @@ class Base:
         load: Callable[[Sequence[Layer]], nn.Module] | None = None,
         output: Output | None = None,
         names: Sequence[str] = (),
+        encoder: Callable[[], Any] | None = None,
     ) -> None:
         self.model = model
         self.names = tuple(names)
+        self.new_tokens = NEW_TOKENS
+        self._encoder = encoder
         self.task = task
         self.head = Head.by_name(model) if head is None else head
         words = task_of(task).words
@@ -79,6 +86,12 @@ class Base:
     @cached_property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The model's tokenizer, read when it is first asked for."""
+        assert self._encoder is not None, "this base came without a tokenizer"
+        return self._encoder()
 
     @property
     def lean(self) -> bool:

@@ -27,7 +27,7 @@ from fedft.core.extras import need
 from fedft.core.models.base import Base, block_index
 from fedft.core.models.layers import block_list
 from fedft.core.models.sizes import check_known, geometry
-from fedft.core.models.source import cache_folder, resolve
+from fedft.core.models.source import cache_folder, input_encoder, resolve
 from fedft.core.spec import LoraSpec, ModelSpec, Precision
 from fedft.core.sublayers import Half, Layer, Sublayer
 from fedft.core.tables import leave_in_file, output_of
@@ -84,6 +84,7 @@ def load_base(
     folder = resolve(spec)
     head = head_of(spec, folder, classes)
     special = special_of(spec, folder)
+    encoder = partial(input_encoder, spec, folder)
     if lean:
         check_known(geometry(spec, folder), spec)
         load = partial(_of_blocks, spec, folder, classes, head, options, device, special)
@@ -91,7 +92,8 @@ def load_base(
         output = output_of(bare) if task_of(spec.task).words else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
-        return Base(model, lora, spec.task, head=head, load=load, output=known, names=names)
+        more: dict[str, Any] = {"load": load, "output": known, "names": names, "encoder": encoder}
+        return Base(model, lora, spec.task, head=head, **more)
     auto = auto_class(spec.task)
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device, head)
@@ -105,7 +107,8 @@ def load_base(
         folder = _in_bfloat16(folder, load)
     with refusing(spec, folder):
         model = load(folder)
-    return Base(_ready(model, device, head, special), lora, spec.task, head=head, names=names)
+    ready = _ready(model, device, head, special)
+    return Base(ready, lora, spec.task, head=head, names=names, encoder=encoder)
 
 
 def load_first(
@@ -135,7 +138,8 @@ def load_first(
     special = special_of(spec, folder)
     model = _of_blocks(spec, folder, classes, head, options, device, special, range(blocks))
     alone = lora.model_copy(update={"layers": None})
-    return Base(model, alone, spec.task, head=head, names=names)
+    encoder = partial(input_encoder, spec, folder)
+    return Base(model, alone, spec.task, head=head, names=names, encoder=encoder)
 
 
 def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:

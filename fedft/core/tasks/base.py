@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fedft.core.examples import Encoded, Examples
 from fedft.core.metrics import Declared, Metric, Predictions, Sum, Tally
 from fedft.core.precise import widened
+from fedft.core.tasks.asked import Asked
 from fedft.core.tasks.columns import Column
 from fedft.core.tasks.rows import RawRows, joined
-from fedft.core.types import IGNORED
+from fedft.core.types import IGNORED, Batch
 
 Reduction = Literal["none", "mean"]
 
@@ -41,6 +42,7 @@ class Task(ABC):
         words: whether the outputs are logits of the tokenizer's words. The loss of a frozen output
             layer is then taken over slices of the vocabulary, and only where a target is.
         causal: whether an output may depend on what stands before it alone.
+        writes: whether the model can be asked for a text: metrics over texts need it.
         alone: whether the loss of an example depends on that example alone. Otherwise clients are
             trained one after the other, and DP-SGD, which clips by example, is refused.
     """
@@ -56,6 +58,7 @@ class Task(ABC):
     pools: ClassVar[bool] = False
     words: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     alone: ClassVar[bool] = True
 
     # ------------------------------------------------------------------------------- data
@@ -187,8 +190,25 @@ class Task(ABC):
 
     def counted(self, found: Predictions, loss_sum: float) -> Tally:
         """The sums of items whose losses and predictions are known."""
-        sums = {name: s for metric in self._summing for name, s in metric.tally(found).items()}
+        own = (metric for metric in self._summing if not metric.needs_texts)
+        sums = {name: s for metric in own for name, s in metric.tally(found).items()}
         return Tally(loss_sum, len(found.targets), sums)
+
+    def asked(self, batch: Batch, pad: int) -> Asked:
+        """What the model is to go on from, and the text that is wanted; where the task ``writes``.
+
+        Args:
+            batch: of an evaluation, on the CPU.
+            pad: token id of padding.
+        """
+        raise NotImplementedError(f"{self.name} asks for no text")
+
+    def read(self, texts: Sequence[tuple[str, str]]) -> Tally:
+        """The sums of metrics over texts: (what the model says, what is wanted) of each row."""
+        nothing = torch.zeros(0)
+        found = Predictions(nothing, nothing, nothing, 0, texts=texts)
+        own = (metric for metric in self._summing if metric.needs_texts)
+        return Tally(sums={name: s for metric in own for name, s in metric.tally(found).items()})
 
     def scores(self, tally: Tally) -> dict[str, float]:
         """``loss`` and every metric, in the order of ``metrics``; empty where nothing was scored."""
@@ -215,6 +235,11 @@ class Task(ABC):
     def needs_outputs(self) -> bool:
         """Whether a metric reads the outputs themselves."""
         return any(metric.needs_outputs for metric in self._summing)
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether a metric judges texts, so that an evaluation has to generate them."""
+        return any(metric.needs_texts for metric in self._summing)
 
     @property
     def _summing(self) -> tuple[Metric, ...]:

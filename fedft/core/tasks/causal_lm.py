@@ -8,9 +8,11 @@ from torch import Tensor
 from fedft.core.examples import Encoded, Examples
 from fedft.core.metrics import METRICS
 from fedft.core.tasks import columns
+from fedft.core.tasks.asked import Asked, after_prompts
 from fedft.core.tasks.base import Task
 from fedft.core.tasks.rows import RawRows
 from fedft.core.text import tokens
+from fedft.core.types import Batch
 
 
 class CausalLM(Task):
@@ -28,6 +30,7 @@ class CausalLM(Task):
     head = False
     words = True
     causal = True
+    writes = True
 
     def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
         return tokens.answered(rows.values["prompt"], rows.values["answer"], encoder, max_length)
@@ -36,3 +39,6 @@ class CausalLM(Task):
         """Token t predicts label t + 1: the one place where labels are shifted."""
         positions = torch.arange(labels.numel(), device=labels.device).view_as(labels)
         return positions[:, :-1].flatten(), labels[:, 1:].flatten()
+
+    def asked(self, batch: Batch, pad: int) -> Asked:
+        return after_prompts(batch, pad)
