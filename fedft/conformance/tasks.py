@@ -139,7 +139,8 @@ def targets_never_leave_padding(task: Task) -> None:
     if positions is None:
         require(len(targets) == len(batch), f"{len(batch)} rows have {len(targets)} targets")
         return
-    real = batch.inputs["attention_mask"].bool()
+    names = ("decoder_attention_mask", "attention_mask")  # of what is written, of what is read
+    real = next(batch.inputs[name] for name in names if name in batch.inputs).bool()
     scored = positions[task.scored(targets)]
     require(len(scored) > 0, "nothing is scored")
     require(bool(real.flatten()[scored].all()), "an output at padding is scored")

@@ -146,14 +146,14 @@ class TokenExamples(Examples):
         else:
             targets = None if labels is None else np.asarray(labels, np.int64)
         return cls(
-            _flat(ids, np.int32),
+            flat(ids, np.int32),
             offsets,
             pad_id,
             targets,
             None if answers is None else np.asarray(answers, np.int32),
             side,
-            None if token_labels is None else _flat(token_labels, np.int64),
-            {name: _flat(rows, np.int32) for name, rows in (beside or {}).items()},
+            None if token_labels is None else flat(token_labels, np.int64),
+            {name: flat(rows, np.int32) for name, rows in (beside or {}).items()},
         )
 
     def __len__(self) -> int:
@@ -210,7 +210,7 @@ class TokenExamples(Examples):
         named = self._by_token()
         arrays = (self.ids, self.offsets, self.labels, self.answers)
         more = (x for name in sorted(named) for x in (np.array(name), named[name]))
-        return _sha256(
+        return sha256(
             part
             for array in (*arrays, *more)
             if array is not None
@@ -253,7 +253,7 @@ class ImageExamples(Examples):
         return torch.stack([self.transform(image) for image in images])
 
     def fingerprint(self) -> str:
-        return _sha256(
+        return sha256(
             [np.ascontiguousarray(self.labels).data]
             + [_content(image, self.folder) for image in self.images]
         )
@@ -282,7 +282,7 @@ class _Opened(Mapping[str, Tensor]):
         return 1
 
 
-def _flat(rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> NDArray[Any]:
+def flat(rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> NDArray[Any]:
     """Rows end to end. [total]"""
     return np.fromiter((i for row in rows for i in row), dtype, sum(map(len, rows)))
 
@@ -291,7 +291,8 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+def sha256(parts: Iterable[bytes | memoryview]) -> str:
+    """Of all parts, one after the other, in hex."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

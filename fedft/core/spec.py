@@ -197,6 +197,7 @@ class DataSpec(Table):
             :mod:`fedft.core.data.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         image: column name for image-classification.
+        prefix: put before each ``text``, as in ``"summarize: "``; some models were made with one.
         columns: names of the columns of other tasks, by what the task calls them, where these are
             not the same. Each task says in :mod:`fedft.core.tasks` which it reads.
         test_fraction: share of the rows the server keeps as its central test set, stratified.
@@ -220,6 +221,7 @@ class DataSpec(Table):
     max_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     skip_bad: bool = False
     partition: PartitionSpec = PartitionSpec()
+    prefix: str = ""
     columns: dict[str, str] = Field(default_factory=dict[str, str])
 
     def column(self, key: str) -> str:
@@ -236,7 +238,8 @@ class DataSpec(Table):
     def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A table without names of further columns is written as before there were any."""
         table: dict[str, Any] = serialized(self)
-        return table if self.columns else {k: v for k, v in table.items() if k != "columns"}
+        silent = {name for name in ("columns", "prefix") if not getattr(self, name)}
+        return {key: value for key, value in table.items() if key not in silent}
 
 
 _COLUMNS = frozenset({"text", "label", "prompt", "answer", "image"})

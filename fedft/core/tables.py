@@ -88,22 +88,35 @@ class Output:
 
 
 def output_of(model: nn.Module) -> nn.Linear | None:
-    """The layer that gives a causal language model's logits; None where they are made otherwise.
+    """The layer that gives a language model's logits; None where they are made otherwise.
 
     Models that scale or cap what their last layer answers are told by it: it is made to answer a
-    ramp from -1000 to 1000, in a pass of one token, and the ramp has to come out.
+    ramp from -1000 to 1000, in a pass of one token, and the ramp has to come out. So has one that is
+    as wide as what enters the layer: BART adds a bias of its own, zero or not, to each word.
     """
     asked: Any = model
     layer = asked.get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None
+    same = all(_passes(asked, layer, width) for width in (layer.out_features, layer.in_features))
+    return layer if same else None
+
+
+def _passes(model: Any, layer: nn.Linear, width: int) -> bool:
+    """Whether what a layer is made to answer for one token, [1, 1, width], are the model's logits."""
     like = layer.weight
-    ramp = torch.linspace(-1000, 1000, layer.out_features, device=like.device).to(like.dtype)
+    ramp = torch.linspace(-1000, 1000, width, device=like.device).to(like.dtype)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=like.device)
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
     # In place of its forward: a product would bring all its pages into memory.
     with overridden(layer, lambda _: ramp.clone()[None, None]), torch.no_grad():
-        logits = asked(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=like.device)).logits
-    same = logits.numel() == ramp.numel() and torch.equal(logits.flatten().to(ramp.dtype), ramp)
-    return layer if same else None
+        try:
+            logits = model(**inputs).logits
+        except RuntimeError:  # something as wide as the words is done to it
+            return False
+    return logits.numel() == ramp.numel() and torch.equal(logits.flatten().to(ramp.dtype), ramp)
 
 
 def shared_by(model: nn.Module, output: nn.Linear | None) -> dict[str, list[nn.Module]]:

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,6 +27,7 @@ from fedft.clients.engines.checkpointing import (
     without_cache,
 )
 from fedft.clients.engines.chunked_loss import Vocabulary
+from fedft.clients.engines.dropping import masks
 from fedft.clients.engines.frozen_blocks import Kept, Prefix
 from fedft.clients.engines.grouping import groups
 from fedft.clients.engines.rows import StackLosses, StackRows, records
@@ -72,6 +72,7 @@ class _Now:
         wide: the last input of an adapted layer, and its rows in the factors' dtype: queries and
             values have the same input.
         row_scales: ``scales`` by row, per segments, [n, 1].
+        encoded: what the encoder gave, once the decoder runs.
     """
 
     step: Step
@@ -80,6 +81,7 @@ class _Now:
     generators: Sequence[torch.Generator] = ()
     wide: tuple[Tensor, Tensor] | None = None
     row_scales: dict[Segments, Tensor] = field(default_factory=dict[Segments, Tensor])
+    encoded: Tensor | None = None
 
 
 class CohortEngine:
@@ -336,7 +338,7 @@ class CohortEngine:
 
     def _answers(self, now: _Now) -> Tensor:
         """Outputs for the step's targets, [m, …]; with a vocabulary its states, [m, d]."""
-        self._now = now
+        self._now, now.encoded = now, None
         step = now.step
         with self._packing.using(step.layout), self._prefix.skipped(step.entering):
             answers = self._task.outputs(self.base.model, step.inputs)
@@ -357,6 +359,9 @@ class CohortEngine:
                 undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
             if self._vocabulary is not None:
                 undo.enter_context(self._vocabulary.entered())
+            if getattr(self.base.model.config, "is_encoder_decoder", False):
+                encoder = cast(Any, self.base.model).get_encoder()
+                undo.callback(encoder.register_forward_hook(self._note_encoded).remove)
             undo.enter_context(without_cache(self.base.model))
             undo.enter_context(self._packing.installed())
             yield
@@ -421,22 +426,16 @@ class CohortEngine:
         return torch.cat([functional_call(head, own, (x_k,)) for own, x_k in parts])
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """Dropout's mask over ``x`` by site, as ``nn.Dropout`` draws it, times 1 / (1 - p).
-
-        A site's mask is drawn for its own padded batch, as it would be if it trained alone.
-        """
+        """Dropout's mask over ``x``, see :func:`~fedft.clients.engines.dropping.masks`."""
         now = self._current()
-        step, layout = now.step, now.step.layout
-        sequence = form_now() != "padded" or (x.ndim == 3 and max(step.lengths) > 1)
-        width = max(step.lengths) if sequence else 0
-        masks: list[Tensor] = []
-        for generator, rows, length in zip(now.generators, step.rows, step.lengths, strict=True):
-            shape = (rows, length, x.shape[-1]) if sequence else (rows, *x.shape[1:])
-            own = torch.empty(shape, dtype=self._dtype).bernoulli_(self._keep, generator=generator)
-            own = F.pad(own, (0, 0, 0, width - length)) if sequence else own
-            masks.append(own.div_(self._keep))
-        mask = torch.cat(masks).to(x.device).reshape(-1, x.shape[-1])
-        return mask if layout is None else layout.select(mask)
+        step = now.step
+        # A decoder's layers read its own rows, but for what the encoder gave them.
+        decoding = now.encoded is not None and x is not now.encoded
+        lengths = (decoding and step.target_lengths) or step.lengths
+        return masks(x, step, lengths, now.generators, self._keep, self._dtype)
+
+    def _note_encoded(self, _: nn.Module, __: Any, answer: Any) -> None:
+        self._current().encoded = answer[0]
 
     def _answers_only(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """The vocabulary is the widest layer: it sees only tokens whose target is scored."""

@@ -81,6 +81,7 @@ class Step:
         layout: how to pack; None where there is nothing to gain.
         entering: what the first adapted block gets where those below do not run, in the form of
             the layout; None runs all.
+        target_lengths: tokens of each site's longest target, where a decoder reads it; else empty.
     """
 
     inputs: Mapping[str, Tensor]
@@ -92,6 +93,7 @@ class Step:
     tokens: Segments
     layout: Layout | None
     entering: Tensor | None = None
+    target_lengths: Segments = ()
 
     def to(self, device: torch.device) -> "Step":
         """The same step with its tensors on a device."""
@@ -129,8 +131,9 @@ def join(
     for own in columns:
         if "input_ids" in own:
             own.setdefault("attention_mask", torch.ones_like(own["input_ids"]))
+    padding = {"input_ids": pad_token, "labels": IGNORED}
     inputs = {
-        name: _cat([own[name] for own in columns], pad_token if name == "input_ids" else 0, side)
+        name: _cat([own[name] for own in columns], padding.get(name, 0), side)
         for name in columns[0]
     }
     labels = _cat([batch.labels for batch in batches], IGNORED)
@@ -152,7 +155,10 @@ def join(
         ends = torch.tensor(rows).cumsum(0) * labels.shape[1]
         until = torch.searchsorted(answers, ends).tolist()
         items = tuple(b - a for a, b in pairwise((0, *until)))
-    return Step(inputs, targets, answers, items, rows, lengths, tokens, layout)
+    decoded = tuple(own["labels"].shape[1] for own in columns if "labels" in own)
+    return Step(
+        inputs, targets, answers, items, rows, lengths, tokens, layout, target_lengths=decoded
+    )
 
 
 def _length(inputs: Mapping[str, Tensor]) -> int:

@@ -19,8 +19,8 @@ from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import TextEncoder
 from fedft.core.types import Batch
 
-_KEPT = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-"""What the model's own settings say of how texts begin and end."""
+_KEPT = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+"""What the model's own settings say of how texts begin."""
 
 
 class Writing:
@@ -88,7 +88,7 @@ class Writing:
             max_new_tokens=limit,
             pad_token_id=pad,
             eos_token_id=list(ends) or None,
-            use_cache=whole,
+            use_cache=whole and not _deep(model.config),
             **{name: value for name, value in said.items() if value is not None},
         )
         given = {name: tensor.to(self._base.device) for name, tensor in inputs.items()}
@@ -100,6 +100,12 @@ class Writing:
     def _decoded(text: TextEncoder, row: Sequence[int]) -> str:
         tokenizer: Any = text.tokenizer
         return tokenizer.decode(list(row), skip_special_tokens=True).strip()
+
+
+def _deep(config: Any) -> bool:
+    """Whether a decoder has more blocks than its encoder: transformers keeps too few keys and values."""
+    depths = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers"))
+    return any(n is not None and n > config.num_hidden_layers for n in depths)
 
 
 @contextmanager

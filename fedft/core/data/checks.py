@@ -82,6 +82,11 @@ def check_columns(spec: DataSpec, task: Task) -> None:
         ConfigError: naming it and what the task reads.
     """
     keys = [column.key for column in task.columns]
+    if spec.prefix and "text" not in keys:
+        raise ConfigError(
+            f"[data] prefix = {spec.prefix[:40]!r}: {task.name} reads no column 'text' to put it before",
+            fix="Leave the key out.",
+        )
     for key in spec.columns:
         if key not in keys:
             raise ConfigError(

@@ -120,6 +120,7 @@ def load(
         train = rows.take(np.flatnonzero(~held))
         test = rows.take(np.flatnonzero(held))
     bad.check()
+    train, test = (_prefixed(part, spec) for part in (train, test))
     return RawData(train, test, names, dict(bad.counts), tuple(notes))
 
 
@@ -172,6 +173,14 @@ def prepare(
         {"train": of_train.rows_cut, "test": of_test.rows_cut},
         (*raw.notes, *of_train.notes_of("training"), *of_test.notes_of("test")),
     )
+
+
+def _prefixed(rows: RawRows, spec: DataSpec) -> RawRows:
+    """The rows with ``data.prefix`` before each text."""
+    if not spec.prefix:
+        return rows
+    texts = [spec.prefix + text for text in rows.values["text"]]
+    return replace(rows, values={**rows.values, "text": texts})
 
 
 def _first(table: RawTable, rows: int | None) -> RawTable:

@@ -255,6 +255,9 @@ def gives_a_tensor(block: nn.Module) -> bool:
 
 def block_list(model: nn.Module) -> nn.ModuleList | None:
     """The one list of as many blocks as the configuration counts; None where there is none."""
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return None  # two lists, and a block of the second reads what the first gives
+    depth = getattr(config, "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return lists[0] if len(lists) == 1 else None

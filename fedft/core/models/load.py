@@ -92,16 +92,8 @@ def load_base(
         output = output_of(bare) if task_of(spec.task).words else None
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
-        return Base(
-            model,
-            lora,
-            spec.task,
-            head=head,
-            load=load,
-            output=known,
-            names=names,
-            encoder=encoder,
-        )
+        more: dict[str, Any] = {"load": load, "output": known, "names": names, "encoder": encoder}
+        return Base(model, lora, spec.task, head=head, **more)
     auto = auto_class(spec.task)
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device, head)
@@ -145,9 +137,9 @@ def load_first(
     options = _options("fp32", eager=eager)
     special = special_of(spec, folder)
     model = _of_blocks(spec, folder, classes, head, options, device, special, range(blocks))
-    whole = lora.model_copy(update={"layers": None})
+    alone = lora.model_copy(update={"layers": None})
     encoder = partial(input_encoder, spec, folder)
-    return Base(model, whole, spec.task, head=head, names=names, encoder=encoder)
+    return Base(model, alone, spec.task, head=head, names=names, encoder=encoder)
 
 
 def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:

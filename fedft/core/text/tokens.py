@@ -3,6 +3,7 @@
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedft.core.errors import MismatchError
 from fedft.core.examples import Encoded, TokenExamples
-from fedft.core.text.plain_text import Ids, Words
+from fedft.core.text.plain_text import Ids, PlainText, Words
 from fedft.core.text.special_tokens import TextEncoder
 
 if TYPE_CHECKING:
@@ -101,6 +102,48 @@ def of_words(
         np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
         [firsts for part in parts for firsts in part.firsts],
     )
+
+
+def targets(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase | TextEncoder", max_length: int
+) -> tuple[Ids, list[bool]]:
+    """Token ids of texts that a decoder is to write, ended as the tokenizer ends a target.
+
+    Where it puts no end of text behind a text, one is put there: the model learns where to stop. A text
+    that is too long loses its end, and is ended all the same.
+
+    Returns:
+        The rows, and of each whether a token of the text itself is left.
+    """
+    encoder = TextEncoder.of(tokenizer)
+    own: Any = encoder.tokenizer
+    end, ends = encoder.special.end, encoder.special.ends
+    with _target_mode(own):
+        plain = PlainText(own)
+        frame: list[int] = own("")["input_ids"]
+        closing = [] if end is None or ends & set(frame) else [end]
+        room = max(0, max_length - len(closing))
+        parts = [
+            plain.encode(texts[rows], special=True, max_length=room) for rows in _chunks(len(texts))
+        ]
+    rows = [row + closing for part in parts for row in part.rows]
+    cut = np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)])
+    return Ids(rows, cut), [len(row) > len(frame) + len(closing) for row in rows]
+
+
+@contextmanager
+def _target_mode(tokenizer: Any) -> Iterator[None]:
+    """Some tokenizers treat what is to be written otherwise: another language, another table."""
+    enter = getattr(tokenizer, "_switch_to_target_mode", None)
+    leave = getattr(tokenizer, "_switch_to_input_mode", None)
+    if enter is None or leave is None:
+        yield
+        return
+    enter()
+    try:
+        yield
+    finally:
+        leave()
 
 
 def answered(

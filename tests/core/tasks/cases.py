@@ -104,6 +104,20 @@ def llama(folder: Path) -> Path:
     return tokenizer(_written(model, folder), framed=False)
 
 
+def t5(folder: Path) -> Path:
+    """Two blocks in the encoder, and two in the decoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=len(VOCABULARY), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
+    return tokenizer(_written(model, folder), framed=True)
+
+
 def vit(folder: Path) -> Path:
     """One block."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -143,6 +157,11 @@ def _paired(rng: random.Random, i: int) -> Row:
 def _asked(rng: random.Random, i: int) -> Row:
     label = list(WORDS)[i % 3]
     return {"prompt": " ".join(_words(rng, label)), "answer": " ".join(_words(rng, label))}
+
+
+def _turned(rng: random.Random, i: int) -> Row:
+    words = _words(rng, list(WORDS)[i % 3])
+    return {"text": " ".join(words), "target": " ".join(words[::-1][: rng.randint(1, 4)])}
 
 
 def _image(rng: random.Random, i: int) -> Row:
@@ -210,6 +229,20 @@ CASES: dict[str, Case] = {
             ),
             "label": ({"text": "fur", "pair": "tail", "label": None}, "label: missing or empty"),
         },
+    ),
+    "seq2seq": Case(
+        t5,
+        _turned,
+        {
+            "no target": ({"text": "fur"}, "target: missing or empty"),
+            "empty target": ({"text": "fur", "target": " "}, "target: nothing but white space"),
+            "a list": (
+                {"text": ["fur"], "target": "tail"},
+                "text: text is expected, got list",
+            ),
+        },
+        lora=("q", "v"),
+        kind="iid",
     ),
     "token-classification": Case(
         bert,

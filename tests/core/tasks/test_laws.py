@@ -68,7 +68,8 @@ def test_targets_never_leave_padding(name: str, folder_of: Any, tmp_path: Path) 
     if positions is None:
         assert len(targets) == len(batch)
         return
-    real = batch.inputs["attention_mask"].bool()
+    names = ("decoder_attention_mask", "attention_mask")
+    real = next(batch.inputs[name] for name in names if name in batch.inputs).bool()
     assert not bool(real.all()), "no row is padded: the law would hold of anything"
     scored = positions[task.scored(targets)]
     assert len(scored) > 0 and bool(real.flatten()[scored].all())
