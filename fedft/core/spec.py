@@ -196,6 +196,8 @@ class DataSpec(Table):
         text, label: column names for classification. How labels become classes is told in
             :mod:`fedft.core.data.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
+        format: in which form rows for causal-lm come: ``messages``, ``sharegpt``, ``alpaca``,
+            ``prompt-completion``, ``prompt-answer`` or ``text``; ``auto`` goes by the columns.
         image: column name for image-classification.
         columns: names of the columns of other tasks, by what the task calls them, where these are
             not the same. Each task says in :mod:`fedft.core.tasks` which it reads.
@@ -221,6 +223,7 @@ class DataSpec(Table):
     skip_bad: bool = False
     partition: PartitionSpec = PartitionSpec()
     columns: dict[str, str] = Field(default_factory=dict[str, str])
+    format: Annotated[str, Field(json_schema_extra={"since": "0.2"})] = "auto"
 
     def column(self, key: str) -> str:
         """Name in the data of what a task calls ``key``."""
@@ -234,10 +237,13 @@ class DataSpec(Table):
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A table without names of further columns is written as before there were any."""
+        """A table is written as before there were keys that it leaves at their defaults."""
         table: dict[str, Any] = serialized(self)
-        return table if self.columns else {k: v for k, v in table.items() if k != "columns"}
+        return {k: v for k, v in table.items() if k not in _LATER or v != _LATER[k]}
 
+
+_LATER: Mapping[str, Any] = {"columns": {}, "format": "auto"}
+"""Keys of later versions, and what leaves them unsaid."""
 
 _COLUMNS = frozenset({"text", "label", "prompt", "answer", "image"})
 """Columns with a key of their own in ``[data]``."""
