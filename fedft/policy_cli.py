@@ -22,6 +22,13 @@ Columns = Annotated[
         rich_help_panel=_FILE,
     ),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="Form of the rows for causal-lm, such as messages; auto goes by the columns.",
+        rich_help_panel=_FILE,
+    ),
+]
 MapLabel = Annotated[
     list[str] | None,
     typer.Option(

@@ -20,6 +20,7 @@ class Own:
         most_rows: of the file, the first ones; None takes all.
         skip_bad: leave malformed rows out, instead of stopping at the first.
         columns: names of the columns of other tasks, by what the task calls them.
+        format: of the rows; ``auto`` goes by the columns, whatever the server's rows are.
     """
 
     text: str = _DEFAULT.text
@@ -31,6 +32,7 @@ class Own:
     most_rows: int | None = None
     skip_bad: bool = False
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    format: str = _DEFAULT.format
 
     def __post_init__(self) -> None:
         if self.most_rows is not None and self.most_rows < 1:
@@ -56,6 +58,7 @@ class Own:
             test_fraction=0.0,
             skip_bad=self.skip_bad,
             columns=dict(self.columns),
+            format=self.format,
             partition=PartitionSpec(kind="iid"),
         )
 

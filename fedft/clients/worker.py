@@ -38,6 +38,7 @@ from fedft.core.link.framing import Expected, Ticket, data_schema
 from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
 from fedft.core.plugins import REMOTE
 from fedft.core.spec import Precision, TaskSpec
+from fedft.core.tasks import task_of as kind_of
 from fedft.core.wire.compress import compressor_of
 from fedft.core.wire.schema import ARRAYS, numbers
 
@@ -175,6 +176,9 @@ class Resident:
         with under("data"):
             data = prepared(self._task)
             self._open_ledger(own)
+        if kind_of(own.model.task).formats and not self.check:
+            for note in data.notes:
+                self.tell(note)
         if self.check:
             for line in report(run, own, data, self.site.policy):
                 self.tell(line)

@@ -196,6 +196,8 @@ class DataSpec(Table):
         text, label: column names for classification. How labels become classes is told in
             :mod:`fedft.core.data.labels`.
         prompt, answer: column names for causal-lm; the loss is on the answer only.
+        format: in which form rows for causal-lm come: ``messages``, ``sharegpt``, ``alpaca``,
+            ``prompt-completion``, ``prompt-answer`` or ``text``; ``auto`` goes by the columns.
         image: column name for image-classification.
         prefix: put before each ``text``, as in ``"summarize: "``; some models were made with one.
         columns: names of the columns of other tasks, by what the task calls them, where these are
@@ -223,6 +225,7 @@ class DataSpec(Table):
     partition: PartitionSpec = PartitionSpec()
     prefix: str = ""
     columns: dict[str, str] = Field(default_factory=dict[str, str])
+    format: Annotated[str, Field(json_schema_extra={"since": "0.2"})] = "auto"
 
     def column(self, key: str) -> str:
         """Name in the data of what a task calls ``key``."""
@@ -236,11 +239,13 @@ class DataSpec(Table):
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A table without names of further columns is written as before there were any."""
+        """A table is written as before there were keys that it leaves at their defaults."""
         table: dict[str, Any] = serialized(self)
-        silent = {name for name in ("columns", "prefix") if not getattr(self, name)}
-        return {key: value for key, value in table.items() if key not in silent}
+        return {k: v for k, v in table.items() if k not in _UNSAID or v != _UNSAID[k]}
 
+
+_UNSAID: Mapping[str, Any] = {"columns": {}, "format": "auto", "prefix": ""}
+"""Keys of `[data]` that a table leaves out where they say nothing else than this."""
 
 _COLUMNS = frozenset({"text", "label", "prompt", "answer", "image"})
 """Columns with a key of their own in ``[data]``."""

@@ -24,6 +24,7 @@ from fedft.core.names import hint
 from fedft.core.spec import DataSpec
 from fedft.core.tasks import Column, RawRows, Task, taken
 from fedft.core.tasks.columns import label_fault
+from fedft.core.tasks.formats import Format, named, recognised
 
 _OWNER = Column("owner", label_fault, classes="one")
 _NAMED = {True: ("owner", "owners"), False: ("class", "classes")}
@@ -60,7 +61,7 @@ def relabelled(table: RawTable, column: Column, name: str, relabel: Mapping[str,
 
 def listed(table: RawTable, spec: DataSpec, task: Task) -> RawTable:
     """The table with lists where its cells spell them in JSON, as those of CSV do."""
-    names = {spec.column(c.key) for c in task.columns if c.lists} & table.columns.keys()
+    names = {spec.column(c.key) for c in _every(task) if c.lists} & table.columns.keys()
     new = {name: [_spelt(value) for value in table.columns[name]] for name in names}
     return replace(table, columns={**table.columns, **new}) if new else table
 
@@ -81,7 +82,8 @@ def check_columns(spec: DataSpec, task: Task) -> None:
     Raises:
         ConfigError: naming it and what the task reads.
     """
-    keys = [column.key for column in task.columns]
+    named(spec.format, task.formats)
+    keys = [*dict.fromkeys(column.key for column in _every(task))]
     if spec.prefix and "text" not in keys:
         raise ConfigError(
             f"[data] prefix = {spec.prefix[:40]!r}: {task.name} reads no column 'text' to put it before",
@@ -105,7 +107,8 @@ def checked(
 ) -> tuple[RawRows, list[str]]:
     """The usable rows of a table, and notes; ``owner`` None reads no owners."""
     folder = _folder(table.source)
-    read = [c for c in task.columns if not c.optional or c.key in spec.columns]
+    one = recognised(table.columns, table.source, spec, task.formats) if task.formats else None
+    read = _read(table, spec, task, one)
     columns = [*read, *([] if owner is None else [_OWNER])]
     values: dict[str, Sequence[Any]] = {
         column.key: table.column(spec.column(column.key), spec.key(column.key), MismatchError)
@@ -114,6 +117,11 @@ def checked(
     if owner is not None:
         values["owner"] = table.column(owner, "data.partition.column", ConfigError)
     notes: list[str] = []
+    if one is not None:
+        names_read = ", ".join(spec.column(column.key) for column in read)
+        notes.append(
+            f"the rows of {table.source} are read as {one.title}: {one.name} ({names_read})"
+        )
     for column in columns:
         if column.classes is None:
             continue
@@ -127,9 +135,10 @@ def checked(
     for column in columns:
         fault = partial(_fault_of, column, folder)
         _strike(usable, table, values[column.key], column.key, fault, bad)
-    _strike_rows(usable, table, values, task, bad)
+    if one is not None or type(task).fault is not Task.fault:
+        _strike_rows(usable, table, values, read, task.fault if one is None else one.fault, bad)
     names: tuple[str, ...] = ()
-    own = [column for column in task.columns if column.classes]
+    own = [column for column in read if column.classes]
     if own and usable.any():
         kept = np.flatnonzero(usable)
         flat = [name for c in own for name in _flat(c, taken(values[c.key], kept))]
@@ -137,7 +146,20 @@ def checked(
         for column in own:
             known = partial(_unknown, frozenset(names), column)
             _strike(usable, table, values[column.key], column.key, known, bad)
-    return _usable(table, values, task, names, folder, np.flatnonzero(usable), bad), notes
+    found = _usable(table, values, read, names, folder, np.flatnonzero(usable), bad)
+    return replace(found, format="" if one is None else one.name), notes
+
+
+def _every(task: Task) -> list[Column]:
+    """The columns of a task and of its formats."""
+    return [*task.columns, *(column for one in task.formats for column in one.columns)]
+
+
+def _read(table: RawTable, spec: DataSpec, task: Task, one: Format | None) -> list[Column]:
+    """What is read of a table, which has the columns of a format where the task has formats."""
+    if one is None:
+        return [c for c in task.columns if not c.optional or c.key in spec.columns]
+    return [c for c in one.columns if not c.optional or spec.column(c.key) in table.columns]
 
 
 def _fault_of(column: Column, folder: Path, value: object) -> str | None:
@@ -188,14 +210,13 @@ def _strike_rows(
     usable: NDArray[np.bool_],
     table: RawTable,
     values: Mapping[str, Sequence[Any]],
-    task: Task,
+    read: Sequence[Column],
+    fault: Callable[[Mapping[str, Any]], tuple[str, str] | None],
     bad: BadRows,
 ) -> None:
     """Takes the rows out whose columns do not fit together."""
-    if type(task).fault is Task.fault:
-        return
     for row in np.flatnonzero(usable).tolist():
-        found = task.fault({c.key: values[c.key][row] for c in task.columns if c.key in values})
+        found = fault({c.key: values[c.key][row] for c in read})
         if found is not None:
             key, detail = found
             bad.add(table.where(row), key, f"{key}: {detail}")
@@ -205,7 +226,7 @@ def _strike_rows(
 def _usable(
     table: RawTable,
     values: Mapping[str, Sequence[Any]],
-    task: Task,
+    read: Sequence[Column],
     names: tuple[str, ...],
     folder: Path,
     rows: Rows,
@@ -220,13 +241,13 @@ def _usable(
     index = {name: i for i, name in enumerate(names)}
     kept = {key: taken(column, rows) for key, column in values.items()}
     ids: NDArray[np.int64] | list[NDArray[np.int64]] | None = None
-    for column in task.columns:
+    for column in read:
         if column.classes == "one":
             ids = np.array([index[name] for name in kept[column.key]], np.int64)
         elif column.classes == "many":
             ids = [np.array([index[n] for n in own], np.int64) for own in kept[column.key]]
     return RawRows(
-        values={c.key: kept[c.key] for c in task.columns if c.classes is None and c.key in kept},
+        values={c.key: kept[c.key] for c in read if c.classes is None},
         labels=ids,
         classes=names,
         owners=kept.get("owner"),

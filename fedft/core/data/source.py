@@ -113,7 +113,9 @@ def load(
     names = rows.classes
     if spec.test_source is not None:
         test_table = read(spec.test_source, spec.subset, spec.split, bad, key="data.test-source")
-        test, _ = checked(listed(test_table, spec, kind), spec, kind, names, None, bad)
+        test_table = listed(test_table, spec, kind)
+        test, said = checked(test_table, spec, kind, names, None, bad)
+        notes += [note for note in said if kind.formats]
         train = rows
     else:
         held = test_rows(len(rows), spec.test_fraction, seed, kind.strata(rows), rows.owners)

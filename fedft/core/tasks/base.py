@@ -20,6 +20,7 @@ from fedft.core.metrics import Declared, Metric, Predictions, Sum, Tally
 from fedft.core.precise import widened
 from fedft.core.tasks.asked import Asked
 from fedft.core.tasks.columns import Column
+from fedft.core.tasks.formats import Format
 from fedft.core.tasks.rows import RawRows, joined
 from fedft.core.types import IGNORED, Batch
 
@@ -34,6 +35,8 @@ class Task(ABC):
         auto: the class of transformers that loads its model.
         peft: peft's ``task_type``; None where it has none.
         columns: what is read; their keys are those of ``[data]``, or of ``[data.columns]``.
+        formats: other ways in which rows may come, each with columns of its own; ``columns`` are
+            then those of one of them.
         metrics: what is reported; the first one decides about *best* and patience.
         also: metrics whose sums travel and are in no report.
         reads: what the model is given: a tokenizer or an image processor encodes it.
@@ -51,6 +54,7 @@ class Task(ABC):
     auto: ClassVar[str]
     peft: ClassVar[str | None] = None
     columns: ClassVar[tuple[Column, ...]]
+    formats: ClassVar[tuple[Format, ...]] = ()
     metrics: ClassVar[tuple[Metric, ...]]
     also: ClassVar[tuple[Metric, ...]] = ()
     reads: ClassVar[Literal["text", "image"]] = "text"

@@ -28,7 +28,8 @@ class Column:
             something that the model reads.
         files: whether values are files or their content, so that a row is known by the content.
         lists: whether a value is a list; a file that has none, such as CSV, spells it in JSON.
-        optional: whether it is read only where ``[data.columns]`` names it.
+        optional: whether it is read only where ``[data.columns]`` names it; of a format, where the
+            table has it.
     """
 
     key: str

@@ -26,6 +26,7 @@ class RawRows:
         owners: values of ``partition.column``; None where no column is named.
         source, lines: where each row comes from, for messages. int64 [n]
         folder: where relative paths start.
+        format: of the task's :attr:`~fedft.core.tasks.Task.formats`; empty where it has none.
     """
 
     values: Mapping[str, Sequence[Any]]
@@ -35,6 +36,7 @@ class RawRows:
     source: str
     lines: NDArray[np.int64]
     folder: Path
+    format: str = ""
 
     def __len__(self) -> int:
         return len(self.lines)

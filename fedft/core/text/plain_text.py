@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,8 @@ class PlainText:
         # The longest first: where two begin alike, the tokenizer takes the longer one.
         literal = sorted(map(re.escape, hidden.values()), key=len, reverse=True)
         self._found = re.compile("|".join(literal)) if literal else None
+        self.controls = self._found
+        """Finds control tokens in a text."""
         self._is_control = {token: i in self.control for i, token in hidden.items()}
         self._name_of = _secret_names(hidden)
         self._veiled = _secret_names(hidden)
@@ -135,6 +137,8 @@ class PlainText:
             max_length: tokens at which a text is cut; None never cuts. Of a pair the longer text is.
             seconds: the second text of each, where rows are pairs; None where they are not.
         """
+        if not len(texts):
+            return Ids([], np.zeros(0, np.bool_))
         own = self._by_tokenizer(texts, special, max_length, seconds)
         usual = self._count([self._frame_of(seconds is not None)] if special else [[]])[0]
         suspect = self._count(own.rows) > usual
@@ -205,6 +209,8 @@ class PlainText:
         self,
         render: Callable[[list[tuple[str, ...]]], list[tuple[str, ...]]],
         rows: Sequence[tuple[str, ...]],
+        *,
+        whole: bool = False,
     ) -> list[tuple[list[int], ...]]:
         """Token ids of what a template makes of users' texts. Its own control tokens are ones.
 
@@ -212,9 +218,13 @@ class PlainText:
             render: what users wrote, some texts a row → what the template makes of each row, in
                 parts that are encoded apart.
             rows: what users wrote.
+            whole: encode the parts of a row as one text. A token that is of two of them belongs to
+                the one that has an odd place. Tokenizers that are written in Python only cannot
+                tell, and encode them apart.
         """
         parts = render(list(rows))
-        ids = self._in_parts(parts, self._as_it_is)
+        whole = whole and self._backend is not None
+        ids = self._cut_up(parts, None) if whole else self._in_parts(parts, self._as_it_is)
         if (found := self._found) is None:
             return ids
         written = np.array([self._controls_in("".join(row)) for row in parts], np.int64)
@@ -224,7 +234,12 @@ class PlainText:
         if odd:
             veiled = render([tuple(map(self._veil, rows[i])) for i in odd])
             named = [tuple(self._unveil(self._named(t)) for t in row) for row in veiled]
-            again = self._in_parts(named, lambda texts: self._neutral(texts, False, None).rows)
+            neutral = self._copy if whole else None
+            again = (
+                self._in_parts(named, lambda texts: self._neutral(texts, False, None).rows)
+                if neutral is None
+                else self._cut_up(named, neutral)
+            )
             for i, row in zip(odd, again, strict=True):
                 ids[i] = row
         return ids
@@ -235,6 +250,29 @@ class PlainText:
     ) -> list[tuple[list[int], ...]]:
         flat = iter(encode([part for row in rows for part in row]))
         return [tuple(next(flat) for _ in row) for row in rows]
+
+    def _cut_up(self, rows: Sequence[tuple[str, ...]], neutral: Any) -> list[tuple[list[int], ...]]:
+        """Token ids of each row as one text, by part; by the tokenizer itself without ``neutral``."""
+        texts = ["".join(parts) for parts in rows]
+        if neutral is not None:
+            neutral.no_truncation()
+            encoded = [
+                (row.ids, row.offsets)
+                for row in neutral.encode_batch(texts, add_special_tokens=False)
+            ]
+        elif texts:
+            found = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                split_special_tokens=False,
+                verbose=False,
+            )
+            encoded = list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        else:
+            encoded = []
+        return [_by_part(parts, *own) for parts, own in zip(rows, encoded, strict=True)]
 
     def _as_it_is(self, texts: list[str]) -> list[list[int]]:
         return self._by_tokenizer(texts, False, None).rows
@@ -395,3 +433,19 @@ class PlainText:
         copied = Tokenizer.from_str(json.dumps(state))
         same = all(copied.token_to_id(self._name_of[t]) == i for i, t in self._hidden.items())
         return copied if same else None
+
+
+def _by_part(
+    parts: Sequence[str], ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> tuple[list[int], ...]:
+    """The tokens of a text by the part of it that they are of."""
+    found: list[list[int]] = [[] for _ in parts]
+    ends = list(accumulate(map(len, parts)))
+    place = 0
+    for token, (first, stop) in zip(ids, offsets, strict=True):
+        while place < len(parts) - 1 and first >= ends[place]:
+            place += 1
+        if place % 2 == 0 and place < len(parts) - 1 and stop > ends[place] and parts[place + 1]:
+            place += 1
+        found[place].append(token)
+    return tuple(found)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHUNK = 4096
 """Rows tokenised at once: bounds the memory of Python lists, and keeps the fast tokenizer busy."""
 
-_FIXED_DATE = "26 Jul 2024"
+FIXED_DATE = "26 Jul 2024"
 """Llama 3's template writes the day into its system prompt; this is its own default. Without it
 the data, and so their fingerprint, would change overnight."""
 
@@ -190,7 +190,7 @@ def _turns(
     tokenizer: Any = encoder.tokenizer
     plain, special = encoder.plain, encoder.special
     if tokenizer.chat_template is None:
-        bos = _bos(tokenizer)
+        bos = begins(tokenizer)
         asked = [bos + ids for ids in plain.encode([f"{prompt}\n" for prompt in prompts]).rows]
         turns = zip(asked, plain.encode(answers).rows, strict=True)
     else:
@@ -214,7 +214,7 @@ def _chat_texts(tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[tuple[s
         [*turn, {"role": "assistant", "content": answer}]
         for turn, (_, answer) in zip(asked, rows, strict=True)
     ]
-    options: dict[str, Any] = {"tokenize": False, "date_string": _FIXED_DATE}
+    options: dict[str, Any] = {"tokenize": False, "date_string": FIXED_DATE}
     before: list[str] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
     whole: list[str] = tokenizer.apply_chat_template(told, **options)
     if not all(text.startswith(prefix) for prefix, text in zip(before, whole, strict=True)):
@@ -228,7 +228,7 @@ def _chat_texts(tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[tuple[s
     ]
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def begins(tokenizer: Any) -> list[int]:
     """The beginning-of-text token, where this tokenizer puts one before a text."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
