@@ -15,7 +15,7 @@ from fedft.core.types import Part, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.config import RunConfig
 from fedft.server.deadline import Pace, pace_of
-from fedft.server.inputs import check_rank, data_of, remarks
+from fedft.server.inputs import check_rank, check_training, data_of, remarks
 from fedft.server.privacy import forecast_privacy, promises
 from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
 from fedft.server.resolve import resolved
@@ -50,6 +50,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     data = data_of(config, models.input_encoder(config.model, folder))
     shapes = models.schema(config.model, config.lora, len(data.classes))
     check_rank(config, shapes)
+    check_training(config, data, shapes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.rule(len(data.classes)).init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
