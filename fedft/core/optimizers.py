@@ -62,9 +62,9 @@ def name_of(given: str) -> str:
     """
     name = given.lower()
     if why := _REFUSED.get(name):
-        raise ValueError(f"optimizer = {given!r} cannot be used: {why}")
+        raise ValueError(f"torch's {given[:100]!r} cannot be used: {why}")
     if name not in _classes():
-        raise ValueError(f"optimizer = {given!r} is none of torch.optim; {hint(name, names())}")
+        raise ValueError(f"torch.optim has no {given[:100]!r}; {hint(name, names())}")
     return name
 
 
