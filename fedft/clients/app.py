@@ -165,6 +165,8 @@ def _plan(bench: Workbench, message: Message, context: Context) -> TrainPlan:
     if plan.site != own:
         raise MismatchError(f"a plan for {plan.site!r} reached {own!r}")
     start = _with_kept(plan.start, context, plan.keep)
+    training = bench.own_training(_index(bench, context), plan.training)
+    plan = replace(plan, training=training)
     return replace(plan, start=start, records={**plan.records, **_kept_records(plan, context)})
 
 

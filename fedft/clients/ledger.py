@@ -106,7 +106,7 @@ def release_of(
     about: dict[str, Any] = {"run": run, "round": round_, "kind": kind}
     if kind != "train":
         return Release("none", **about)
-    training = LocalTraining(**plan["training"])
+    training = LocalTraining.of_fields(plan["training"])
     bare = any(term.sends | term.keeps for term in terms_from(plan.get("terms", [])))
     if not training.dp_noise or bare:  # the noise of DP-SGD is in what the optimiser makes alone
         return Release("none", **about)

@@ -22,11 +22,12 @@ from pydantic import (
 
 from fedft.clients.ledger import DELTA, Ledger, Release
 from fedft.core.complaints import complaints
-from fedft.core.data.batches import batch_count
+from fedft.core.data.batches import steps_of
 from fedft.core.errors import ConfigError, FedftError, MismatchError, SecurityRefusal
 from fedft.core.link.codes import coded
 from fedft.core.parts import Part, checked
 from fedft.core.plugins import USER
+from fedft.core.schedules import Over
 from fedft.core.spec import ModelSpec, Table, TaskName, TaskSpec
 from fedft.core.sublayers import Half
 from fedft.core.tasks import TASKS, task_of
@@ -223,11 +224,10 @@ class Policy(Table):
         """
         self._at_most(before + 1, "most_rounds", "the number of trainings in this run")
         self._at_most(rank, "most_rank", "the rank")
-        self._at_most(training.batch_size, "most_batch_size", "the batch size")
+        self._at_most(training.step_rows, "most_batch_size", "the number of examples a step")
         if training.steps is None:
             self._at_most(training.epochs, "most_epochs", "the number of epochs")
-        steps = batch_count(rows, training.batch_size, epochs=training.epochs, steps=training.steps)
-        self._at_most(steps, "most_steps", "the number of steps")
+        self._at_most(steps_of(rows, training), "most_steps", "the number of steps")
         if self.least_noise is not None and training.dp_noise < self.least_noise:
             asked = f"noise multiplier {training.dp_noise:g}" if training.dp_noise else "no noise"
             raise _refused("privacy", f"the plan has {asked}", "least_noise")
@@ -319,6 +319,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Word = Annotated[str, Field(max_length=40)]
+Option = bool | int | Annotated[float, Field(ge=-1e30, le=1e30)] | Word | list[float] | None
+
+
+class _Schedule(_Strict):
+    name: Word
+    warmup_steps: Index
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)]
+    over: Over
+    options: Annotated[dict[Word, Option], Field(max_length=32)]
+    rounds: Count
+
+
 class Training(_Strict):
     """:class:`~fedft.core.types.LocalTraining` as it may come from a server."""
 
@@ -326,7 +339,7 @@ class Training(_Strict):
     steps: Count | None
     batch_size: Count
     lr: Real
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Annotated[str, Field(max_length=40)]
     momentum: Real
     weight_decay: Real
     clip_norm: Real | None
@@ -335,10 +348,21 @@ class Training(_Strict):
     tail_keep: Annotated[float, Field(ge=0, le=1)]
     dp_noise: Real
     dp_clip: Real
+    accumulate: Count = 1
+    options: Annotated[dict[Word, Option], Field(max_length=32)] = {}
+    schedule: _Schedule | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["balanced"] | dict[str, Real] | None = None
+    neftune_alpha: Real = 0.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.local().check()
+        return self
 
     def local(self) -> LocalTraining:
         """The same values as plain data."""
-        return LocalTraining(**self.model_dump())
+        return LocalTraining.of_fields(self.model_dump())
 
 
 class _Plan(_Strict):

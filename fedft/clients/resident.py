@@ -5,7 +5,7 @@ it was last asked about.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from fedft.core.errors import MismatchError
 from fedft.core.examples import Rows
 from fedft.core.privacy import entropy
 from fedft.core.spec import TaskSpec
+from fedft.core.tasks import task_of
+from fedft.core.tasks.criterion import weights_of
 from fedft.core.types import Adapter, Batch, LocalTraining
 from fedft.core.wire.compress import Compressor, compressor_of
 
@@ -84,7 +86,7 @@ class Workbench:
         name = self.manifest.name_of(index)
         if training.dp_noise:
             return self._poisson_batches(rows, training)
-        size, epochs, steps = training.batch_size, training.epochs, training.steps
+        size, epochs, steps = training.step_rows, training.epochs, training.steps
 
         def draw() -> Iterator[Batch]:
             return batches(
@@ -104,6 +106,26 @@ class Workbench:
             lengths = self.data.train.lengths[rows]
             seen = sum(map(len, batch_rows(lengths, size, steps=steps, generator=generator)))
         return Drawn(draw, count, seen)
+
+    def own_training(self, index: int, training: LocalTraining) -> LocalTraining:
+        """A plan's settings with what only the client can tell: class weights as numbers.
+
+        Raises:
+            MismatchError: the task cannot be trained so, or the run has no such class.
+        """
+        task = task_of(self.task.model.task)
+        if (why := task.against(training)) is not None:
+            raise MismatchError(f"[training] {why}", fix="Ask whoever runs the server.")
+        if training.class_weights is None:
+            return training
+        rows, _ = self.rows(index)
+        found = [np.zeros(0, np.int64)]
+        for batch in eval_batches(self.data.train, rows):
+            check_time()
+            _, targets = task.targets(batch.labels)
+            found.append(targets[task.scored(targets)].numpy())
+        weights = weights_of(training, self.data.classes, np.concatenate(found))
+        return replace(training, class_weights=weights)
 
     def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
         """As many as usual, each a Poisson sample by the operating system's randomness."""

@@ -27,7 +27,8 @@ from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import Task
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
-from fedft.core.types import LocalTraining
+from fedft.core.training import LocalTraining
+from fedft.core.training_keys import OptimizerKey, ScheduleKey, optimizer_of, schedule_of
 
 Precision = Literal["fp32", "bf16", "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -284,19 +285,26 @@ class TrainingSpec(Table):
     on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are
     a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``. One of another
     package is written with its values: ``method = { kind = "package.module:Class", mu = 0.1 }``.
+    ``optimizer`` and ``schedule`` are a name, or a table of a name and its options, such as
+    ``optimizer = { name = "RMSprop", alpha = 0.9 }``: see docs/training.md.
     """
 
     epochs: PositiveInt = 1
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 8
     lr: PositiveFloat = 5e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerKey = "adamw"
     momentum: Fraction = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     method: SerializeAsAny[Term] | None = None
     dp: DPSpec | None = None
+    accumulate: Annotated[int, Field(gt=0, le=100_000)] = 1
+    schedule: ScheduleKey = None
+    label_smoothing: Fraction = 0.0
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -330,16 +338,29 @@ class TrainingSpec(Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.local().check()
+        return self
+
     def terms(self) -> tuple[Term, ...]:
         """The chosen method where it has no fields of :class:`LocalTraining`."""
         with_fields = self.method is None or isinstance(self.method, Proximal | Tail)
         return () if with_fields else (cast(Term, self.method),)
 
-    def local(self) -> LocalTraining:
-        """The same values as plain data."""
+    def local(self, rounds: int = 1) -> LocalTraining:
+        """The same values as plain data.
+
+        Args:
+            rounds: of the run, over which a schedule goes.
+        """
+        optimizer, options = optimizer_of(self.optimizer)
         values: dict[str, Any] = {
             **self.model_dump(exclude={"dp", "method"}),
             "clip_norm": self.clip_norm or None,
+            "optimizer": optimizer,
+            "options": options,
+            "schedule": schedule_of(self.schedule, rounds),
         }
         if self.dp is not None:
             values["dp_noise"] = self.dp.noise_multiplier

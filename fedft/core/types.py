@@ -10,9 +10,9 @@ speak of the same keys.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fedft.core.parts import head_name as head_name
 from fedft.core.parts import module_of as module_of
 from fedft.core.sublayers import Layer, sublayer_of
 from fedft.core.terms import Shapes, Term, Way, records_of, taken
+from fedft.core.training import LocalTraining
 
 Importance = Literal["block-influence", "ablation"]
 """How much a transformer block does: by how far it turns its input, or by what its absence costs."""
@@ -195,69 +196,6 @@ class Site:
     memory_mib: float | None = None
 
 
-@dataclass(frozen=True)
-class LocalTraining:
-    """How a site optimises, in the vocabulary of optimisation; the `[training]` table.
-
-    Attributes:
-        epochs: passes over the site's examples; ignored where ``steps`` is set.
-        steps: optimiser steps, or None to go by epochs.
-        batch_size: examples a step.
-        lr: learning rate, constant within a round.
-        optimizer: ``adamw`` (betas 0.9, 0.999, eps 1e-8) or ``sgd``; its state starts anew each round.
-        momentum: of SGD.
-        weight_decay: decoupled for AdamW, added to the gradient for SGD.
-        clip_norm: largest gradient norm over all trained tensors of the site; None clips nothing.
-        proximal_mu: FedProx's mu: adds mu / 2 * ||theta - theta_start||^2 to the loss.
-        tail_penalty: HetLoRA's lambda: adds lambda * sum_modules ||B[:, k:]||_F ||A[k:, :]||_F to
-            the loss, k = floor(``tail_keep`` * r).
-        tail_keep: HetLoRA's gamma, the share of the rank that is not penalised.
-        dp_noise: noise multiplier of DP-SGD; 0 trains without. Batches are then Poisson samples of
-            mean size ``batch_size``, and ``clip_norm`` is not used.
-        dp_clip: DP-SGD's bound on the gradient of one example.
-        asked: names of fields that a rule insists on where they equal the defaults above; see
-            :meth:`asking`. Of no meaning in the `[training]` table.
-    """
-
-    epochs: int = 1
-    steps: int | None = None
-    batch_size: int = 8
-    lr: float = 5e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    proximal_mu: float = 0.0
-    tail_penalty: float = 0.0
-    tail_keep: float = 1.0
-    dp_noise: float = 0.0
-    dp_clip: float = 1.0
-    asked: tuple[str, ...] = ()
-
-    def asking(self, **values: Any) -> "LocalTraining":
-        """With these fields asked for, whatever their values: a rule's side of :meth:`overlaid`.
-
-        ``LocalTraining().asking(epochs=1)`` makes every site train one epoch, whatever the table
-        says; ``LocalTraining(epochs=1)`` is equal to the defaults and asks for nothing.
-        """
-        return replace(self, **values, asked=tuple(sorted({*self.asked, *values})))
-
-    def overlaid(self, rule: "LocalTraining") -> "LocalTraining":
-        """These settings, but with those of ``rule`` that it asks for, or that are not the defaults.
-
-        The round calls it as ``configured.overlaid(plan.training)``: a rule adds its penalty to
-        the `[training]` table without knowing the table.
-        """
-        default = LocalTraining()
-        changed = {
-            f.name: getattr(rule, f.name)
-            for f in fields(self)
-            if f.name in rule.asked or getattr(rule, f.name) != getattr(default, f.name)
-        }
-        changed["asked"] = ()
-        return replace(self, **changed)
-
-
 @dataclass(frozen=True, eq=False)
 class Origin:
     """Which rows a batch consists of, for whoever keeps what was computed of a row.
@@ -330,7 +268,7 @@ class TrainPlan:
     send: frozenset[Part] = frozenset({"A", "B", "head"})
     keep: frozenset[Part] = frozenset()
     basis: int | None = None
-    training: LocalTraining = LocalTraining()
+    training: LocalTraining = field(default_factory=LocalTraining)
     layers: tuple[Layer, ...] | None = None
     heads: tuple[int, ...] | None = None
     terms: tuple[Term, ...] = ()

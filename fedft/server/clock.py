@@ -16,7 +16,7 @@ from math import inf
 import torch
 
 from fedft.core import seeds
-from fedft.core.data.batches import batch_count
+from fedft.core.data.batches import batch_count, steps_of
 from fedft.core.errors import ConfigError
 from fedft.core.types import LocalTraining, ServerState, Site, TrainPlan
 from fedft.core.wire import codec
@@ -208,8 +208,8 @@ def examples(training: LocalTraining, held: int) -> int:
     """
     if not held:
         return 0
-    size = training.batch_size
-    count = batch_count(held, size, epochs=training.epochs, steps=training.steps)
+    size = training.step_rows
+    count = steps_of(held, training)
     passes, more = divmod(count, batch_count(held, size))
     return passes * held + min(more * size, held)
 

@@ -93,6 +93,8 @@ class RunConfig(Table):
         self._check_pruning()
         if self.model.trust_remote_code and self.model.revision is None:
             raise ValueError("[model] trust-remote-code needs a pinned revision")
+        if (why := task_of(self.model.task).against(self.training.local())) is not None:
+            raise ValueError(f"[training] {why}")
         self._check_method()
         self._check_compressor()
         return self

@@ -15,7 +15,8 @@ from fedft.core.types import Part, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.config import RunConfig
 from fedft.server.deadline import Pace, pace_of
-from fedft.server.inputs import check_rank, data_of, remarks
+from fedft.server.inputs import check_rank, check_training, data_of, remarks
+from fedft.server.local import forecast_training, training_lines
 from fedft.server.privacy import forecast_privacy, promises
 from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
 from fedft.server.resolve import resolved
@@ -38,6 +39,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
         would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
         ``deadline``, when a round of real clients closes, see :mod:`fedft.server.deadline`;
+        ``training``, see :func:`fedft.server.local.forecast_training`;
         ``positions`` that the model has, None where it names no limit; ``privacy`` where the run
         promises any, see
         :func:`fedft.server.privacy.forecast_privacy`.
@@ -50,6 +52,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     data = data_of(config, models.input_encoder(config.model, folder))
     shapes = models.schema(config.model, config.lora, len(data.classes))
     check_rank(config, shapes)
+    check_training(config, data, shapes)
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.rule(len(data.classes)).init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
@@ -111,6 +114,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
             "cut": dict(data.cut),
             "notes": remarks(config, data),
         },
+        "training": forecast_training(config, len(data.train)),
         **_privacy(config, len(data.train)),
     }
 
@@ -164,6 +168,7 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         f"examples              {cost['data']['train']:,} to train on, {cost['data']['test']:,} to test on"
         + (f", in {len(classes)} classes" if (classes := cost["data"]["classes"]) else ""),
         *(f"note                  {note}" for note in cost["data"]["notes"]),
+        *training_lines(cost["training"], tried="engine" in cost),
     ]
     for client in cost["clients"]:
         if "memory_mib" not in client:

@@ -5,10 +5,13 @@ from typing import Any
 from fedft.core import models
 from fedft.core.adapters import family_of
 from fedft.core.data.source import Data, check_test, prepare
-from fedft.core.errors import ConfigError
+from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.optimizers import by_number, check_shapes
 from fedft.core.tasks import task_of
+from fedft.core.tasks.criterion import check_names
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.server.config import RunConfig
+from fedft.strategies.beside import first_plan
 
 
 def data_of(config: RunConfig, encoder: Any) -> Data:
@@ -65,6 +68,31 @@ def _cut(config: RunConfig, data: Data) -> list[str]:
     ]
     limit = f"longer than data.max-length = {config.data.max_length}, and cut there"
     return [f"{' and '.join(told)} are {limit}"] if told else []
+
+
+def check_training(config: RunConfig, data: Data, shapes: models.Schema) -> None:
+    """Refuse settings of local training that do not go with the run's classes or adapter.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    training = config.training.local()
+    try:
+        check_names(training, data.classes)
+    except MismatchError as error:
+        raise ConfigError(error.what, fix=error.fix) from error
+    if by_number(training.optimizer):
+        return
+    rule = config.rule(len(data.classes))
+    adapter = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
+    trained = adapter.tensors(first_plan(rule).without(config.frozen).train)
+    try:
+        check_shapes(training, [tensor.shape for tensor in trained.values()])
+    except ValueError as error:
+        raise ConfigError(
+            f"[training] {error}",
+            fix='Choose another optimiser, or leave such tensors out: [lora] head = "frozen".',
+        ) from error
 
 
 def check_rank(config: RunConfig, shapes: models.Schema) -> None:

@@ -33,6 +33,7 @@ from fedft.core import models, seeds
 from fedft.core.errors import ConfigError
 from fedft.core.link.shapes import beside, of_adapter
 from fedft.core.memory import MIB, Footprint, Geometry, footprint
+from fedft.core.optimizers import numbers_kept
 from fedft.core.similarity import from_upper
 from fedft.core.spec import LoraSpec, Table
 from fedft.core.sublayers import HALVES, Layer, Sublayer, sublayer_of
@@ -372,7 +373,8 @@ def site_footprint(
         if checkpointing is None
         else checkpointing,
     )
-    load = replace(load, beside=_beside(config.strategy, shapes, rank))
+    more = max(0, numbers_kept(config.training.local()) - _MOMENTS)
+    load = replace(load, beside=_beside(config.strategy, shapes, rank) + more)
     precision = config.engine.precision
     held_in = "fp32" if precision == "auto" else precision
     if limited is None:
@@ -380,6 +382,10 @@ def site_footprint(
     if not (limited and config.lora.form == "lora"):
         geometry = replace(geometry, in_file={})
     return footprint(geometry, load, held_in, granularity(config))
+
+
+_MOMENTS = 2
+"""Numbers of optimiser state that every footprint counts for each one that learns."""
 
 
 def _beside(rule: Strategy, shapes: models.Schema, rank: int) -> float:

@@ -26,7 +26,7 @@ from fedft.server.config import RunConfig
 from fedft.server.federation import Federation
 from fedft.server.grids.base import JobGrid
 from fedft.server.grids.inline import InlineGrid
-from fedft.server.inputs import check_rank, data_of
+from fedft.server.inputs import check_rank, check_training, data_of
 from fedft.server.messages import Courier
 from fedft.server.outside import outside
 from fedft.server.preflight import preflight
@@ -118,6 +118,7 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     data = data_of(config, encoder)
     shapes = models.schema(config.model, config.lora, len(data.classes))
     check_rank(config, shapes)
+    check_training(config, data, shapes)
     hashes = models.fingerprint(folder)
     inputs = {**hashes, "data": data.fingerprint}
     if (availability := config.availability) is not None:
@@ -260,7 +261,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         roster=roster,
         grid=grid,
         task=setting.task.model_dump_json(),
-        training=config.training.local(),
+        training=config.training.local(config.rounds.count),
         terms=config.training.terms(),
         settings=config.rounds,
         seed=config.seed,

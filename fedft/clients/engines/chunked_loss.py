@@ -17,6 +17,7 @@ they are its logits, such as capping them, has them computed by itself.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from fedft.clients.engines.stacked import frozen_linear
 from fedft.core.metrics import Predictions, Tally
 from fedft.core.models import Base
 from fedft.core.overrides import overridden
-from fedft.core.precise import widened
+from fedft.core.precise import widened, widest
 from fedft.core.tables import WINDOW
 from fedft.core.tasks import Task, task_of
 
@@ -62,14 +63,41 @@ class Vocabulary:
         with overridden(self._layer, _pass_on):
             yield
 
-    def losses(self, states: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of each token, with a gradient for ``states``. [m] float32 or float64
 
         Args:
             states: what enters the output layer, [m, d].
             targets: [m] int64.
+            smoothing: share of a label that is spread evenly over all words.
         """
-        return cast(Tensor, _Losses.apply(states, targets, self))
+        each = cast(Tensor, _Losses.apply(states, targets, self))
+        return each + smoothing * self._lead(states, targets) if smoothing else each
+
+    def _lead(self, states: Tensor, targets: Tensor) -> Tensor:
+        """``l_t - mean_v l_v``, by which a label that is spread evenly costs more. [m]
+
+        As the mean of the logits is the logit of the mean row, no slice is looked at again.
+        """
+        weight, bias = self._layer.weight, self._layer.bias
+        row, level = self._mean
+        own = weight[targets].to(row.dtype) - row  # [m, d]
+        self._release(0, len(weight))
+        lead = (states.to(weight.dtype).to(row.dtype) * own).sum(-1)
+        return lead if bias is None else lead + (bias[targets].to(row.dtype) - level)
+
+    @cached_property
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        """The mean row, [d], and the mean bias of the layer, which is frozen."""
+        weight, bias = self._layer.weight.detach(), self._layer.bias
+        total = torch.zeros(weight.shape[1], dtype=widest(weight.device), device=weight.device)
+        size = _slice(1, weight)
+        for start in range(0, len(weight), size):
+            total += weight[start : start + size].sum(0, dtype=total.dtype)
+            self._release(start, min(start + size, len(weight)))
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        level = total.new_zeros(()) if bias is None else bias.detach().mean(dtype=total.dtype)
+        return (total / len(weight)).to(dtype), level.to(dtype)
 
     def tally(self, task: Task, states: Tensor, targets: Tensor) -> Tally:
         """Score tokens without a gradient; arguments as for :meth:`losses`, and the ``task``."""

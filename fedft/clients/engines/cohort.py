@@ -11,7 +11,7 @@ learning rate and scale belong to one site each. Mathematically every site train
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedft.clients.engines.accumulation import passes
 from fedft.clients.engines.base import Trained
 from fedft.clients.engines.checkpointing import (
     Surroundings,
@@ -30,6 +31,9 @@ from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.engines.dropping import masks
 from fedft.clients.engines.frozen_blocks import Kept, Prefix
 from fedft.clients.engines.grouping import groups
+from fedft.clients.engines.item_losses import ItemLosses
+from fedft.clients.engines.neftune import Noise, noisy, together
+from fedft.clients.engines.passes import Pass, scale_of_rows, total
 from fedft.clients.engines.rows import StackLosses, StackRows, records
 from fedft.clients.engines.stacked import (
     AdaptedLinear,
@@ -51,37 +55,22 @@ from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.tasks import rows_of, task_of
+from fedft.core.tasks.criterion import Criterion
 from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
-from fedft.core.types import PREFIX, Adapter, Batch, Delta, TrainPlan, factor_name
+from fedft.core.types import (
+    PREFIX,
+    Adapter,
+    Batch,
+    Delta,
+    LocalTraining,
+    TrainPlan,
+    factor_name,
+)
 
 
 class RowsMismatch(MismatchError):
     """A layer's input is not the rows of the batch, client by client: the engine does not hold."""
-
-
-@dataclass
-class _Now:
-    """What the layers need to know of the pass in hand.
-
-    Attributes:
-        step: the rows.
-        leaves: the sites' tensors by PEFT name, [K, …].
-        scales: LoRA's s of each site.
-        generators: dropout's random numbers of each site; empty without dropout.
-        wide: the last input of an adapted layer, and its rows in the factors' dtype: queries and
-            values have the same input.
-        row_scales: ``scales`` by row, per segments, [n, 1].
-        encoded: what the encoder gave, once the decoder runs.
-    """
-
-    step: Step
-    leaves: Mapping[str, Tensor]
-    scales: tuple[float, ...]
-    generators: Sequence[torch.Generator] = ()
-    wide: tuple[Tensor, Tensor] | None = None
-    row_scales: dict[Segments, Tensor] = field(default_factory=dict[Segments, Tensor])
-    encoded: Tensor | None = None
 
 
 class CohortEngine:
@@ -118,6 +107,7 @@ class CohortEngine:
         self._task = task_of(base.task)
         self._keep = 1.0 - lora.dropout
         self._vocabulary = Vocabulary.of(base)
+        self._items = ItemLosses(self._task, self._vocabulary)
         self._recomputed = recomputable(base) if checkpointing else ()
         self._packing = Packing(base.model)
         wanted = base.device.type == "cpu" if packed is None else packed
@@ -128,7 +118,7 @@ class CohortEngine:
         self._prefix = Prefix(base, self._packing, self._joined)
         wide = any(p.dtype == torch.float64 for p in base.model.parameters())
         self._dtype = torch.float64 if wide else torch.float32
-        self._now: _Now | None = None
+        self._now: Pass | None = None
 
     # ---------------------------------------------------------------------------- training
 
@@ -165,7 +155,13 @@ class CohortEngine:
         self, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
     ) -> list[Trained]:
         stack = self._stack([plan.start for plan in plans], plans[0])
-        optimizer = StackOptimizer(stack, [plan.training for plan in plans])
+        settings = [plan.training for plan in plans]
+        rates = [
+            own.rates(p.round, len(b)) for own, p, b in zip(settings, plans, batches, strict=True)
+        ]
+        optimizer = StackOptimizer(stack, settings, rates)
+        criteria = [Criterion.of(own) for own in settings]
+        noises = [Noise(plan) for plan in plans] if any(s.neftune_alpha for s in settings) else []
         rows = StackRows(plans, stack)
         applied = methods(rows)
         scales = tuple(_scale(plan.start) for plan in plans)
@@ -175,8 +171,10 @@ class CohortEngine:
         norms: dict[str, list[float]] = {}
         leaves: Mapping[str, Tensor] = {}
         count, seen = 0, [0] * len(plans)
-        with self._wired(stack), recomputed(self._recomputed, self._surroundings):
-            kept = None if plans[0].layers is not None else self._prefix.for_training(batches)
+        noise = noisy(self.base.model, self._noise if noises else None)
+        with self._wired(stack), noise, recomputed(self._recomputed, self._surroundings):
+            whole = plans[0].layers is None and not noises  # what is kept has come without noise
+            kept = self._prefix.for_training(batches) if whole else None
             for i in range(len(batches[0])):
                 own = [mine[i] for mine in batches if len(mine) > i]
                 for k, batch in enumerate(own):
@@ -184,17 +182,24 @@ class CohortEngine:
                 if count != len(own):
                     count = len(own)
                     leaves = stack.leaves(count)
-                step = self._step(own, kept)
-                now = _Now(step, leaves, scales[:count], generators[:count])
-                made, found = self._gradient(now, stack, rows, applied)
-                losses[:count] += found
+                make = partial(
+                    Pass,
+                    leaves=leaves,
+                    scales=scales[:count],
+                    generators=generators[:count],
+                    criteria=criteria[:count],
+                    noises=noises[:count],
+                )
+                run = partial(self._passes, own, settings, kept, make)
+                made, found = self._gradient(run, stack, rows, applied)
+                losses[:count] += found * torch.tensor([len(batch) for batch in own], device=device)
                 for method in applied:
                     method.correct(rows, count)
                 norms = norms or {
                     "grad_A_norm": stack.gradient_norms("A").tolist(),
                     "grad_B_norm": stack.gradient_norms("B").tolist(),
                 }
-                optimizer.step(count, clip=not made)
+                optimizer.step(count, i, clip=not made)
         ends = [method.end(rows, [len(mine) for mine in batches]) for method in applied]
         return [
             Trained(
@@ -205,41 +210,63 @@ class CohortEngine:
             for k, mine in enumerate(batches)
         ]
 
+    def _passes(
+        self,
+        batches: Sequence[Batch],
+        settings: Sequence[LocalTraining],
+        kept: Mapping[str, Kept] | None,
+        make: Callable[..., Pass],
+    ) -> Iterator[Pass]:
+        """The forward passes of one step, each made when the last one is done."""
+        for own, shares in passes(batches, settings, self._task):
+            yield make(self._step(own, kept), shares=shares)
+
     def _gradient(
-        self, now: _Now, stack: Stack, rows: StackRows, applied: Sequence[Method]
+        self,
+        passes: Callable[[], Iterator[Pass]],
+        stack: Stack,
+        rows: StackRows,
+        applied: Sequence[Method],
     ) -> tuple[bool, Tensor]:
-        """The gradient of one step; whether a method made it; each site's loss times its rows, [K]."""
+        """The gradient of one step; whether a method made it; each site's mean loss, [K]."""
         makers = [method for method in applied if method.makes_gradient]
         if makers:
-            losses = StackLosses(partial(self._means, now))
+            losses = StackLosses(lambda: total(self._means(now) for now in passes()))
             if any(method.gradient(rows, losses) for method in makers):
-                sizes = torch.tensor(now.step.rows)
-                zero = torch.zeros(len(sizes), dtype=widest(self.base.device))
-                found = zero if losses.first is None else widened(losses.first).cpu() * sizes
+                found = torch.zeros(()) if losses.first is None else widened(losses.first)
                 return True, found.to(self.base.device)
-        return False, self._backward(now, stack)
+        return False, total(self._backward(now, stack, i > 0) for i, now in enumerate(passes()))
 
-    def _means(self, now: _Now) -> Tensor:
-        """Each site's mean loss, without gradients. [K]"""
+    def _means(self, now: Pass) -> Tensor:
+        """What this pass is of each site's mean loss, without gradients. [K]"""
         with torch.no_grad():
-            each = self._losses(now)
-        return torch.stack([own.sum() / max(len(own), 1) for own in each.split(now.step.items)])
+            each, weight = self._losses(now)
+        return torch.stack([own.sum() for own in (each * weight).split(now.step.items)])
 
-    def _backward(self, now: _Now, stack: Stack) -> Tensor:
-        """Forward and backward of one step; each site's loss times its rows, [K]."""
-        each, step = self._losses(now), now.step  # [m]
-        share = torch.tensor([1.0 / max(n, 1) for n in step.items], dtype=each.dtype)
-        weight = share.repeat_interleave(torch.tensor(step.items)).to(each.device)
-        stack.backward(each @ weight, now.leaves)
-        per_site = widened(each.detach() * weight).split(step.items)
-        return torch.stack([n * own.sum() for n, own in zip(step.rows, per_site, strict=True)])
+    def _backward(self, now: Pass, stack: Stack, further: bool) -> Tensor:
+        """Forward and backward of one pass; what it is of each site's mean loss, [K]."""
+        each, weight = self._losses(now)
+        (stack.add_gradient if further else stack.backward)(each @ weight, now.leaves)
+        per_site = widened(each.detach() * weight).split(now.step.items)
+        return torch.stack([own.sum() for own in per_site])
 
-    def _losses(self, now: _Now) -> Tensor:
-        """Of each of the step's targets, [m]."""
-        answers, targets = self._answers(now), now.step.targets
-        if self._vocabulary is not None:
-            return self._vocabulary.losses(answers, targets)
-        return self._task.loss(answers, targets, "none")
+    def _losses(self, now: Pass) -> tuple[Tensor, Tensor]:
+        """Of each of the pass's targets, and what of its site's mean each counts. Both [m]"""
+        answers, step = self._answers(now), now.step
+        return self._items.losses(answers, step.targets, step.items, now.criteria, now.shares)
+
+    def _noise(self, embedded: Tensor) -> Tensor:
+        """NEFTune's, where embeddings are looked up once a pass, of the rows that the engine knows."""
+        now = self._current()
+        step = now.step
+        if now.noised or embedded.shape[:-1] != (sum(step.rows), max(step.lengths)):
+            raise RowsMismatch(
+                f"embeddings {list(embedded.shape)} are looked up beside those of {sum(step.rows)} rows, and "
+                "noise on them cannot be told by client",
+                fix="Set [engine] cohort = 1.",
+            )
+        now.noised = True
+        return together(now.noises, step.rows, step.lengths, embedded, self._side)
 
     def _surroundings(self) -> Surroundings:
         """What the layers have to find again where a block runs for the second time."""
@@ -248,7 +275,7 @@ class CohortEngine:
 
     @contextmanager
     def _again(
-        self, now: _Now, place: AbstractContextManager[None], drawn: Sequence[Tensor]
+        self, now: Pass, place: AbstractContextManager[None], drawn: Sequence[Tensor]
     ) -> Iterator[None]:
         left, self._now = self._now, now
         after = [generator.get_state() for generator in now.generators]
@@ -280,7 +307,7 @@ class CohortEngine:
 
         def scored(batch: Batch) -> Tally:
             kept = None if layers else self._prefix.for_evaluation(batch)
-            return self._tally(_Now(self._step([batch], kept), leaves, scales))
+            return self._tally(Pass(self._step([batch], kept), leaves, scales))
 
         with self.base.holding(layers, delta), torch.inference_mode():
             writing = Writing.of(self.base)
@@ -291,12 +318,12 @@ class CohortEngine:
             for batch in batches:
                 with self._wired(stack):
                     total += scored(batch)
-                with self._writing(_Now(_one_client(len(batch)), leaves, scales), stack):
+                with self._writing(Pass(_one_client(len(batch)), leaves, scales), stack):
                     total += writing.tally(batch, whole=layers is None)
             return total
 
     @contextmanager
-    def _writing(self, now: _Now, stack: Stack) -> Iterator[None]:
+    def _writing(self, now: Pass, stack: Stack) -> Iterator[None]:
         """The adapter in the base's layers while it generates: rows of one client, of any length."""
         self._now = now
         try:
@@ -312,7 +339,7 @@ class CohortEngine:
         """See :class:`fedft.clients.engines.base.Engine`."""
         yield self.base.model
 
-    def _tally(self, now: _Now) -> Tally:
+    def _tally(self, now: Pass) -> Tally:
         answers, targets = self._answers(now), now.step.targets
         if self._vocabulary is not None:
             return self._vocabulary.tally(self._task, answers, targets)
@@ -336,7 +363,7 @@ class CohortEngine:
         step = join(batches, self._task, self._pad_token, packs=self._packs, side=self._side)
         return step.to(self.base.device)
 
-    def _answers(self, now: _Now) -> Tensor:
+    def _answers(self, now: Pass) -> Tensor:
         """Outputs for the step's targets, [m, …]; with a vocabulary its states, [m, d]."""
         self._now, now.encoded = now, None
         step = now.step
@@ -388,7 +415,7 @@ class CohortEngine:
         flat = x.reshape(-1, x.shape[-1])
         if now.wide is None or now.wide[0] is not x:
             now.wide = (x, flat.detach().to(A.dtype))
-        branch = Branch(segments, _scale_of_rows(now, segments), now.wide[1], mask)
+        branch = Branch(segments, scale_of_rows(now, segments), now.wide[1], mask)
         y: Any = AdaptedLinear.apply(flat, weight, linear.bias, A, B, R, branch)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -448,7 +475,7 @@ class CohortEngine:
         model: Any = self.base.model
         return model.get_output_embeddings()
 
-    def _current(self) -> _Now:
+    def _current(self) -> Pass:
         assert self._now is not None, "the base runs under our layers outside of a pass"
         return self._now
 
@@ -477,18 +504,6 @@ def _weight(linear: nn.Module) -> Tensor:
 
 def _scale(adapter: Adapter) -> float:
     return next((f.scale for f in adapter.factors.values()), 1.0)
-
-
-def _scale_of_rows(now: _Now, segments: Segments) -> float | Tensor:
-    if len(set(now.scales)) == 1:
-        return now.scales[0]
-    if segments not in now.row_scales:
-        dtype, device = next(iter(now.leaves.values())).dtype, now.step.targets.device
-        scales = torch.tensor(now.scales, dtype=dtype)
-        now.row_scales[segments] = scales.repeat_interleave(torch.tensor(segments)).to(device)[
-            :, None
-        ]
-    return now.row_scales[segments]
 
 
 def _metrics(

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,20 +17,23 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedft.clients.engines.accumulation import counted, parts, shares
 from fedft.clients.engines.base import Trained
 from fedft.clients.engines.by_example import own_gradients, recording
 from fedft.clients.engines.checkpointing import recomputable, recomputed, without_cache
 from fedft.clients.engines.chunked_loss import Vocabulary
+from fedft.clients.engines.neftune import alone, noisy
 from fedft.clients.engines.rows import LoopRows, records
 from fedft.clients.engines.writing import Writing
 from fedft.clients.methods import Method, methods
-from fedft.core import seeds
+from fedft.core import optimizers, seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, transposes
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
 from fedft.core.tasks import task_of
+from fedft.core.tasks.criterion import Criterion
 from fedft.core.types import (
     PREFIX,
     Adapter,
@@ -94,7 +98,8 @@ class LoopEngine(ABC):
         self._dropout(True)
         with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
-            with recomputed(self._recomputed), without_cache(self.base.model):
+            noise = noisy(self.base.model, alone(plan))
+            with recomputed(self._recomputed), without_cache(self.base.model), noise:
                 metrics, left = self._loop(plan, batches)
         self._dropout(False)
         return Trained(self._read(plan.start), metrics, left)
@@ -110,14 +115,18 @@ class LoopEngine(ABC):
         rows = LoopRows(plan, named, frozen)
         applied = methods(rows)
         optimizer = make_optimizer(trained, plan.training)
+        rates = plan.training.rates(plan.round, len(batches))
         loss_sum, examples = 0.0, 0
         first: dict[str, float] = {}
         with recording(self._model) if any(m.by_example for m in applied) else nullcontext():
-            for batch in batches:
-                made, loss = self._gradient(batch, rows, trained, applied)
+            for i, batch in enumerate(batches):
+                step = self._step(batch, plan.training)
+                made, loss = self._gradient(step, rows, trained, applied)
                 first = first or self._gradient_norms()
                 if plan.training.clip_norm is not None and not made:
                     nn.utils.clip_grad_norm_(trained, plan.training.clip_norm)
+                if rates is not None:
+                    set_rate(optimizer, rates(i))
                 optimizer.step()
                 loss_sum += loss * len(batch)
                 examples += len(batch)
@@ -128,16 +137,22 @@ class LoopEngine(ABC):
             return {"steps": float(len(batches))}, left
         return {"loss": loss_sum / max(examples, 1), "steps": float(len(batches)), **first}, left
 
+    def _step(self, batch: Batch, training: LocalTraining) -> "_Step":
+        criterion = Criterion.of(training)
+        passes = parts(batch, training)
+        amounts = shares(passes, lambda part: counted(part, self._task, criterion))
+        return _Step(batch, passes, amounts, criterion)
+
     def _gradient(
         self,
-        batch: Batch,
+        step: "_Step",
         rows: LoopRows,
         trained: Sequence[nn.Parameter],
         applied: Sequence[Method],
     ) -> tuple[bool, float]:
         """The gradient of one step, in the parameters; whether a method made it; the mean loss."""
         makers = [method for method in applied if method.makes_gradient]
-        losses = _Losses(self, batch, rows, trained)
+        losses = _Losses(self, step, rows, trained)
         if makers:
             rows.take()
         made = any(method.gradient(rows, losses) for method in makers)
@@ -145,11 +160,12 @@ class LoopEngine(ABC):
             rows.put()  # as it was, whatever was tried in between
             loss = losses.first
         else:
-            value = self.mean_loss(batch)
             for parameter in trained:
                 parameter.grad = None
-            value.backward()
-            loss = float(value.detach())
+            loss = 0.0
+            for value in self.means(step):  # each is let go of before the next one is made
+                value.backward()
+                loss += float(value.detach())
             if applied:
                 rows.take()
         for method in applied:
@@ -158,14 +174,28 @@ class LoopEngine(ABC):
             rows.give()
         return made, loss
 
-    def mean_loss(self, batch: Batch) -> Tensor:
-        """The task's loss. Scalar"""
-        if self._vocabulary is None:
-            return self._mean(self._outputs(batch), batch.labels.to(self.base.device))
-        return self._vocabulary.losses(*self._scored(batch, self._vocabulary)).mean()
+    def means(self, step: "_Step") -> Iterator[Tensor]:
+        """The step's mean loss, a summand for each of its forward passes. Scalars"""
+        if len(step.passes) == 1:
+            yield self.mean_loss(step.passes[0], step.criterion)
+            return
+        for part, share in zip(step.passes, step.shares, strict=True):
+            if share:  # the mean of no items is no number
+                yield share * self.mean_loss(part, step.criterion)
 
-    def _mean(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self._task.loss(*self._lined_up(outputs, labels), "mean")
+    def mean_loss(self, batch: Batch, criterion: Criterion | None = None) -> Tensor:
+        """The task's loss, as clients train with it. Scalar"""
+        if self._vocabulary is None:
+            return self._mean(self._outputs(batch), batch.labels.to(self.base.device), criterion)
+        smoothing = 0.0 if criterion is None else criterion.smoothing
+        states, targets = self._scored(batch, self._vocabulary)
+        return self._vocabulary.losses(states, targets, smoothing).mean()
+
+    def _mean(self, outputs: Tensor, labels: Tensor, criterion: Criterion | None) -> Tensor:
+        lined_up = self._lined_up(outputs, labels)
+        if criterion is None:
+            return self._task.loss(*lined_up, "mean")
+        return self._task.training_loss(*lined_up, criterion, "mean")
 
     def _lined_up(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [m, …] and what they should be, [m, …], with what is ignored."""
@@ -186,7 +216,7 @@ class LoopEngine(ABC):
         scored = self._task.scored(targets)
         return states[scored], targets[scored]
 
-    def own_losses(self, batch: Batch) -> Tensor:
+    def own_losses(self, batch: Batch, criterion: Criterion | None = None) -> Tensor:
         """The sum of each example's own mean loss, which no other example of the batch changes."""
         if not self._task.alone:
             raise MismatchError(
@@ -196,7 +226,7 @@ class LoopEngine(ABC):
             )
         outputs, labels = self._outputs(batch), batch.labels.to(self.base.device)
         rows = zip(outputs.split(1), labels.split(1), strict=True)
-        return torch.stack([self._mean(row, label) for row, label in rows]).sum()
+        return torch.stack([self._mean(row, label, criterion) for row, label in rows]).sum()
 
     def evaluate(
         self,
@@ -321,13 +351,30 @@ class PeftEngine(LoopEngine):
         self._load_head(adapter, plan)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One step of a client.
+
+    Attributes:
+        batch: its rows.
+        passes: the same, as they go through the model.
+        shares: what of the step's mean each pass is.
+        criterion: of the loss; None where it is the task's own.
+    """
+
+    batch: Batch
+    passes: Sequence[Batch]
+    shares: Sequence[float]
+    criterion: Criterion | None
+
+
 class _Losses:
     """The step in hand, see :class:`fedft.clients.methods.Losses`."""
 
     def __init__(
-        self, engine: LoopEngine, batch: Batch, rows: LoopRows, trained: Sequence[nn.Parameter]
+        self, engine: LoopEngine, step: _Step, rows: LoopRows, trained: Sequence[nn.Parameter]
     ) -> None:
-        self._engine, self._batch, self._rows, self._trained = engine, batch, rows, trained
+        self._engine, self._step, self._rows, self._trained = engine, step, rows, trained
         self._first: float | None = None
 
     @property
@@ -339,15 +386,15 @@ class _Losses:
         """See :class:`fedft.clients.methods.Losses`. [1]"""
         self._rows.put()
         with torch.no_grad():
-            loss = self._engine.mean_loss(self._batch)
+            loss = torch.stack(list(self._engine.means(self._step))).sum()
         if self._first is None:
             self._first = float(loss)
         return loss[None]
 
     def by_example(self) -> list[Tensor]:
         """See :class:`fedft.clients.methods.Losses`."""
-        engine, batch = self._engine, self._batch
-        return own_gradients(self._trained, len(batch), lambda: engine.own_losses(batch))
+        engine, (batch, criterion) = self._engine, (self._step.batch, self._step.criterion)
+        return own_gradients(self._trained, len(batch), lambda: engine.own_losses(batch, criterion))
 
 
 class _Cored(nn.Module):
@@ -366,13 +413,12 @@ def make_optimizer(
     parameters: Sequence[nn.Parameter], training: LocalTraining
 ) -> torch.optim.Optimizer:
     """A fresh optimiser, as :class:`~fedft.core.types.LocalTraining` describes it."""
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=training.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
+    return optimizers.make(
+        training, [{"params": list(parameters), **optimizers.settings(training)}]
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -5,7 +5,7 @@ of them belong to each site, in order. A product with "each site's own matrix" i
 products on K slices, or one batched product where all slices have the same size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedft.core.optimizers import by_number, make
+from fedft.core.optimizers import settings as optimizer_settings
 from fedft.core.precise import widened, widest
 from fedft.core.types import Adapter, Factors, LocalTraining, Part, part_of
 
@@ -316,45 +318,70 @@ def same_layout(a: Adapter, b: Adapter) -> bool:
 class StackOptimizer:
     """One optimiser for K sites, each with its own settings, as torch would run K of them.
 
-    A site's trained tensors are one row of the stack, one parameter of the optimiser.
+    Where every number is stepped by itself, a site's trained tensors are one row of the stack, one
+    parameter of the optimiser; else each of its tensors is one, without padding.
 
     Args:
         stack: whose rows learn.
         settings: one a site, all of the same ``optimizer``.
+        rates: of each site: its learning rate by step; None where it is constant.
     """
 
-    def __init__(self, stack: Stack, settings: Sequence[LocalTraining]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        settings: Sequence[LocalTraining],
+        rates: Sequence[Callable[[int], float] | None] | None = None,
+    ) -> None:
         self._stack = stack
-        self._rows = [row.detach().requires_grad_() for row in stack.theta]
-        groups: dict[tuple[float, ...], list[Tensor]] = {}
-        for row, own in zip(self._rows, settings, strict=True):
-            groups.setdefault((own.lr, own.weight_decay, own.momentum), []).append(row)
-        self._optimizer = _make(settings[0].optimizer, groups)
+        self._joined = by_number(settings[0].optimizer)
+        self._parameters = [
+            [tensor.detach().requires_grad_() for tensor in self._of(k, stack.theta)]
+            for k in range(len(settings))
+        ]
+        keys: list[
+            Any
+        ] = []  # what a group has in common: its settings, or the rate of its one site
+        groups: list[dict[str, Any]] = []
+        own_rates = [None] * len(settings) if rates is None else rates
+        for own, mine, rate in zip(settings, self._parameters, own_rates, strict=True):
+            options = optimizer_settings(own)
+            key = options if rate is None else rate
+            if key not in keys:
+                keys.append(key)
+                groups.append({"params": [], **options})
+            groups[keys.index(key)]["params"] += mine
+        self._optimizer = make(settings[0], groups, foreach=True)
+        made = zip(keys, self._optimizer.param_groups, strict=True)
+        self._scheduled = [(key, group) for key, group in made if callable(key)]
         device, dtype = stack.device, stack.theta.dtype
         clips = [float("inf") if s.clip_norm is None else s.clip_norm for s in settings]
         self._clip = torch.tensor(clips, dtype=dtype, device=device)
         self._clips = any(s.clip_norm is not None for s in settings)
 
-    def step(self, count: int, *, clip: bool = True) -> None:
-        """Clip each site's gradient by its own norm and step the first ``count`` sites."""
+    def step(self, count: int, at: int = 0, *, clip: bool = True) -> None:
+        """Clip each site's gradient by its own norm and step the first ``count`` sites.
+
+        Args:
+            count: sites that have a gradient.
+            at: number of the step in the round, from 0 on.
+            clip: whether to clip.
+        """
         grad = self._stack.grad[:count]
         if self._clips and clip:  # as torch.nn.utils.clip_grad_norm_
             norm = torch.linalg.vector_norm(grad, dim=1)
             grad.mul_((self._clip[:count] / (norm + 1e-6)).clamp_(max=1.0)[:, None])
-        for k, row in enumerate(self._rows):
-            row.grad = grad[k] if k < count else None
+        for k, mine in enumerate(self._parameters):
+            gradients = self._of(k, self._stack.grad) if k < count else [None] * len(mine)
+            for parameter, gradient in zip(mine, gradients, strict=True):
+                parameter.grad = gradient
+        for rate, group in self._scheduled:
+            group["lr"] = rate(at)
         self._optimizer.step()
 
-
-def _make(kind: str, groups: dict[tuple[float, ...], list[Tensor]]) -> torch.optim.Optimizer:
-    if kind == "adamw":
-        settings = [
-            {"params": rows, "lr": lr, "weight_decay": decay}
-            for (lr, decay, _), rows in groups.items()
-        ]
-        return torch.optim.AdamW(settings, fused=True)
-    settings = [
-        {"params": rows, "lr": lr, "weight_decay": decay, "momentum": momentum}
-        for (lr, decay, momentum), rows in groups.items()
-    ]
-    return torch.optim.SGD(settings, foreach=True)
+    def _of(self, k: int, flat: Tensor) -> list[Tensor]:
+        """One site's numbers as the optimiser sees them: its row, or its tensors. Views"""
+        if self._joined:
+            return [flat[k]]
+        names = self._stack.adapters[k].tensors()
+        return [self._stack.own(name, k, flat) for name in names if self._stack.trains(name)]

@@ -12,8 +12,12 @@ with momentum rho and proximal weight mu (FedDyn's alpha is one, too). Without e
 momentum alone ``(T - rho (1 - rho^T) / (1 - rho)) / (1 - rho)``, with a proximal term alone
 ``(1 - (1 - lr mu)^T) / (lr mu)``, as in the paper.
 
-Departures from the paper, which is about SGD: AdamW has no such a, and counts its steps, which are of
-about one size each; clipping and weight decay are not counted.
+Under a schedule a step counts by its learning rate, relative to the largest one of the round; with
+Nesterov's momentum a step is 1 + rho v in place of v, and with dampening what comes to v is less by it.
+
+Departures from the paper, which is about SGD with one learning rate: AdamW and other optimisers have
+no such a, and count their steps, which are of about one size each; clipping and weight decay are not
+counted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedft.clients.methods.base import Method, Rows, column
+from fedft.core.optimizers import settings
 from fedft.core.terms import Dynamic
 from fedft.core.terms import EffectiveSteps as Term
 from fedft.core.types import TrainPlan
@@ -42,11 +47,18 @@ class EffectiveSteps(Method):
 def effective(plan: TrainPlan, steps: int) -> float:
     """``||a||_1`` of this many steps under a plan."""
     training = plan.training
-    if training.optimizer == "adamw":
-        return float(steps)
+    rates = training.rates(plan.round, steps)
+    lrs = [training.lr if rates is None else rates(i) for i in range(steps)]
+    largest = max(lrs, default=0.0) or 1.0
+    if training.optimizer != "sgd":
+        return float(steps) if rates is None else sum(lr / largest for lr in lrs)
     pull = training.proximal_mu + sum(t.alpha for t in plan.terms if isinstance(t, Dynamic))
+    how = settings(training)
+    rho, dampening = float(how["momentum"]), float(how.get("dampening", 0.0))
     v = S = 0.0
-    for _ in range(steps):
-        v = training.momentum * v + (1 - training.lr * pull * S)
-        S += v
+    for i, lr in enumerate(lrs):
+        gradient = 1 - largest * pull * S
+        v = rho * v + (gradient if i == 0 else (1 - dampening) * gradient)
+        step = gradient + rho * v if how.get("nesterov") else v
+        S += step if rates is None else lr / largest * step
     return S

@@ -91,7 +91,7 @@ def poisson_schedule(rows: int, training: LocalTraining) -> tuple[float, int]:
         rows: that it trains on.
         training: its settings.
     """
-    steps = batch_count(rows, training.batch_size, epochs=training.epochs, steps=training.steps)
+    steps = steps_of(rows, training)
     return min(1.0, training.batch_size / max(1, rows)), steps
 
 
@@ -120,6 +120,11 @@ def batch_count(rows: int, batch_size: int, *, epochs: int = 1, steps: int | Non
     if steps is None or not rows:
         return epochs * -(-rows // batch_size)
     return steps
+
+
+def steps_of(rows: int, training: LocalTraining) -> int:
+    """Optimiser steps of a client with so many rows in one round."""
+    return batch_count(rows, training.step_rows, epochs=training.epochs, steps=training.steps)
 
 
 def eval_batches(

@@ -20,8 +20,10 @@ from fedft.core.metrics import Declared, Metric, Predictions, Sum, Tally
 from fedft.core.precise import widened
 from fedft.core.tasks.asked import Asked
 from fedft.core.tasks.columns import Column
+from fedft.core.tasks.criterion import Criterion
 from fedft.core.tasks.formats import Format
 from fedft.core.tasks.rows import RawRows, joined
+from fedft.core.training import LocalTraining
 from fedft.core.types import IGNORED, Batch
 
 Reduction = Literal["none", "mean"]
@@ -143,6 +145,47 @@ class Task(ABC):
         Default: cross-entropy in float32 or float64.
         """
         return F.cross_entropy(wide(outputs), targets, ignore_index=IGNORED, reduction=reduction)
+
+    @property
+    def cross_entropy(self) -> bool:
+        """Whether the loss is the cross-entropy of one class an item, which can be smoothed and weighed.
+
+        Default: whether a task leaves :meth:`loss` as it is.
+        """
+        return type(self).loss is Task.loss
+
+    def training_loss(
+        self, outputs: Tensor, targets: Tensor, criterion: Criterion, reduction: Reduction
+    ) -> Tensor:
+        """:meth:`loss` as clients train with it where they are asked for smoothing or weights.
+
+        Of a task whose loss is a ``cross_entropy``; evaluation never comes here.
+        """
+        logits = wide(outputs)
+        return F.cross_entropy(
+            logits,
+            targets,
+            weight=criterion.weigh(logits),
+            ignore_index=IGNORED,
+            reduction=reduction,
+            label_smoothing=criterion.smoothing,
+        )
+
+    def against(self, training: LocalTraining) -> str | None:
+        """Why clients cannot be trained so, with the key of `[training]`; None where they can."""
+        if training.label_smoothing and not self.cross_entropy:
+            return (
+                f"label-smoothing = {training.label_smoothing:g}: the loss of {self.name} is no "
+                "cross-entropy of classes; leave it out"
+            )
+        if training.class_weights is not None and not (self.cross_entropy and self.classes):
+            return f"class-weights: {self.name} has no classes to weigh; leave them out"
+        if training.neftune_alpha and self.reads != "text":
+            return (
+                f"neftune-alpha = {training.neftune_alpha:g}: {self.name} reads no text, and NEFTune is "
+                "noise on the embeddings of words"
+            )
+        return None
 
     # ----------------------------------------------------------------------------- scores
 

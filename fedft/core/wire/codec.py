@@ -15,7 +15,7 @@ Flower's own strategies expect. What each record consists of is told by
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -145,7 +145,7 @@ class Encoder:
             "send": sorted(plan.send),
             "keep": sorted(plan.keep),
             "basis": plan.basis,
-            "training": _training(plan.training),
+            "training": plan.training.to_fields(),
             "layers": plan.layers,
             "heads": plan.heads,
             "round": plan.round,
@@ -203,13 +203,6 @@ class Encoder:
         return self._records[key]
 
 
-def _training(training: LocalTraining) -> dict[str, object]:
-    """The settings as a site is told them: what a rule asked for is laid over the table by then."""
-    fields = asdict(training)
-    del fields["asked"]
-    return fields
-
-
 def _scale(adapter: Adapter) -> float:
     return next((f.scale for f in adapter.factors.values()), 1.0)
 
@@ -246,7 +239,7 @@ def train_plan(content: RecordDict, initial: Adapter, seed: int) -> TrainPlan:
         send=frozenset(fields["send"]),
         keep=frozenset(fields["keep"]),
         basis=basis,
-        training=LocalTraining(**fields["training"]),
+        training=LocalTraining.of_fields(fields["training"]),
         layers=_layers(fields["layers"]),
         heads=_indices(fields["heads"]),
         terms=terms_from(fields.get("terms", [])),
