@@ -40,7 +40,7 @@ class SentenceEmbeddings(Task):
         loss_i = -log( exp(s a_i p_i) / sum_j (exp(s a_i p_j) + exp(s a_i n_j)) )
 
     In training j goes over the rows of the batch. An evaluation takes all of its rows at once: its
-    scores do not depend on how rows are put into batches. Positives of the same tokens are the same
+    scores do not depend on how rows are put into batches. Texts of the same tokens are the same
     answer there.
     """
 
@@ -63,16 +63,16 @@ class SentenceEmbeddings(Task):
         special = TextEncoder.of(encoder).special
         streams: dict[str, Stream] = {}
         cut = np.zeros(len(rows), np.bool_)
-        positives: list[list[int]] = []
+        known: dict[tuple[int, ...], int] = {}
+        codes: list[list[int]] = []
         for column in self.columns:
             if column.key in rows.values:
                 found = tokens.framed(rows.values[column.key], encoder, max_length)
                 streams[column.key] = Stream.of(found.rows, special.pad, special.side)
                 cut |= found.cut
-                positives = found.rows if column.key == "positive" else positives
-        known: dict[tuple[int, ...], int] = {}
-        codes = [known.setdefault(tuple(ids), row) for row, ids in enumerate(positives)]
-        return Encoded(TextGroups(streams, np.asarray(codes, np.int64)), cut)
+                if column.key != "text":
+                    codes.append([known.setdefault(tuple(ids), len(known)) for ids in found.rows])
+        return Encoded(TextGroups(streams, np.array(codes, np.int64).T), cut)
 
     def settle(self, model: nn.Module, spec: "ModelSpec", folder: Path) -> None:
         config: Any = model.config
@@ -116,21 +116,15 @@ class SentenceEmbeddings(Task):
         losses: list[Tensor] = []
         ranks: list[Tensor] = []
         for s, (row, own) in _logits(wide(outputs)):
-            right = s[row, own]
-            losses.append(s.logsumexp(1) - right)
-            ahead = ~(s < right[:, None])  # a tie is no success, and neither is what is no number
-            ahead[:, : len(targets)] &= targets != targets[own][:, None]
+            found = s[row, own]
+            losses.append(s.logsumexp(1) - found)
+            ahead = ~(s < found[:, None])  # a tie is no success, and neither is what is no number
+            ahead &= targets.T.flatten() != targets[own, :1]
             ranks.append(1 + ahead.sum(1))
-        each, rank = torch.cat(losses), torch.cat(ranks)
-        found = Predictions(
-            each,
-            torch.where(rank == 1, targets, torch.full_like(targets, -1)),
-            targets,
-            len(targets),
-            rank[:, None],
-            names=names,
-        )
-        return self.counted(found, float(widened(each).sum()))
+        each, rank, right = torch.cat(losses), torch.cat(ranks), targets[:, 0]
+        said = torch.where(rank == 1, right, torch.full_like(right, -1))
+        items = Predictions(each, said, right, len(right), rank[:, None], names=names)
+        return self.counted(items, float(widened(each).sum()))
 
 
 _EMBEDDING = "fedft_embedding"
