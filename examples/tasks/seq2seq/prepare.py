@@ -23,8 +23,8 @@ from fedft.core.seeds import numpy_generator
 
 FOLDER = Path(__file__).resolve().parents[3] / "downloads" / "seq2seq"
 SHORT = 5  # letters of a word that the base model is trained on, at most
-TRAIN, TEST = 6000, 400  # longer words for the federation
-STEPS, BATCH = 900, 128
+TRAIN, TEST = 3000, 300  # longer words for the federation
+STEPS, BATCH = 400, 64
 SEED = 0
 
 Pair = tuple[str, str]
@@ -62,12 +62,12 @@ def train(pairs: Sequence[Pair]) -> None:
     torch.manual_seed(SEED)
     encode = AutoTokenizer.from_pretrained(FOLDER / "model")
     config = T5Config(
-        vocab_size=len(encode), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
+        vocab_size=len(encode), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=STEPS)
     rng = numpy_generator(SEED, "seq2seq", "base")
     for step in range(STEPS):
         rows = [pairs[i] for i in rng.choice(len(pairs), BATCH, replace=False)]
@@ -79,8 +79,8 @@ def train(pairs: Sequence[Pair]) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % 300 == 0:
-            print(f"step {step + 1}: loss {float(loss.detach()):.3f}")
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: loss {float(loss.detach()):.3f}", flush=True)
     model.save_pretrained(FOLDER / "model")
 
 

@@ -80,7 +80,7 @@ def pooling_of(folder: Path) -> Pooling:
         return "mean"
     if len(wanted) > 1 or wanted[0] not in ("mean", "cls", "last"):
         raise _unknown(folder, f"the pooling {' and '.join(map(str, wanted))}")
-    return cast(Pooling, wanted[0])
+    return wanted[0]
 
 
 def _unknown(folder: Path, what: str) -> MismatchError:

@@ -330,13 +330,7 @@ def test_a_negative_is_read_where_it_is_named(folder: Path, tmp_path: Path) -> N
 
 
 def test_rows_with_one_positive_have_one_code(folder: Path, tmp_path: Path) -> None:
-    rows = [
-        {"text": t, "positive": p}
-        for t, p in zip("abcd", ["fur", "tail", "fur", "fur "], strict=True)
-    ]
-    assert data_of(folder, tmp_path, rows).train.collate(np.arange(4)).labels.tolist() == [
-        0,
-        1,
-        0,
-        0,
-    ]
+    pairs = zip("abcd", ["fur", "tail", "fur", "fur "], strict=True)
+    rows = [{"text": text, "positive": positive} for text, positive in pairs]
+    labels = data_of(folder, tmp_path, rows).train.collate(np.arange(4)).labels
+    assert labels.tolist() == [[0], [1], [0], [0]]
