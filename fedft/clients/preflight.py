@@ -160,7 +160,7 @@ def _refuse_foreign(bench: Bench) -> None:
     if rows is None:
         return
     for data in (bench.data.train, bench.data.test):
-        found = max((int(b.inputs["input_ids"].max()) for b in _all(data)), default=-1)
+        found = max((int(ids.max()) for b in _all(data) for ids in _ids(b)), default=-1)
         if found >= rows:
             raise MismatchError(
                 f"the tokenizer of {bench.task.model.source!r} gives the token {found}, and its embedding has "
@@ -236,9 +236,14 @@ def _extreme(examples: Examples, count: int, order: int) -> Batch:
 
 
 def _width(batch: Batch) -> int:
-    """Tokens of a row."""
-    ids = batch.inputs.get("input_ids")
-    return 0 if ids is None else int(ids.shape[1])
+    """Tokens of a row, of the longest text where there are several."""
+    return max((int(ids.shape[1]) for ids in _ids(batch)), default=0)
+
+
+def _ids(batch: Batch) -> list[Tensor]:
+    """Token ids of whatever a row has the model read or write. [b, t] each"""
+    ends = ("input_ids", "labels")
+    return [tensor for name, tensor in batch.inputs.items() if name.endswith(ends)]
 
 
 @contextmanager

@@ -108,6 +108,9 @@ def _outputs(task: Task, batch: Batch) -> Tensor:
     positions, _ = task.targets(batch.labels)
     width = len(_CLASSES) if task.classes else 3 + len(_WORDS) if task.words else 1
     width = width if task.alone else len(batch)
+    if task.made_up is not None:
+        shape = (len(batch), *task.made_up)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shape = (len(batch), width) if positions is None else (*batch.labels.shape, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -177,10 +177,13 @@ def _reported(spec: ModelSpec, folder: Path, classes: int) -> tuple[nn.Module, R
             trust_remote_code=spec.trust_remote_code,
             **options,
         )
+    before = set(model.state_dict())
+    task_of(spec.task).settle(model, spec, folder)
+    unused = before - set(model.state_dict())
     mismatched = {
         name: (tuple(held), tuple(wanted)) for name, held, wanted in info["mismatched_keys"]
     }
-    return model, Report(frozenset(info["missing_keys"]), mismatched)
+    return model, Report(frozenset(info["missing_keys"]) - unused, mismatched)
 
 
 def empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
@@ -197,7 +200,9 @@ def empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=spec.trust_remote_code, **options
         )
-        return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+    task_of(spec.task).settle(model, spec, folder)
+    return model
 
 
 @contextmanager

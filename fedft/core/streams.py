@@ -124,7 +124,7 @@ class TextGroups(Examples):
     Attributes:
         streams: by name, in the order in which a batch has them: ``text``, ``positive`` and, where
             there is one, ``negative``.
-        codes: rows with the same code have the same positive, [n] int64.
+        codes: of each text but the first, the same for texts of the same tokens, [n, k - 1] int64.
     """
 
     streams: Mapping[str, Stream]

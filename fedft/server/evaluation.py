@@ -159,8 +159,10 @@ def _ask_central(
     """
     encoder = codec.Encoder(federation.task, federation.compressor)
     whole = submodel(EvalPlan(state.adapter, state.delta, round=state.round), layers)
-    plans = [replace(whole, shard=(shard, SHARDS)) for shard in range(SHARDS)]
-    nodes = [1 + shard % federation.settings.per_round for shard in range(SHARDS)]
+    # What is scored from all rows at once is scored in one place.
+    count = 1 if task_of(federation.kind).together else SHARDS
+    plans = [replace(whole, shard=(shard, count)) for shard in range(count)]
+    nodes = [1 + shard % federation.settings.per_round for shard in range(count)]
     contents = [encoder.evaluate(plan) for plan in plans]
     return ask_to_evaluate(_scorer(federation), state.round, contents, nodes)
 

@@ -238,12 +238,22 @@ class LoopEngine(ABC):
         """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
         self._load(adapter, None)
         with self.base.holding(layers, delta), torch.inference_mode():
+            if self._task.together:
+                return self._judged(batches)
             writing = Writing.of(self.base)
             if writing is None:
                 return Tally.total(self._tally(batch) for batch in batches)
             return Tally.total(
                 self._tally(batch) + writing.tally(batch, whole=layers is None) for batch in batches
             )
+
+    def _judged(self, batches: Iterable[Batch]) -> Tally:
+        """The sums of all rows, from all of their outputs at once."""
+        found = [(self._outputs(b), b.labels.to(self.base.device)) for b in batches]
+        if not found:
+            return Tally()
+        outputs, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return self._task.judged(outputs, labels, self.base.names)
 
     def bare(self) -> AbstractContextManager[nn.Module]:
         """See :class:`fedft.clients.engines.base.Engine`."""

@@ -17,6 +17,7 @@ from fedft.core.metrics.base import (
 from fedft.core.metrics.entities import EntityF1, EntityPrecision, EntityRecall
 from fedft.core.metrics.exact_match import ExactMatch
 from fedft.core.metrics.macro_f1 import MacroF1
+from fedft.core.metrics.mrr import MeanReciprocalRank
 from fedft.core.metrics.multi_label import LabelMacroF1, LabelMicroF1, SubsetAccuracy
 from fedft.core.metrics.perplexity import Perplexity
 from fedft.core.metrics.regression import MeanAbsoluteError, Pearson
@@ -36,6 +37,7 @@ METRICS: Mapping[str, Metric] = {
         EntityPrecision(),
         EntityRecall(),
         ExactMatch(),
+        MeanReciprocalRank(),
     )
 }
 """Name → metric."""

@@ -13,6 +13,7 @@ from fedft.core.tasks.image_classification import ImageClassification
 from fedft.core.tasks.multi_label import MultiLabel
 from fedft.core.tasks.regression import Regression
 from fedft.core.tasks.rows import RawRows, taken
+from fedft.core.tasks.sentence_embeddings import SentenceEmbeddings
 from fedft.core.tasks.seq2seq import Seq2Seq
 from fedft.core.tasks.text_pair import TextPair
 from fedft.core.tasks.token_classification import TokenClassification
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
         Regression(),
         TokenClassification(),
         Seq2Seq(),
+        SentenceEmbeddings(),
     )
 }
 """``[model] task`` → what it means."""

@@ -7,7 +7,8 @@ task for its name: it asks for one of the properties below.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from fedft.core.tasks.formats import Format
 from fedft.core.tasks.rows import RawRows, joined
 from fedft.core.training import LocalTraining
 from fedft.core.types import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from fedft.core.spec import ModelSpec
 
 Reduction = Literal["none", "mean"]
 
@@ -50,6 +54,11 @@ class Task(ABC):
         writes: whether the model can be asked for a text: metrics over texts need it.
         alone: whether the loss of an example depends on that example alone. Otherwise clients are
             trained one after the other, and DP-SGD, which clips by example, is refused.
+        together: whether an evaluation is scored from the outputs of all its rows at once, so that it
+            does not depend on how they are put into batches.
+        reads_model: keys of ``[model]`` that say something to this task, and to others nothing.
+        made_up: shape of an output of one row, where the laws of tasks make outputs up and it is
+            neither a number a class nor one a word.
     """
 
     name: ClassVar[str]
@@ -66,6 +75,9 @@ class Task(ABC):
     causal: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     alone: ClassVar[bool] = True
+    together: ClassVar[bool] = False
+    reads_model: ClassVar[frozenset[str]] = frozenset()
+    made_up: ClassVar[tuple[int, ...] | None] = None
 
     # ------------------------------------------------------------------------------- data
 
@@ -113,6 +125,16 @@ class Task(ABC):
     def options(self, classes: int) -> dict[str, Any]:
         """What transformers is told of the model beside its checkpoint."""
         return {"num_labels": classes} if self.head else {}
+
+    def settle(self, model: nn.Module, spec: "ModelSpec", folder: Path) -> None:
+        """Make a model that was just loaded, or made empty, fit the task, in place. Default: it does.
+
+        Args:
+            model: of transformers, without any adapter.
+            spec: the table `[model]`.
+            folder: where the model's files are.
+        """
+        return
 
     def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """What is scored of a forward pass: [b, …], or [b, t, …] where targets have positions."""

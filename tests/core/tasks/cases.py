@@ -164,6 +164,12 @@ def _turned(rng: random.Random, i: int) -> Row:
     return {"text": " ".join(words), "target": " ".join(words[::-1][: rng.randint(1, 4)])}
 
 
+def _related(rng: random.Random, i: int) -> Row:
+    words = _words(rng, list(WORDS)[i % 3])
+    other = [*rng.sample(words, 2), rng.choice(COMMON.split())]
+    return {"text": " ".join(words), "positive": " ".join(other)}
+
+
 def _image(rng: random.Random, i: int) -> Row:
     shade = 60 + 120 * (i % 2) + rng.randint(0, 20)
     return {"image": [[[shade, 255 - shade, i]] * 8] * 8, "label": str(i % 2)}
@@ -319,9 +325,18 @@ CASES: dict[str, Case] = {
         },
         kind="iid",
     ),
+    "sentence-embeddings": Case(
+        bert,
+        _related,
+        {
+            "missing pair": ({"text": "fur"}, "positive: missing or empty"),
+            "empty pair": ({"text": "fur", "positive": " "}, "positive: nothing but white space"),
+            "a number": ({"text": 3, "positive": "fur"}, "text: text is expected, got int"),
+        },
+        kind="iid",
+    ),
     # Tasks of the tests alone.
     "topics": Case(
         bert, _several, {"labels": ({"text": "fur", "labels": None}, "labels: missing")}, kind="iid"
     ),
-    "contrastive": Case(bert, _labelled, {"empty": _EMPTY_TEXT}),
 }

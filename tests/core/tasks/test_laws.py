@@ -47,6 +47,8 @@ def outputs_for(task: Task, batch: Batch, classes: int, seed: int = 0) -> Tensor
     if classes and task.alone:
         width = classes
     shape = (len(batch), width) if positions is None else (*batch.labels.shape, width)
+    if task.made_up is not None:
+        shape = (len(batch), *task.made_up)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

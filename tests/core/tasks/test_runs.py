@@ -134,10 +134,12 @@ def _double(batch: Any) -> Any:
 def test_examples_that_are_not_alone_are_not_protected_one_by_one(
     folder_of: Any, tmp_path: Path
 ) -> None:
-    table = table_of("contrastive", folder_of("contrastive"), tmp_path, 1)
+    table = table_of("sentence-embeddings", folder_of("sentence-embeddings"), tmp_path, 1)
     table["training"]["dp"] = {"noise-multiplier": 1.0}
     table["data"]["holdout"] = 0.0
-    with pytest.raises(ConfigError, match="in contrastive the loss of one depends on others"):
+    with pytest.raises(
+        ConfigError, match="in sentence-embeddings the loss of one depends on others"
+    ):
         parse_config(table)
     control = table_of("classification", folder_of("classification"), tmp_path, 1)
     control["training"]["dp"], control["data"]["holdout"] = table["training"]["dp"], 0.0
