@@ -36,7 +36,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         many from the first on, its peak memory by part, and the total with gradient
         checkpointing and without, in MiB above ``framework_mib``, which this process takes without
         a model (None where it cannot be measured); no memory where the model's architecture is not
-        known; ``data`` {train, test, classes, skipped, notes}, which are read and encoded as the run
+        known; ``data`` {train, test, classes, per_class, skipped, notes}, which are read and encoded as the run
         would, and ``cut`` {train, test}, how many rows of each are longer than ``data.max-length``;
         ``deadline``, when a round of real clients closes, see :mod:`fedft.server.deadline`;
         ``training``, see :func:`fedft.server.local.forecast_training`;
@@ -110,6 +110,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
             "train": len(data.train),
             "test": len(data.test),
             "classes": list(data.classes),
+            "per_class": list(data.per_class),
             "skipped": dict(data.skipped),
             "cut": dict(data.cut),
             "notes": remarks(config, data),
@@ -167,6 +168,7 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         *_traffic_lines(config, cost),
         f"examples              {cost['data']['train']:,} to train on, {cost['data']['test']:,} to test on"
         + (f", in {len(classes)} classes" if (classes := cost["data"]["classes"]) else ""),
+        *_class_lines(cost["data"]),
         *(f"note                  {note}" for note in cost["data"]["notes"]),
         *training_lines(cost["training"], tried="engine" in cost),
     ]
@@ -223,6 +225,19 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     lines.append(f"with real clients     a round closes after {shown}")
     lines += [_privacy_line(unit, spent) for unit, spent in cost.get("privacy", {}).items()]
     return "\n".join([*lines, "", resolved(config).to_toml()])
+
+
+_CLASSES_SHOWN = 20
+
+
+def _class_lines(data: dict[str, Any]) -> list[str]:
+    """How often each class is a label of the training rows, the most frequent ones first."""
+    counted = sorted(zip(data["classes"], data["per_class"], strict=True), key=lambda own: -own[1])
+    if not counted:
+        return []
+    shown = [f"{name[:40]} {n:,}" for name, n in counted[:_CLASSES_SHOWN]]
+    more = len(counted) - len(shown)
+    return [f"labels to learn       {', '.join(shown)}" + (f", and {more} more" if more else "")]
 
 
 def _traffic_lines(config: RunConfig, cost: dict[str, Any]) -> list[str]:

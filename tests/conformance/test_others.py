@@ -74,8 +74,8 @@ class Leaking(CausalLM):
 
 
 class Averaged(Classification):
-    def tally(self, outputs: Tensor, targets: Tensor) -> Tally:
-        found = super().tally(outputs, targets)
+    def tally(self, outputs: Tensor, targets: Tensor, **where: Any) -> Tally:
+        found = super().tally(outputs, targets, **where)
         return Tally(found.loss_sum / found.count, found.count, found.sums)
 
 
