@@ -184,7 +184,7 @@ def test_a_run(tmp_path: Path) -> None:
     for run in runs.values():
         own = [line for line in run.clients() if line["round"] == 1]
         assert sum(line["examples"] for line in own) == 51
-        assert sum(line["metrics"]["steps"] for line in own) == found["steps"]
+        assert sum(line["steps"] for line in own) == found["steps"]
 
 
 def test_a_model_that_shows_rows_to_each_other_is_refused(tmp_path: Path) -> None:
