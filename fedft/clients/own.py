@@ -42,7 +42,7 @@ class Own:
             )
 
     def data(self, given: DataSpec, source: str) -> DataSpec:
-        """The table to read the file by. Of the server's it has the length of a row and the hold-out.
+        """The table to read the file by. Of the server's it has the length of a row, packing and the hold-out.
 
         All of the file is the client's to train on.
         """
@@ -59,6 +59,7 @@ class Own:
             skip_bad=self.skip_bad,
             columns=dict(self.columns),
             format=self.format,
+            packing=given.packing,
             partition=PartitionSpec(kind="iid"),
         )
 

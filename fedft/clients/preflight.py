@@ -20,9 +20,10 @@ from fedft.clients.engines.base import Engine, Trained
 from fedft.core import models, seeds
 from fedft.core.adapters import family_of
 from fedft.core.checkpoint import first_sentence, lacks_memory, stamp
+from fedft.core.data.packing import best_fit
 from fedft.core.data.source import Data
 from fedft.core.errors import FedftError, MismatchError
-from fedft.core.examples import Examples
+from fedft.core.examples import Examples, TokenExamples
 from fedft.core.models import Base
 from fedft.core.spec import TaskSpec
 from fedft.core.tasks import TASKS, task_of
@@ -38,6 +39,9 @@ many models compute in float32 whatever their weights are in."""
 
 _CHUNK = 4096
 """Rows that are looked through at once."""
+
+_PACKED = 512
+"""Rows, the longest ones, out of which packed sequences are tried."""
 
 _TOKENS = 64
 """Longest row of the comparison, where the data have shorter ones."""
@@ -142,6 +146,8 @@ def try_rows(bench: Bench, batch_size: int) -> None:
             _refuse_infinite(bench.engine.base, bench.task, f"the {name} rows", loss)
     if task_of(bench.task.model.task).causal:
         _refuse_leaks(bench, plan, layers)
+    if bench.task.data.packing:
+        _try_packed(bench, plan, batch_size)
 
 
 def _refuse_foreign(bench: Bench) -> None:
@@ -227,6 +233,39 @@ def _refuse_leaks(bench: Bench, plan: TrainPlan, layers: tuple[int, ...] | None)
             f"{bench.task.model.source!r} predicts a token from those after it: it is no causal language "
             "model",
             fix="Use a decoder, or set [model] task to what this model was made for.",
+        )
+
+
+def _try_packed(bench: Bench, plan: TrainPlan, batch_size: int) -> None:
+    """A step on packed rows; refuse a model that shows one row of a sequence to another.
+
+    Whether an architecture keeps them apart is measured: the same tokens have the same losses.
+
+    Raises:
+        MismatchError: they have not, or packed rows do not go through.
+    """
+    train, capacity, model = bench.data.train, bench.task.data.max_length, bench.task.model.source
+    order = np.argsort(-train.lengths, kind="stable")[:_PACKED]
+    bins = best_fit(train.lengths[order], capacity)[:batch_size]
+    some = order[np.argsort(train.lengths[order], kind="stable")][:3]
+    apart = f"{model!r} cannot be trained with data.packing"
+    try:
+        if not isinstance(train, TokenExamples):
+            raise TypeError("rows of tokens are expected")
+        with _refusing(bench, capacity):
+            bench.engine.train([plan], [[train.packed([order[own] for own in bins])]])
+            both = [
+                bench.engine.train([plan], [[batch]])[0].metrics["loss"]
+                for batch in (train.collate(some), train.packed([some]))
+            ]
+    except MismatchError as error:
+        raise MismatchError(f"{apart}: {error.what}", fix="Leave data.packing out.") from error
+    allowed = 2e-2 if bench.task.precision == "bf16" else 2e-5
+    if not abs(both[0] - both[1]) <= allowed * max(1.0, abs(both[0])):
+        raise MismatchError(
+            f"{apart}: a row's loss depends on the rows beside it ({both[0]:.6f} apart, {both[1]:.6f} "
+            "together), as in models with a recurrent state",
+            fix="Leave data.packing out.",
         )
 
 

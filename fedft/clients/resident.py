@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedft.clients.engines import ENGINES
 from fedft.clients.engines.base import Engine
@@ -24,6 +25,7 @@ from fedft.core.data.batches import (
     poisson_batches,
     poisson_schedule,
 )
+from fedft.core.data.packing import packed_batches, packed_count, packed_rows
 from fedft.core.data.partition import Manifest
 from fedft.core.data.source import Data, prepare
 from fedft.core.drawn import Drawn, check_time
@@ -86,6 +88,8 @@ class Workbench:
         name = self.manifest.name_of(index)
         if training.dp_noise:
             return self._poisson_batches(rows, training)
+        if self.task.data.packing:
+            return self._packed_batches(rows, name, round_, training)
         size, epochs, steps = training.step_rows, training.epochs, training.steps
 
         def draw() -> Iterator[Batch]:
@@ -126,6 +130,31 @@ class Workbench:
             found.append(targets[task.scored(targets)].numpy())
         weights = weights_of(training, self.data.classes, np.concatenate(found))
         return replace(training, class_weights=weights)
+
+    def _packed_batches(
+        self, rows: Rows, name: str, round_: int, training: LocalTraining
+    ) -> Sequence[Batch]:
+        """The same rows, several in each sequence; a batch has as many sequences as it had rows."""
+        lengths, capacity = self.data.train.lengths[rows], self.task.data.max_length
+        size, epochs, steps = training.batch_size, training.epochs, training.steps
+
+        def generator() -> torch.Generator:
+            return seeds.torch_generator(self.task.seed, "batches", round_, name)
+
+        def draw() -> Iterator[Batch]:
+            return packed_batches(
+                *(self.data.train, rows, capacity, size),
+                epochs=epochs,
+                steps=steps,
+                generator=generator(),
+            )
+
+        count = packed_count(lengths, capacity, size, epochs=epochs, steps=steps)
+        seen = len(rows)
+        if steps is not None and count < packed_count(lengths, capacity, size):
+            drawn = packed_rows(lengths, capacity, size, steps=steps, generator=generator())
+            seen = sum(len(own) for bins in drawn for own in bins)
+        return Drawn(draw, count, seen)
 
     def _poisson_batches(self, rows: Rows, training: LocalTraining) -> Sequence[Batch]:
         """As many as usual, each a Poisson sample by the operating system's randomness."""

@@ -206,6 +206,43 @@ class TokenExamples(Examples):
         learned = mask & (position >= self.answers[rows][:, None])
         return Batch(inputs, _tensor(np.where(learned, ids, IGNORED)))
 
+    def packed(self, bins: Sequence[Rows]) -> Batch:
+        """Several rows in each sequence, end to end, as one batch.
+
+        ``position_ids`` start anew with each row, and there is no mask: by that, transformers'
+        decoders tell that no row sees another. The first token of a row has no target, as there is
+        nothing before it. Padding is a row of its own for each token.
+
+        Args:
+            bins: the rows of each sequence.
+
+        Raises:
+            ValueError: rows have targets of their own, not by token.
+        """
+        if self.labels is not None:
+            raise ValueError("rows with targets of their own are not packed")
+        own = self.subset(np.concatenate(bins))
+        lengths = own.lengths
+        position = np.arange(len(own.ids)) - np.repeat(own.offsets[:-1], lengths)  # within its row
+        if own.token_labels is not None:
+            learned = own.token_labels != IGNORED
+        else:
+            assert own.answers is not None
+            learned = position >= np.repeat(own.answers, lengths)
+        labels = np.where(learned & (position > 0), own.ids, IGNORED)
+        ends = own.offsets[np.cumsum([len(rows) for rows in bins])]
+        widths = np.diff(ends, prepend=0)
+        mask = np.arange(int(widths.max())) < widths[:, None]  # [s, t]
+
+        def laid(values: NDArray[Any], padding: int) -> Tensor:
+            found = np.full(mask.shape, padding, np.int64)
+            found[mask] = values
+            return _tensor(found)
+
+        inputs = {"input_ids": laid(own.ids, self.pad_id), "position_ids": laid(position, 0)}
+        more = {name: laid(array, 0) for name, array in own.beside.items()}
+        return Batch({**inputs, **more}, laid(labels, IGNORED))
+
     def fingerprint(self) -> str:
         named = self._by_token()
         arrays = (self.ids, self.offsets, self.labels, self.answers)

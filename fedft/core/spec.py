@@ -233,6 +233,8 @@ class DataSpec(Table):
         prompt, answer: column names for causal-lm; the loss is on the answer only.
         format: in which form rows for causal-lm come: ``messages``, ``sharegpt``, ``alpaca``,
             ``prompt-completion``, ``prompt-answer`` or ``text``; ``auto`` goes by the columns.
+        packing: train causal-lm on sequences of up to ``max_length`` tokens with several rows in each,
+            none of which sees another. ``batch-size`` then counts sequences.
         image: column name for image-classification.
         prefix: put before each ``text``, as in ``"summarize: "``; some models were made with one.
         columns: names of the columns of other tasks, by what the task calls them, where these are
@@ -261,6 +263,7 @@ class DataSpec(Table):
     prefix: str = ""
     columns: dict[str, str] = Field(default_factory=dict[str, str])
     format: Annotated[str, Field(json_schema_extra={"since": "0.2"})] = "auto"
+    packing: Annotated[bool, Field(json_schema_extra={"since": "0.2"})] = False
 
     def column(self, key: str) -> str:
         """Name in the data of what a task calls ``key``."""
@@ -279,7 +282,7 @@ class DataSpec(Table):
         return {k: v for k, v in table.items() if k not in _UNSAID or v != _UNSAID[k]}
 
 
-_UNSAID: Mapping[str, Any] = {"columns": {}, "format": "auto", "prefix": ""}
+_UNSAID: Mapping[str, Any] = {"columns": {}, "format": "auto", "prefix": "", "packing": False}
 """Keys of `[data]` that a table leaves out where they say nothing else than this."""
 
 _COLUMNS = frozenset({"text", "label", "prompt", "answer", "image"})

@@ -82,6 +82,7 @@ class RunConfig(Table):
             raise ValueError(
                 f"[rounds] quorum = {rounds.quorum} is more than per-round = {rounds.per_round}"
             )
+        self._check_packing()
         self._check_privacy()
         ranks = {*fleet.rank_choices} or {self.lora.rank}
         try:
@@ -141,6 +142,26 @@ class RunConfig(Table):
     def one_by_one(self) -> bool:
         """Whether only the plain PEFT loop can train these sites, not the cohort engine."""
         return self.lora.form != "lora" or self.model.load_in is not None
+
+    def _check_packing(self) -> None:
+        """What can be put into one sequence."""
+        if not self.data.packing:
+            return
+        if not task_of(self.model.task).packs:
+            raise ValueError(
+                f"[data] packing puts several rows into one sequence, and {self.model.task} reads each "
+                "row for itself; leave it out"
+            )
+        if self.training.dp is not None:
+            raise ValueError(
+                "[data] packing: [training] dp takes each example's gradient, and of packed rows only "
+                "that of their sequence can be told; leave one of the two out"
+            )
+        if self.training.accumulate > 1:
+            raise ValueError(
+                "[data] packing makes steps of sequences, and [training] accumulate cuts them by rows; "
+                "leave one of the two out"
+            )
 
     def _check_privacy(self) -> None:
         """What the account of a private run relies on."""

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from fedft.core import model_folder, models
+from fedft.core.data import partition
+from fedft.core.data.packing import best_fit
+from fedft.core.data.source import Data
 from fedft.core.memory import MIB, Footprint, framework_bytes
 from fedft.core.privacy import WORDS
 from fedft.core.sublayers import Layer
@@ -42,7 +45,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         ``training``, see :func:`fedft.server.local.forecast_training`;
         ``positions`` that the model has, None where it names no limit; ``privacy`` where the run
         promises any, see
-        :func:`fedft.server.privacy.forecast_privacy`.
+        :func:`fedft.server.privacy.forecast_privacy`; ``packing`` {clients, rows, sequences, steps, full},
+        what an epoch of so many clients comes to, where rows are packed.
 
     Raises:
         FedftError: the run could not be started either, for example for want of memory.
@@ -116,7 +120,44 @@ def forecast(config: RunConfig) -> dict[str, Any]:
             "notes": remarks(config, data),
         },
         "training": forecast_training(config, len(data.train)),
+        **_packing(config, data),
         **_privacy(config, len(data.train)),
+    }
+
+
+_PACKED_CLIENTS = 1000
+"""Clients whose rows are packed for a forecast, at most; larger fleets are taken to be alike."""
+
+
+def _packing(config: RunConfig, data: Data) -> dict[str, Any]:
+    """How many sequences the clients' rows come to, where they are packed."""
+    if not config.data.packing:
+        return {}
+    manifest = partition.build(
+        config.data.partition,
+        examples=len(data.train),
+        clients=config.fleet.clients,
+        seed=config.seed,
+        labels=data.strata,
+        owners=data.owners,
+    )
+    lengths, capacity = data.train.lengths, config.data.max_length
+    looked = range(min(len(manifest), _PACKED_CLIENTS))
+    own = [
+        lengths[partition.split_holdout(rows, config.data.holdout, config.seed, name)[0]]
+        for k in looked
+        for rows, name in [(manifest.rows_of(k), manifest.name_of(k))]
+    ]
+    bins = [len(best_fit(some, capacity)) for some in own]
+    size = config.training.batch_size
+    return {
+        "packing": {
+            "clients": len(own),
+            "rows": sum(map(len, own)),
+            "sequences": sum(bins),
+            "steps": sum(-(-some // size) for some in bins),
+            "full": sum(int(some.sum()) for some in own) / max(1, sum(bins) * capacity),
+        }
     }
 
 
@@ -160,6 +201,17 @@ def _memory(
     }
 
 
+def _packing_lines(config: RunConfig, cost: dict[str, Any]) -> list[str]:
+    if (found := cost.get("packing")) is None:
+        return []
+    return [
+        f"packing               {found['rows']:,} rows of {found['clients']:,} clients in "
+        f"{found['sequences']:,} sequences of up to {config.data.max_length} tokens, {found['full']:.0%} full",
+        f"                      {found['steps']:,} steps of {config.training.batch_size} sequences in an "
+        "epoch of them all",
+    ]
+
+
 def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
     """The forecast and the resolved configuration, for reading."""
     size = cost["parameters"]
@@ -171,6 +223,7 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
         *_class_lines(cost["data"]),
         *(f"note                  {note}" for note in cost["data"]["notes"]),
         *training_lines(cost["training"], tried="engine" in cost),
+        *_packing_lines(config, cost),
     ]
     for client in cost["clients"]:
         if "memory_mib" not in client:

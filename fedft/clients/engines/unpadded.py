@@ -129,7 +129,7 @@ def join(
     rows = tuple(len(batch) for batch in batches)
     columns = [dict(batch.inputs) for batch in batches]
     for own in columns:
-        if "input_ids" in own:
+        if "input_ids" in own and "position_ids" not in own:  # of packed rows these say all
             own.setdefault("attention_mask", torch.ones_like(own["input_ids"]))
     padding = {"input_ids": pad_token, "labels": IGNORED}
     inputs = {

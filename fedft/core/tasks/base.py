@@ -52,6 +52,7 @@ class Task(ABC):
             layer is then taken over slices of the vocabulary, and only where a target is.
         causal: whether an output may depend on what stands before it alone.
         writes: whether the model can be asked for a text: metrics over texts need it.
+        packs: whether several rows may be put into one sequence, where a token sees its own row alone.
         alone: whether the loss of an example depends on that example alone. Otherwise clients are
             trained one after the other, and DP-SGD, which clips by example, is refused.
         together: whether an evaluation is scored from the outputs of all its rows at once, so that it
@@ -74,6 +75,7 @@ class Task(ABC):
     words: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     alone: ClassVar[bool] = True
     together: ClassVar[bool] = False
     reads_model: ClassVar[frozenset[str]] = frozenset()

@@ -32,6 +32,7 @@ class CausalLM(Task):
     words = True
     causal = True
     writes = True
+    packs = True
 
     def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
         return FORMATS[rows.format or "prompt-answer"].encode(rows.values, encoder, max_length)
