@@ -27,6 +27,7 @@ from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import Task
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
+from fedft.core.trainers import TrainerName
 from fedft.core.types import LocalTraining
 
 Precision = Literal["fp32", "bf16", "tf32"]
@@ -284,6 +285,9 @@ class TrainingSpec(Table):
     on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are
     a table of its name: ``method = "proximal"`` with ``proximal = { mu = 0.1 }``. One of another
     package is written with its values: ``method = { kind = "package.module:Class", mu = 0.1 }``.
+
+    ``trainer`` names a function of one's own, ``package.module:function``, that trains in place of
+    fedft's loop; it reads of this table what it wants to. See :mod:`fedft.core.trainers`.
     """
 
     epochs: PositiveInt = 1
@@ -297,6 +301,7 @@ class TrainingSpec(Table):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     method: SerializeAsAny[Term] | None = None
     dp: DPSpec | None = None
+    trainer: TrainerName | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -338,7 +343,7 @@ class TrainingSpec(Table):
     def local(self) -> LocalTraining:
         """The same values as plain data."""
         values: dict[str, Any] = {
-            **self.model_dump(exclude={"dp", "method"}),
+            **self.model_dump(exclude={"dp", "method", "trainer"}),
             "clip_norm": self.clip_norm or None,
         }
         if self.dp is not None:
@@ -371,7 +376,7 @@ class AttackSpec(Table):
 NEW_TOKENS = 64
 """Of a text that an evaluation has generated, at most, unless the configuration says otherwise."""
 
-_LATER = ("new_tokens",)
+_LATER = ("new_tokens", "trainer")
 """Keys of a task that older versions do not know: they are sent where they say something."""
 
 
@@ -400,6 +405,7 @@ class TaskSpec(Table):
         relabel: what a client's own labels are called in the run; a server's is not looked at.
         most_rows: rows that a client brings at most, the first ones; a server's is not looked at.
         new_tokens: tokens that an evaluation generates for a text, at most.
+        trainer: name of the function that trains in place of fedft's loop; None of none.
     """
 
     model: ModelSpec
@@ -423,6 +429,7 @@ class TaskSpec(Table):
     relabel: dict[str, str] = Field(default={})
     most_rows: PositiveInt | None = None
     new_tokens: PositiveInt = NEW_TOKENS
+    trainer: TrainerName | None = None
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
