@@ -23,11 +23,11 @@ class Copied:
 
     Attributes:
         model: the copy, as peft wrapped it.
-        paths: PEFT name of each tensor of the adapter → the name of its parameter in ``model``.
+        adapter: PEFT name of each tensor of the adapter → its parameter in ``model``.
     """
 
     model: nn.Module
-    paths: Mapping[str, str]
+    adapter: Mapping[str, nn.Parameter]
 
     def found(self, trainer: str) -> dict[str, Tensor]:
         """The tensors of the adapter as they are now, by PEFT name.
@@ -35,16 +35,17 @@ class Copied:
         Raises:
             UpdateRejected: they are not there any more, or others train beside them.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        there = {id(p): n for n, p in self.model.named_parameters(remove_duplicate=False)}
         again = "was the model wrapped again? It is a PeftModel already"
-        if gone := [path for path in self.paths.values() if path not in parameters]:
-            raise failed(f"the trainer {trainer} took {some(gone)} out of the model; {again}")
-        known = set(self.paths.values())
-        if more := [n for n, p in parameters.items() if p.requires_grad and n not in known]:
+        if gone := [name for name, p in self.adapter.items() if id(p) not in there]:
+            raise failed(f"the trainer {trainer} replaced {some(gone)} of the model; {again}")
+        known = {id(p) for p in self.adapter.values()}
+        beside = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
+        if more := [n for n, p in beside if p.requires_grad]:
             raise failed(
                 f"the trainer {trainer} had {some(more)} trained, which no plan has; {again}"
             )
-        return {name: parameters[path].detach() for name, path in self.paths.items()}
+        return {name: p.detach() for name, p in self.adapter.items()}
 
 
 def copied(
@@ -61,8 +62,7 @@ def copied(
         id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in shared.values()
     }
     own = copy.deepcopy(model, memo)
-    names = {id(p): n for n, p in own.named_parameters(remove_duplicate=False)}
-    return Copied(own, {name: names[id(memo[id(p)])] for name, p in adapter.items()})
+    return Copied(own, {name: memo[id(p)] for name, p in adapter.items()})
 
 
 def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, int]:
