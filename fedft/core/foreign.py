@@ -68,7 +68,8 @@ def _instead(module: ModuleType, path: str, attribute: str) -> str:
         if isinstance(value, type | FunctionType) and value.__module__ == path
     }
     classes = [name for name, value in defined.items() if isinstance(value, type)]
-    own = classes or list(defined)
+    functions = near(attribute, defined) and not near(attribute, classes)
+    own = classes if classes and not functions else list(defined)
     if not own:
         return f"{_file(module)} defines no class."
     if not attribute:

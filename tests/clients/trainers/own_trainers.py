@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,9 +184,7 @@ class Untidy(Wrong):
         self.model.config.pad_token_id = 1
         self.model.half()
         self.settings.tokenizer.pad_token = "[UNK]"
-        os.makedirs("left", exist_ok=True)
-        with open(os.path.join(self.settings.output_folder, "checkpoint"), "w") as file:
-            file.write("x")
+        (Path(self.settings.output_folder) / "checkpoint").write_text("x")
         os.chdir(self.settings.output_folder)
 
 

@@ -169,7 +169,9 @@ def test_without_the_look_at_the_base_the_next_client_trains_on_another_one(
 def test_what_the_plan_leaves_as_it_is_may_not_move(room: Room) -> None:
     """FFA-LoRA keeps A; a trainer that trains it all the same is refused with the reason."""
     trained(room, "plain", room.plan(train=FFA))
-    with pytest.raises(UpdateRejected, match=r"had .*lora_A.* trained, which no plan has|leaves as"):
+    with pytest.raises(
+        UpdateRejected, match=r"had .*lora_A.* trained, which no plan has|leaves as"
+    ):
         trained(room, "TrainsWhatIsFrozen", room.plan(train=FFA))
     trained(room, "TrainsWhatIsFrozen")  # where the plan trains it, it may
 
