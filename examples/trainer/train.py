@@ -23,7 +23,7 @@ def make_trainer(model, rows, settings):
 
 
 if __name__ == "__main__":
-    from alone import peft_model, pairs, settings
+    from alone import pairs, peft_model, settings
 
     trainer = make_trainer(peft_model(), pairs(), settings())
     print(trainer.train())

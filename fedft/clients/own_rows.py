@@ -62,6 +62,12 @@ class ClientRows:
         Raises:
             MismatchError: the file has other rows than when it was first read.
         """
+        if len(self.data.lines) != len(self.data.train):
+            raise MismatchError(
+                f"the task {self.task.model.task} has examples that are not one for one row, and a trainer of "
+                "one's own is given rows",
+                fix="Choose another task, or leave [training] trainer out.",
+            )
         table, place = self._table
         lines = self.data.lines[self.rows_of(client)].tolist()
         if missing := [line for line in lines if line not in place]:
