@@ -168,6 +168,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
         least_clients: own.LeastClients = None,
         model_sha256: own.ModelHash = None,
         task: own.Task = None,
+        trainer: own.Trainer = None,
         metrics: own.Metrics = None,
     ) -> None:
         """Take part in a federation with data of one's own, until it is over."""
@@ -194,6 +195,7 @@ def add_commands(cli: typer.Typer, graceful: Graceful) -> None:
             "least_clients": least_clients,
             "models": model_sha256 or None,
             "tasks": task or None,
+            "trainers": trainer or None,
             "metrics": metrics,
         }
         site = Site(

@@ -96,6 +96,15 @@ Task = Annotated[
     list[str] | None,
     typer.Option("--task", help="What may be trained; any number.", rich_help_panel=_POLICY),
 ]
+Trainer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trainer",
+        help="Trainer of one's own that a run may have: code here; any number.",
+        metavar="MODULE:FUNCTION",
+        rich_help_panel=_POLICY,
+    ),
+]
 Metrics = Annotated[
     bool | None,
     typer.Option(

@@ -20,10 +20,11 @@ from fedft.clients.block_similarity import compare
 from fedft.clients.engines.base import Trained
 from fedft.clients.preflight import check
 from fedft.clients.resident import Workbench, one_by_one, workbench
+from fedft.clients.resident import trial as in_trial
 from fedft.core import trial
 from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.drawn import distinct
-from fedft.core.errors import FedftError, MismatchError
+from fedft.core.errors import FedftError, MismatchError, UpdateRejected
 from fedft.core.metrics import packed
 from fedft.core.tasks import task_of
 from fedft.core.terms import entries, taken
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 CLIENT_ERROR = 101
 """Code of an error reply whose reason is a sentence for the server's log."""
+
+TRAINER_ERROR = 102
+"""The same, of a client whose own trainer failed."""
 
 
 class SiteApp(ClientApp):
@@ -61,10 +65,14 @@ class SiteApp(ClientApp):
                 replies[position] = Message(Error(CLIENT_ERROR, error.what), reply_to=message)
         if ready:
             start = time.monotonic()
-            results = bench.engine.train([p for _, p, _ in ready], [b for _, _, b in ready])
+            results = _results(bench, [p for _, p, _ in ready], [b for _, _, b in ready])
             seconds = (time.monotonic() - start) / len(ready)
             for (position, plan, own), result in zip(ready, results, strict=True):
                 context, message = contexts[position], messages[position]
+                if isinstance(result, FedftError):
+                    error = Error(TRAINER_ERROR, result.what)
+                    replies[position] = Message(error, reply_to=message)
+                    continue
                 index = _index(bench, context)
                 records = _records_sent(plan, result)
                 try:
@@ -81,6 +89,21 @@ class SiteApp(ClientApp):
                 _keep(context, plan, result, left)
                 replies[position] = Message(content, reply_to=message)
         return [replies[position] for position in range(len(messages))]
+
+
+def _results(
+    bench: Workbench, plans: Sequence[TrainPlan], batches: Sequence[Sequence[Batch]]
+) -> "list[Trained | FedftError]":
+    """What training made of each plan; where a trainer of the user's own failed, why."""
+    if bench.task.trainer is None:
+        return [*bench.engine.train(plans, batches)]
+    found: list[Trained | FedftError] = []
+    for plan, own in zip(plans, batches, strict=True):
+        try:
+            found += bench.engine.train([plan], [own])
+        except (UpdateRejected, MismatchError) as error:  # of this client alone
+            found.append(error)
+    return found
 
 
 app = SiteApp()
@@ -100,9 +123,9 @@ def query(message: Message, context: Context) -> Message:
 
 def _tried(task: str, batch_size: int) -> trial.Verdict | FedftError:
     try:
-        found = check(workbench(task), batch_size)
+        found = check(in_trial(workbench(task)), batch_size)
         if found.why:  # what will train is tried, too
-            check(workbench(one_by_one(task)), batch_size)
+            check(in_trial(workbench(one_by_one(task))), batch_size)
         return found
     except FedftError as error:
         return error
@@ -180,8 +203,10 @@ def _index(bench: Workbench, context: Context) -> int:
 def _examples(bench: Workbench, context: Context, plan: TrainPlan, own: Sequence[Batch]) -> int:
     """Distinct examples trained on: what the site holds, or fewer where its steps ran out."""
     rows, _ = bench.rows(_index(bench, context))
-    if plan.training.dp_noise:
-        return len(rows)  # as enrolled; the sizes of Poisson samples are secret
+    if plan.training.dp_noise or bench.task.trainer is not None:
+        return len(
+            rows
+        )  # as enrolled; the sizes of Poisson samples are secret, and a trainer has all
     return distinct(own, len(rows))
 
 

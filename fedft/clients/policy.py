@@ -33,6 +33,7 @@ from fedft.core.sublayers import Half
 from fedft.core.tasks import TASKS, task_of
 from fedft.core.terms import terms_from
 from fedft.core.toml import read_toml
+from fedft.core.trainers import TrainerName
 from fedft.core.types import Importance, LocalTraining
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -66,6 +67,8 @@ class Policy(Table):
         least_clients: without whose replies no round counts, as far as the server says so; it can
             lie about that.
         metrics: whether losses, scores and comparisons of blocks leave.
+        trainers: ``module:function`` names of trainers of one's own that a run may have: code on this
+            machine, which is imported when the policy is read. A server sends a name and no code.
     """
 
     least_noise: PositiveFloat | None = None
@@ -85,6 +88,7 @@ class Policy(Table):
     classes: tuple[str, ...] | None = None
     least_clients: PositiveInt = 1
     metrics: bool = True
+    trainers: tuple[TrainerName, ...] = ()
 
     @model_validator(mode="after")
     def _meant(self) -> Self:
@@ -131,6 +135,7 @@ class Policy(Table):
             + ("" if self.classes is None else f"; classes {', '.join(self.classes)}"),
             f"rounds of {self.least_clients} clients or more; losses and scores "
             f"{'leave' if self.metrics else 'stay'}",
+            f"trainers {', '.join(self.trainers) or 'none but fedft’s own loop'}",
         ]
 
     # ── a task ────────────────────────────────────────────────────────────────────────────────
@@ -139,10 +144,12 @@ class Policy(Table):
         """Refuse a task that this client has no part in. Looks at no file.
 
         Raises:
-            SecurityRefusal: with the word ``task``, ``limits`` or ``clients``.
+            SecurityRefusal: with the word ``task``, ``trainer``, ``limits`` or ``clients``.
         """
         if task.model.task not in self.tasks:
             raise _refused("task", f"the run's task is {task.model.task}", "tasks")
+        if task.trainer is not None and task.trainer not in self.trainers:
+            raise _refused("trainer", f"the run trains by {task.trainer[:200]}", "trainers")
         if task_of(task.model.task).classes and len(set(task.classes)) < 2:
             # Else the classes would be those found here, and their names would leave as a hash.
             raise _refused("task", "the server names no classes", "classes")

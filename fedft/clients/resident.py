@@ -6,7 +6,7 @@ it was last asked about.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 
 from fedft.clients.engines import ENGINES
 from fedft.clients.engines.base import Engine
+from fedft.clients.engines.loop import LoopEngine
+from fedft.clients.engines.trainer import TrainerEngine
+from fedft.clients.own_rows import ClientRows
 from fedft.core import memory, models, seeds
 from fedft.core.adapters import family_of
 from fedft.core.data import partition
@@ -72,12 +75,7 @@ class Workbench:
 
     def rows(self, index: int) -> tuple[Rows, Rows]:
         """The rows a site trains on, and those it holds out for judging its own model."""
-        return partition.split_holdout(
-            self.manifest.rows_of(index),
-            self.task.data.holdout,
-            self.task.seed,
-            self.manifest.name_of(index),
-        )
+        return _rows(self.task, self.manifest, index)
 
     def training_batches(self, index: int, round_: int, training: LocalTraining) -> Sequence[Batch]:
         """The batches of one site in one round, in training order; a function of the seed.
@@ -219,7 +217,24 @@ def workbench(task_json: str) -> Workbench:
     manifest = _manifest(task, data)
     if task.lean:
         memory.return_what_is_freed()
-    base = models.load_base(
+    return Workbench(task, data, manifest, _engine(task, data, manifest))
+
+
+def trial(bench: Workbench) -> Workbench:
+    """The same, with the plain loop in place of a trainer of the user's own: for the trial before round 1."""
+    engine = bench.engine
+    return replace(bench, engine=engine.loop) if isinstance(engine, TrainerEngine) else bench
+
+
+def one_by_one(task_json: str) -> str:
+    """The same task in the plain loop."""
+    task = TaskSpec.model_validate_json(task_json)
+    return task.model_copy(update={"cohort": 1}).model_dump_json()
+
+
+def _engine(task: TaskSpec, data: Data, manifest: Manifest) -> Engine:
+    load = partial(
+        models.load_base,
         task.model,
         task.lora,
         len(data.classes),
@@ -229,18 +244,28 @@ def workbench(task_json: str) -> Workbench:
         shared=task.site is None,
         names=data.classes,
     )
+    base = load()
     base.new_tokens = task.new_tokens
-    return Workbench(task, data, manifest, _engine(task, base))
+    engine = ENGINES[family_of(task.lora).name](task, base)
+    if task.trainer is None:
+        return engine
+    if not isinstance(engine, LoopEngine):
+        raise MismatchError(
+            f"the trainer {task.trainer} trains one client after another, and this client is to train "
+            "several at once, or a part of the blocks",
+            fix="Set [engine] cohort = 1, and join without --memory.",
+        )
+
+    def rows_of(client: str) -> Rows:
+        return _rows(task, manifest, manifest.index_of(client))[0]
+
+    return TrainerEngine(engine, task.trainer, ClientRows(task, data, rows_of), load)
 
 
-def one_by_one(task_json: str) -> str:
-    """The same task in the plain loop."""
-    task = TaskSpec.model_validate_json(task_json)
-    return task.model_copy(update={"cohort": 1}).model_dump_json()
-
-
-def _engine(task: TaskSpec, base: models.Base) -> Engine:
-    return ENGINES[family_of(task.lora).name](task, base)
+def _rows(task: TaskSpec, manifest: Manifest, index: int) -> tuple[Rows, Rows]:
+    return partition.split_holdout(
+        manifest.rows_of(index), task.data.holdout, task.seed, manifest.name_of(index)
+    )
 
 
 def _manifest(task: TaskSpec, data: Data) -> Manifest:

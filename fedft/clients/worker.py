@@ -13,7 +13,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 
 from fedft.clients.agreed import Agreement
-from fedft.clients.app import CLIENT_ERROR, app
+from fedft.clients.app import CLIENT_ERROR, TRAINER_ERROR, app
 from fedft.clients.checking import looked, report
 from fedft.clients.kept import KeptParts
 from fedft.clients.ledger import Ledger, Release, release_of
@@ -39,6 +39,8 @@ from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
 from fedft.core.plugins import REMOTE
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.tasks import task_of as kind_of
+from fedft.core.trainers import REGISTRY as TRAINERS
+from fedft.core.trainers import beyond_training
 from fedft.core.wire.compress import compressor_of
 from fedft.core.wire.schema import ARRAYS, numbers
 
@@ -46,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_RANK = 1 << 20
 
+
+_WORDS: Mapping[int, str] = {CLIENT_ERROR: "data", TRAINER_ERROR: "training"}
+"""Code of an error reply → what the server is told."""
 
 BITS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "tf32": 19}
 """Bits of a number, by which a reply says the precision that its client chose."""
@@ -270,7 +275,7 @@ class Resident:
         )
         reply = app(message, context)
         if reply.has_error():
-            word = "data" if reply.error.code == CLIENT_ERROR else "failed"
+            word = _WORDS.get(reply.error.code, "failed")
             return _failure(word, reply.error.reason or "")
         answer = reply.content if self.site.policy.metrics else _without_scores(reply.content)
         with under("ledger"):
@@ -309,10 +314,25 @@ class Resident:
             rows, _ = self._bench.rows(0)
             before = self._ledger.trainings(ticket.run)
             policy.check_training(fields.training.local(), fields.rank, len(rows), before)
+            self._check_trainer(fields)
             self._check_beside(fields)
         elif release is not None:
             policy.check_scores("comparisons of blocks" if fields.probe else "scores on its rows")
         policy.check_release(release, self._ledger, ticket.run)
+
+    def _check_trainer(self, fields: TrainFields) -> None:
+        """Refuse what a trainer of one's own would leave undone: noise that only the plan says."""
+        assert self._bench is not None
+        name = self._bench.task.trainer
+        what = None if name is None else beyond_training(fields.training.local(), fields.terms)
+        if what is not None:
+            raise coded(
+                SecurityRefusal(
+                    f"the plan asks for {what}, which the trainer {name} would not do",
+                    fix="Ask whoever runs the server.",
+                ),
+                "plan",
+            )
 
     def _check_beside(self, fields: TrainFields) -> None:
         """Refuse records beside the adapter that are too large with it."""
@@ -373,6 +393,14 @@ class Resident:
                 "code",
             )
         self.agreed.check(run, given, keep=not self.check)
+        if given.trainer is not None and self.site.memory_mib is not None:
+            raise coded(
+                MismatchError(
+                    f"what the trainer {given.trainer} takes is not known, and --memory grants a part",
+                    fix="Join without --memory.",
+                ),
+                "limits",
+            )
         if hint := self.site.own.suggestion(given):
             self.tell(hint)
         return given.model_copy(
@@ -401,6 +429,16 @@ def task_of(task: str) -> TaskSpec:
     try:
         given = TaskSpec.model_validate_json(task, context=REMOTE)
     except SecurityRefusal as error:
+        if (trainer := _trainer_in(task)) is not None:
+            raise coded(
+                SecurityRefusal(
+                    f"the run trains by {trainer!r}, which the policy of this client does not name; nothing "
+                    "that a server names is imported",
+                    fix="If the code is on this machine and you trust it, allow it: fedft join --trainer "
+                    "MODULE:FUNCTION, or trainers = [NAME] in the policy.",
+                ),
+                "trainer",
+            ) from error
         raise coded(
             MismatchError(
                 f"the server's task is not known to this client: {error.what[:300]}",
@@ -429,6 +467,20 @@ def task_of(task: str) -> TaskSpec:
             "task",
         ) from error
     return given
+
+
+def _trainer_in(task: str) -> str | None:
+    """The trainer that a task names and that is not known here; None where something else is not."""
+    try:
+        name = json.loads(task).get("trainer")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    try:
+        if isinstance(name, str):
+            TRAINERS.find(name, REMOTE)
+        return None
+    except (SecurityRefusal, ConfigError):
+        return str(name)[:200]
 
 
 def _adapter_size(task: TaskSpec) -> int:

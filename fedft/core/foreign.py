@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from fedft.core.errors import ConfigError
@@ -62,11 +62,14 @@ def _instead(module: ModuleType, path: str, attribute: str) -> str:
             "It was defined in a script or in a function. Move it into a module, or hand the class "
             "over from Python: allow=[TheClass]."
         )
-    own = [
-        name
+    defined = {
+        name: value
         for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == path
-    ]
+        if isinstance(value, type | FunctionType) and value.__module__ == path
+    }
+    classes = [name for name, value in defined.items() if isinstance(value, type)]
+    functions = near(attribute, defined) and not near(attribute, classes)
+    own = classes if classes and not functions else list(defined)
     if not own:
         return f"{_file(module)} defines no class."
     if not attribute:
@@ -130,11 +133,16 @@ def _where_to_look(missing: str) -> str:
     return "Install the package that has it, or start from the folder that it lies in."
 
 
+def definition_of(value: object) -> type | FunctionType:
+    """What code from outside is found by: a class, a function, or the class of another object."""
+    return value if isinstance(value, type | FunctionType) else type(value)
+
+
 def source_of(value: object, distribution: str | None = None) -> dict[str, str | None]:
     """What a run records of code from outside: enough to notice that it is another one later.
 
     Args:
-        value: a class, or an object.
+        value: a class, a function, or an object.
         distribution: name and version of the installed package, where it is known.
 
     Returns:
@@ -142,12 +150,12 @@ def source_of(value: object, distribution: str | None = None) -> dict[str, str |
         where it is of none; ``sha256`` over the Python files of its top-level package, or of its
         module alone, None where there is no file.
     """
-    cls = value if isinstance(value, type) else type(value)
-    top = cls.__module__.partition(".")[0]
+    found = definition_of(value)
+    top = found.__module__.partition(".")[0]
     return {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "class": f"{found.__module__}:{found.__qualname__}",
         "package": distribution or _distribution(top),
-        "sha256": _digest(top, cls),
+        "sha256": _digest(top, found),
     }
 
 
@@ -159,12 +167,12 @@ def _distribution(top: str) -> str | None:
         return None
 
 
-def _digest(top: str, cls: type) -> str | None:
+def _digest(top: str, found: type | FunctionType) -> str | None:
     folders = [Path(f) for f in getattr(sys.modules.get(top), "__path__", ())]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     if not files or len(files) > _MOST_FILES:
         try:
-            files = [Path(inspect.getfile(cls))]
+            files = [Path(inspect.getfile(found))]
         except (OSError, TypeError):
             return None
     total = hashlib.sha256()

@@ -28,7 +28,7 @@ from typing import Generic, TypeVar, cast
 
 from fedft.core.complaints import shown
 from fedft.core.errors import ConfigError, SecurityRefusal
-from fedft.core.foreign import imported
+from fedft.core.foreign import definition_of, imported
 from fedft.core.names import hint
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Trust:
         """The same, and what is named here.
 
         Args:
-            allowed: ``module:Class`` names, or classes, or objects of these classes.
+            allowed: ``module:Class`` names, or classes, or objects of these classes, or functions.
 
         Raises:
             ConfigError: a text is no such name.
@@ -66,11 +66,8 @@ class Trust:
                 f"{shown(wrong[0])} is no name of code from outside of fedft",
                 fix="Write it as package.module:Class; other names need no permission.",
             )
-        classes = [one if isinstance(one, type) else type(one) for one in members]
-        given = {
-            reference_of(c): c
-            for one, c in zip(members, classes, strict=True)
-            if not isinstance(one, str)
+        given: dict[str, object] = {
+            reference_of(one): definition_of(one) for one in members if not isinstance(one, str)
         }
         named = None if self.named is None else self.named | frozenset(names)
         return Trust(named, self.installed, {**self.given, **given})
@@ -285,9 +282,9 @@ def is_reference(name: str) -> bool:
 
 
 def reference_of(value: object) -> str:
-    """``module:Class`` of a class, or of the class of an object."""
-    cls = value if isinstance(value, type) else type(value)
-    return f"{cls.__module__}:{cls.__qualname__}"
+    """``module:Class`` of a class, or of the class of an object; ``module:function`` of a function."""
+    found = definition_of(value)
+    return f"{found.__module__}:{found.__qualname__}"
 
 
 def short_name(name: str) -> str:

@@ -27,6 +27,7 @@ from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import Task
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
+from fedft.core.trainers import TrainerName
 from fedft.core.training import LocalTraining
 from fedft.core.training_keys import OptimizerKey, ScheduleKey, optimizer_of, schedule_of
 
@@ -324,6 +325,9 @@ class TrainingSpec(Table):
     package is written with its values: ``method = { kind = "package.module:Class", mu = 0.1 }``.
     ``optimizer`` and ``schedule`` are a name, or a table of a name and its options, such as
     ``optimizer = { name = "RMSprop", alpha = 0.9 }``: see docs/training.md.
+
+    ``trainer`` names a function of one's own, ``package.module:function``, that trains in place of
+    fedft's loop; it reads of this table what it wants to. See :mod:`fedft.core.trainers`.
     """
 
     epochs: PositiveInt = 1
@@ -342,6 +346,7 @@ class TrainingSpec(Table):
     label_smoothing: Fraction = 0.0
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    trainer: TrainerName | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -393,7 +398,7 @@ class TrainingSpec(Table):
         """
         optimizer, options = optimizer_of(self.optimizer)
         values: dict[str, Any] = {
-            **self.model_dump(exclude={"dp", "method"}),
+            **self.model_dump(exclude={"dp", "method", "trainer"}),
             "clip_norm": self.clip_norm or None,
             "optimizer": optimizer,
             "options": options,
@@ -429,7 +434,7 @@ class AttackSpec(Table):
 NEW_TOKENS = 64
 """Of a text that an evaluation has generated, at most, unless the configuration says otherwise."""
 
-_LATER = ("new_tokens",)
+_LATER = ("new_tokens", "trainer")
 """Keys of a task that older versions do not know: they are sent where they say something."""
 
 
@@ -458,6 +463,7 @@ class TaskSpec(Table):
         relabel: what a client's own labels are called in the run; a server's is not looked at.
         most_rows: rows that a client brings at most, the first ones; a server's is not looked at.
         new_tokens: tokens that an evaluation generates for a text, at most.
+        trainer: name of the function that trains in place of fedft's loop; None of none.
     """
 
     model: ModelSpec
@@ -481,6 +487,7 @@ class TaskSpec(Table):
     relabel: dict[str, str] = Field(default={})
     most_rows: PositiveInt | None = None
     new_tokens: PositiveInt = NEW_TOKENS
+    trainer: TrainerName | None = None
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:

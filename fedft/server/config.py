@@ -1,5 +1,6 @@
 """The configuration of a run: one TOML file, validated whole before anything starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from fedft.core.spec import (
     TrainingSpec,
 )
 from fedft.core.tasks import task_of
+from fedft.core.trainers import beyond
 from fedft.core.types import Part
 from fedft.core.wire.compress import spelled
 from fedft.server.availability import Availability, read_availability
@@ -97,6 +99,7 @@ class RunConfig(Table):
         if (why := task_of(self.model.task).against(self.training.local())) is not None:
             raise ValueError(f"[training] {why}")
         self._check_method()
+        self._check_trainer()
         self._check_compressor()
         return self
 
@@ -121,7 +124,14 @@ class RunConfig(Table):
             what = f"init = {lora.init!r}" if lora.form == "lora" else f"method = {lora.form!r}"
             raise ValueError(f"[fleet] ranks: {what} takes its one rank from [lora] rank")
         if self.one_by_one and self.engine.cohort not in (1, "auto"):
-            what = "load-in" if lora.form == "lora" else f"method = {lora.form!r}"
+            plain = lora.form == "lora"
+            what = (
+                f"method = {lora.form!r}"
+                if not plain
+                else "load-in"
+                if self.model.load_in
+                else "a trainer"
+            )
             raise ValueError(
                 f"[engine] cohort = {self.engine.cohort}: clients with {what} are "
                 'trained one by one; set cohort = 1 or "auto"'
@@ -138,10 +148,52 @@ class RunConfig(Table):
                 "them in few bits"
             )
 
+    def _check_trainer(self) -> None:
+        """Refuse what a trainer of one's own would leave undone, by the name of whoever asks for it."""
+        training, name = self.training, self.training.trainer
+        if name is None:
+            return
+        asked = {
+            "[training] dp asks for noise": training.dp,
+            "[training] method asks for a term": training.method,
+            "[lora] method = 'hydralora' asks for a router and several heads": self.lora.heads,
+            f"[pruning] selection = {self.pruning.selection!r} asks for a part of the blocks": (
+                self.pruning.selection != "none"
+            ),
+            "[engine] gradient-checkpointing is of fedft's own loop, and asks": (
+                self.engine.gradient_checkpointing
+            ),
+            "[model] load-in asks for a base in few bits, whose copy cannot be checked": (
+                self.model.load_in
+            ),
+        }
+        what = next((what for what, there in asked.items() if there), None)
+        if what is None:
+            plan = first_plan(self.strategy, self.rank)
+            plan = replace(plan, training=training.local().overlaid(plan.training))
+            term = beyond(plan)
+            what = None if term is None else f"[strategy] {self.strategy.name} asks for {term}"
+        if what is not None:
+            raise ValueError(
+                f"[training] trainer = {name!r}: {what}, and a trainer of one's own would not do it; "
+                "leave one of the two out"
+            )
+        module = name.partition(":")[0]
+        if self.engine.backend != "inline" and (module == "__main__" or "<" in name):
+            raise ValueError(
+                f"[training] trainer = {name!r} is of a script, or within a function, where the workers "
+                f"of backend = {self.engine.backend!r} cannot find it; move it into a module, or set "
+                'backend = "inline"'
+            )
+
     @property
     def one_by_one(self) -> bool:
         """Whether only the plain PEFT loop can train these sites, not the cohort engine."""
-        return self.lora.form != "lora" or self.model.load_in is not None
+        return (
+            self.lora.form != "lora"
+            or self.model.load_in is not None
+            or self.training.trainer is not None
+        )
 
     def _check_packing(self) -> None:
         """What can be put into one sequence."""
@@ -340,6 +392,7 @@ class RunConfig(Table):
             "gradient_checkpointing": self.engine.gradient_checkpointing,
             "attack": self.fleet.attack,
             "new_tokens": self.evaluation.max_new_tokens,
+            "trainer": self.training.trainer,
         }
         return TaskSpec(**{**own, **facts})
 

@@ -109,6 +109,7 @@ def forecast(config: RunConfig) -> dict[str, Any]:
         },
         "positions": models.positions(model_folder.check(folder)),
         "cohort": config.engine.cohort,
+        **({} if config.training.trainer is None else {"trainer": config.training.trainer}),
         "precision": config.engine.precision,
         "data": {
             "train": len(data.train),
@@ -250,10 +251,15 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             f"above                 {cost['framework_mib']:.0f} MiB that this process takes with torch, "
             "transformers and peft, and no model"
         )
-    if (engine := cost.get("engine")) is not None:
+    if config.training.trainer is None and (engine := cost.get("engine")) is not None:
         names = {"cohort": "several clients in one pass", "loop": "one client after the other"}
         why = f": {engine['why']}" if engine["why"] else ""
         lines.append(f"trains                {names[engine['engine']]}{why}")
+    if (trainer := config.training.trainer) is not None:
+        lines.append(
+            f"trains                by {trainer}, a plain loop of your own: one client after the other; "
+            "memory above is that of fedft's own loop"
+        )
     limit = cost["positions"]
     if (
         limit is not None

@@ -11,6 +11,7 @@ from fedft.core.plugins import Registry
 from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import task_of
 from fedft.core.terms import REGISTRY as METHODS
+from fedft.core.trainers import REGISTRY as TRAINERS
 from fedft.core.wire.compress import REGISTRY as COMPRESSORS
 from fedft.server.config import RunConfig
 from fedft.strategies import REGISTRY as STRATEGIES
@@ -40,6 +41,8 @@ def _members(config: RunConfig) -> Iterator[tuple[Registry[Any], str, object]]:
     yield TASKS, config.model.task, task_of(config.model.task)
     for term in config.training.terms():
         yield METHODS, term.kind, METHODS.find(term.kind).value
+    if (trainer := config.training.trainer) is not None:
+        yield TRAINERS, trainer, TRAINERS.find(trainer).value
     for name in config.track.trackers:
         yield TRACKERS, name, found(name)
     compressor = config.engine.compressor

@@ -350,7 +350,9 @@ def _restore(
             )
         grid.load_states({})
         config = setting.config
-        if config.one_by_one:
+        if (trainer := config.training.trainer) is not None:
+            told.note(f"clients are trained one by one, by {trainer}, a plain loop of your own")
+        elif config.one_by_one:
             told.note("clients are trained one by one: the cohort engine takes plain LoRA only")
         return first_state(config, setting.shapes, len(setting.data.classes)), Progress()
     for note in checkpoint.notes:

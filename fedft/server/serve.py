@@ -383,6 +383,11 @@ def objection(setting: Setting, site: Site) -> str | None:
             f"{site.name} grants {site.memory_mib:.0f} MiB, and clients with a memory budget train in "
             "the cohort engine, which has no DP-SGD; join without --memory"
         )
+    if site.memory_mib is not None and config.training.trainer is not None:
+        return (
+            f"{site.name} grants {site.memory_mib:.0f} MiB, and what the trainer {config.training.trainer} "
+            "takes is not known; join without --memory"
+        )
     if site.memory_mib is None:
         return None
     if (needed := _needed_mib(setting, rank)) is None:

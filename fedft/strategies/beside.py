@@ -18,9 +18,9 @@ from fedft.strategies.blame import blamed
 _DP_SGD = "[training] dp adds its noise to the gradients of the adapter alone"
 
 
-def first_plan(rule: Strategy) -> TrainPlan:
-    """The rule's plan for the first round, on an adapter of one small layer."""
-    zero = torch.zeros(1, 1)
+def first_plan(rule: Strategy, rank: int = 1) -> TrainPlan:
+    """The rule's plan for the first round, on an adapter of one small layer of this rank."""
+    zero = torch.zeros(rank, rank)
     with blamed(rule, "starting"):
         probe: ServerState = rule.init(Adapter({"layer": Factors(zero, zero, 1.0)}))
     with blamed(rule, "planning round 1"):

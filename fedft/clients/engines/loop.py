@@ -22,6 +22,7 @@ from fedft.clients.engines.base import Trained
 from fedft.clients.engines.by_example import own_gradients, recording
 from fedft.clients.engines.checkpointing import recomputable, recomputed, without_cache
 from fedft.clients.engines.chunked_loss import Vocabulary
+from fedft.clients.engines.copied import Copied, copied
 from fedft.clients.engines.neftune import alone, noisy
 from fedft.clients.engines.rows import LoopRows, records
 from fedft.clients.engines.writing import Writing
@@ -103,6 +104,18 @@ class LoopEngine(ABC):
                 metrics, left = self._loop(plan, batches)
         self._dropout(False)
         return Trained(self._read(plan.start), metrics, left)
+
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """The weights that no plan trains, by their names in the model."""
+        own = {id(parameter) for _, parameter in self._named()}
+        named = self._model.named_parameters()
+        return {name: weight for name, weight in named if id(weight) not in own}
+
+    def copied(self, plan: TrainPlan) -> Copied:
+        """The model with a plan's start in it, for others to train: its own, but for what is frozen."""
+        self._load(plan.start, plan)
+        adapter, present = dict(self._named()), plan.start.tensors()
+        return copied(self._model, {n: adapter[n] for n in present}, self.frozen())
 
     def _loop(
         self, plan: TrainPlan, batches: Sequence[Batch]
@@ -330,6 +343,16 @@ class PeftEngine(LoopEngine):
             if isinstance(down, _Cored):
                 yield factor_name(path, "R"), down.core
             yield factor_name(path, "B"), cast(nn.Parameter, layer.lora_B[_SLOT].weight)
+
+    def copied(self, plan: TrainPlan) -> Copied:
+        """See :meth:`LoopEngine.copied`; what peft says of the adapter is true of it at its rank."""
+        own, rank = super().copied(plan), plan.start.rank
+        config = cast(LoraConfig, cast(PeftModel, own.model).peft_config[_SLOT])
+        for factors in [*plan.start.factors.values()][:1]:
+            config.r = rank
+            alpha = factors.scale * (math.sqrt(rank) if config.use_rslora else rank)
+            config.lora_alpha = cast(int, alpha)
+        return own
 
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ Bad rows are told together, each with file, line and reason, or left out and cou
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +64,7 @@ class Data:
         fingerprint: SHA-256 over both splits and the class names, for the run record.
         notes: what a reader should know of the data, a sentence each.
         cut: rows of ``train`` and of ``test`` that were longer than ``data.max-length``.
+        lines: where each row of ``train`` stands in its source, see :func:`raw_table`. int64
     """
 
     train: Examples
@@ -76,6 +77,31 @@ class Data:
     fingerprint: str
     cut: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    lines: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def raw_table(
+    spec: DataSpec,
+    task: str,
+    relabel: Mapping[str, str] | None = None,
+    most_rows: int | None = None,
+    bad: BadRows | None = None,
+) -> RawTable:
+    """The data as they stand in their source, every column and nothing checked.
+
+    Args:
+        spec: the data's table.
+        task: name of what is fine-tuned.
+        relabel: label → class, of a site whose own words are others.
+        most_rows: read no more rows than that, the first ones.
+        bad: takes what is no row at all; None leaves it out.
+    """
+    kind = task_of(task)
+    table = listed(read(spec.source, spec.subset, spec.split, bad or BadRows(True)), spec, kind)
+    for column in kind.columns:
+        if column.classes is not None:
+            table = relabelled(table, column, spec.column(column.key), relabel or {})
+    return _first(table, most_rows)
 
 
 def load(
@@ -104,11 +130,7 @@ def load(
     """
     kind, bad = task_of(task), BadRows(spec.skip_bad)
     check_columns(spec, kind)
-    table = listed(read(spec.source, spec.subset, spec.split, bad), spec, kind)
-    for column in kind.columns:
-        if column.classes is not None:
-            table = relabelled(table, column, spec.column(column.key), relabel or {})
-    table = _first(table, most_rows)
+    table = raw_table(spec, task, relabel, most_rows, bad)
     rows, notes = checked(table, spec, kind, classes, spec.partition.column, bad)
     names = rows.classes
     if spec.test_source is not None:
@@ -174,6 +196,7 @@ def prepare(
         hashlib.sha256(identity.encode()).hexdigest(),
         {"train": of_train.rows_cut, "test": of_test.rows_cut},
         (*raw.notes, *of_train.notes_of("training"), *of_test.notes_of("test")),
+        raw.train.lines[kept],
     )
 
 

@@ -36,6 +36,8 @@ SENTENCES: Mapping[str, str] = {
     "ledger": "its privacy ledger cannot be written",
     "environment": "its machine failed",
     "failed": "it failed",
+    "trainer": "its policy does not name the trainer of this run",
+    "training": "the trainer of this run failed there",
 }
 """Word → what a server's operator is told."""
 

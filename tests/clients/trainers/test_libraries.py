@@ -1,0 +1,152 @@
+"""TRL's trainers and Lightning's on networks of two small blocks, by the examples' own functions."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fedft.core.errors import UpdateRejected
+from fedft.core.examples import TokenExamples
+from fedft.core.types import TrainPlan
+from tests.clients.trainers.conftest import Room, federated
+
+pytestmark = [
+    pytest.mark.slow,  # importing TRL takes longer than the training
+    pytest.mark.filterwarnings("ignore"),  # what libraries warn of is not ours
+]
+
+Table = Callable[..., dict[str, Any]]
+EXAMPLES = Path(__file__).parents[3] / "examples" / "trainer"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [END] {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of the example as a module, which it is under its own name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    words = ["[PAD]", "[UNK]", "[END]", "user", "assistant", ":", "what", "is", "a", "blue", "red"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def table(tiny_table: Table, tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    rows = tmp_path / "pairs.jsonl"
+    with rows.open("w") as file:
+        for i in range(80):
+            said = {"question": "what is a " + "a " * (i % 5), "answer": "blue", "rejected": "red"}
+            file.write(json.dumps(said) + "\n")
+    columns = {"prompt": "question", "answer": "answer"}
+    return tiny_table(
+        model={"source": str(tiny_llama), "task": "causal-lm"},
+        data={"source": str(rows), "partition": {"kind": "iid"}, "max-length": 32, **columns},
+        fleet={"clients": 4},
+        rounds={"count": 2, "per-round": 2, "evaluate-every": 2},
+        lora={"rank": 4, "alpha": 8, "target-modules": ["q_proj", "v_proj"]},
+    )
+
+
+@pytest.mark.parametrize("script", ["train", "dpo"])
+def test_trl_trains_what_it_is_given_and_wraps_nothing(
+    table: dict[str, Any], scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(table)
+    assert isinstance(room.bench.data.train, TokenExamples)
+    engine = room.engine("plain")
+    monkeypatch.setattr(engine, "_make", scripts(script).make_trainer)
+
+    def found(plan: TrainPlan) -> Any:
+        (result,) = engine.train([plan], [[]])
+        return result
+
+    first = found(room.plan())
+    before, after = room.plan().start.tensors(), first.adapter.tensors()
+    assert any(not torch.equal(after[n], t) for n, t in before.items())
+    assert first.metrics["steps"] == {"train": 4, "dpo": 2}[script] and first.metrics["loss"] > 0
+    again = found(room.plan()).adapter.tensors()
+    assert all(torch.equal(again[n], after[n]) for n in after)
+    assert found(room.plan(rank=2)).adapter.rank == 2  # of a client that can do less
+    assert room.reloads == 0
+
+
+def test_dpo_lets_all_parts_train_and_a_plan_that_leaves_one_refuses_its_result(
+    table: dict[str, Any], scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(table)
+    engine = room.engine("plain")
+    for script in ("train", "dpo"):
+        monkeypatch.setattr(engine, "_make", scripts(script).make_trainer)
+        if script == "train":
+            engine.train([room.plan(train=frozenset({"B"}))], [[]])
+            continue
+        with pytest.raises(UpdateRejected, match=r"lora_A"):
+            engine.train([room.plan(train=frozenset({"B"}))], [[]])
+
+
+@pytest.mark.parametrize("script", ["train", "dpo"])
+def test_whole_runs_learn(table: dict[str, Any], scripts: Any, script: str, tmp_path: Path) -> None:
+    """The right answer is the same for all: its perplexity falls below that of the base."""
+    learnt = federated(table, scripts(script).make_trainer, tmp_path / "run")
+    final = learnt.metrics["final"]
+    assert [line["failures"] for line in learnt.rounds] == [{}, {}]
+    assert final["perplexity"] < 11  # of eleven words, one after the other at random
+
+
+@pytest.mark.parametrize("script", ["classify", "with_lightning"])
+def test_classifiers_by_transformers_and_by_lightning(
+    tiny_table: Table, scripts: Any, script: str, tmp_path: Path
+) -> None:
+    table = tiny_table(training={"steps": 12, "batch-size": 8, "lr": 2e-2})
+    table["rounds"] = {"count": 4, "per-round": 8, "evaluate-every": 4}
+    learnt = federated(table, scripts(script).make_trainer, tmp_path / "run")
+    again = federated(table, scripts(script).make_trainer, tmp_path / "again")
+    assert learnt.metrics["final"]["accuracy"] > 1 / 3
+    assert all(line["failures"] == {} for line in learnt.rounds)
+    assert again.metrics["adapter_sha256"] == learnt.metrics["adapter_sha256"]
