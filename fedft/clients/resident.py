@@ -150,6 +150,7 @@ def prepared(task_json: str) -> Data:
         classes=task.classes or None,
         relabel=task.relabel,
         most_rows=task.most_rows,
+        most_test_rows=task.test_rows,
     )
 
 
@@ -179,6 +180,7 @@ def workbench(task_json: str) -> Workbench:
         names=data.classes,
     )
     base.new_tokens = task.new_tokens
+    base.kind = task.judged
     return Workbench(task, data, manifest, _engine(task, base))
 
 
