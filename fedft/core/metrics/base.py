@@ -182,7 +182,7 @@ def unpacked(record: Mapping[str, Any], sums: Mapping[str, Sum], classes: int) -
         count, loss_sum = int(record["num-examples"]), float(record["loss-sum"])
         if count == 0:
             return Tally(loss_sum)
-        nothing = {name: [] for name, one in sums.items() if one.length is not None}
+        nothing: dict[str, Any] = {name: [] for name, one in sums.items() if one.length is not None}
         found = {
             name: one.read({**nothing, **record}[name], count, classes)
             for name, one in sums.items()

@@ -15,6 +15,7 @@ _ORDERS = 4
 
 @cache
 def library() -> Any:
+    """sacrebleu's BLEU, made once."""
     with extra("metrics", "the metric bleu needs it"):
         from sacrebleu.metrics.bleu import BLEU
     return BLEU(force=True)  # without a remark on texts that look tokenised

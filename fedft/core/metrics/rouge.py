@@ -15,8 +15,9 @@ from fedft.core.metrics.base import Metric, Predictions, Sum, Sums, Tally
 
 @cache
 def scorer(kind: str) -> Any:
+    """rouge-score's scorer of one kind, made once."""
     with extra("metrics", f"the metric {kind} needs it"):
-        from rouge_score.rougescorer import RougeScorer
+        from rouge_score.rouge_scorer import RougeScorer
     return RougeScorer([kind])
 
 
@@ -33,10 +34,8 @@ class _Rouge(Metric):
 
     def tally(self, found: Predictions) -> Sums:
         assert found.texts is not None
-        scorer = scorer(self.kind)
-        each = [
-            float(scorer.score(wanted, said)[self.kind].fmeasure) for said, wanted in found.texts
-        ]
+        own = scorer(self.kind)
+        each = [float(own.score(wanted, said)[self.kind].fmeasure) for said, wanted in found.texts]
         return {self.name: sum(each), f"{self.name}-texts": len(each)}
 
     def value(self, tally: Tally) -> float:

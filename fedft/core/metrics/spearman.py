@@ -4,7 +4,7 @@
 # scipy has no types.
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedft.core.metrics.base import Metric, Predictions, Tally
 
@@ -41,5 +41,5 @@ class Spearman(Metric):
             return float("nan")
         if (right == right[0]).all() or (predicted == predicted[0]).all():
             return 0.0
-        rho, _ = spearmanr(right, predicted)
-        return float(rho)
+        found: Any = spearmanr(right, predicted)
+        return float(found.statistic)

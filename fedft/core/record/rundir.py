@@ -377,7 +377,7 @@ class RunDir:
     def _clear(self) -> None:
         """Remove what a run is started from; its configuration, which marks it as a run, last."""
         with disk(f"clear {self.path}"):
-            for folder in (self.partition, self.tokenizer, self.trackers):
+            for folder in (self.partition, self.start, self.tokenizer, self.trackers):
                 if folder.exists():
                     shutil.rmtree(folder)
             for file in (self.path / "environment.json", self._config):

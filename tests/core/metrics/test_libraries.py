@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_scores_of_classes_are_those_of_scikit_learn(name: str, case: str, class
     whole = metric.value(scored(metric, of_classes(logits, right)))
     assert whole == pytest.approx(expected, abs=CLOSE, rel=0, nan_ok=True)
     cuts = [0, 1, 1, 40, 41, len(right)] if len(right) > 41 else [0, 0, len(right)]
-    parts = [of_classes(logits[a:b], right[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [of_classes(logits[a:b], right[a:b]) for a, b in pairwise(cuts)]
     assert in_slices(metric, parts) == pytest.approx(expected, abs=CLOSE, rel=0, nan_ok=True)
 
 
