@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from fedft.core.record.lines import ClientLine, Promise, RoundLine, Spent, Summary
     from fedft.report.tables import Table as ReportTable
     from fedft.server.compare import Cell
+
+_TELL_S = 10.0
+"""Between two lines on an evaluation that takes long."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -56,6 +60,7 @@ class RunConsole(Tracker):
         self._out = Console(highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._begun = time.monotonic()
+        self._scored: float | None = None  # when a line was said of an evaluation under way
 
     def __enter__(self) -> "RunConsole":
         workers = "" if self._real else ", starting workers"
@@ -82,6 +87,21 @@ class RunConsole(Tracker):
             self.note(f"going on after round {start.round}")
         if self._err.is_terminal and not self._json:
             self._bar = _bar(self._err, "round", rounds["count"], start.round)
+
+    def scoring(self, text: str) -> None:
+        """The test set is being scored: on the bar, or a line now and then."""
+        if self._bar is not None:
+            if text:
+                self._bar.update(self._bar.task_ids[0], scores=text)
+            return
+        now = time.monotonic()
+        if not text:
+            self._scored = None
+        elif self._scored is None:
+            self._scored = now
+        elif now - self._scored >= _TELL_S:
+            self._scored = now
+            self.note(text)
 
     def round(self, line: "RoundLine", replies: "Sequence[ClientLine]") -> None:
         """A round is committed."""
@@ -231,13 +251,20 @@ def print_json(value: object) -> None:
 
 def _round_text(line: "RoundLine") -> str:
     loss = line["train"]["loss"]
-    parts = [f"loss {loss:.3f}" if loss is not None else "loss –"]
+    start = [f"{name} {_decimal(value)}" for name, value in line.get("start", {}).items()]
+    parts = [f"start: {'  '.join(start)};"] if start else []
+    parts += [f"loss {loss:.3f}" if loss is not None else "loss –"]
     if scores := line.get("eval"):
-        parts += [f"test {name} {value:.3f}" for name, value in scores.items()]
+        parts += [f"test {name} {_decimal(value)}" for name, value in scores.items()]
     parts += [
         f"ε by {WORDS[unit]} {_epsilon(spent)}" for unit, spent in _by_unit(line.get("privacy"))
     ]
     return "  ".join([*parts, f"{sum(line['seconds'].values()):.1f} s"])
+
+
+def _decimal(value: float | None) -> str:
+    """A score; a dash where it is not defined."""
+    return "–" if value is None or isnan(value) else f"{value:.3f}"
 
 
 def _by_unit(promise: "Promise | None") -> "list[tuple[str, Spent]]":

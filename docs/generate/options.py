@@ -49,6 +49,7 @@ _UNITS = {
     "max_new_tokens": "tokens",
     "min_rows": "rows",
     "rows_per_client": "rows",
+    "max_rows": "rows",
     "shards_per_client": "shards",
     "byzantine": "clients",
     "select": "clients",

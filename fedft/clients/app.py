@@ -26,11 +26,11 @@ from fedft.core.checkpoint import first_sentence, lacks_memory
 from fedft.core.drawn import distinct
 from fedft.core.errors import FedftError, MismatchError, UpdateRejected
 from fedft.core.metrics import packed
-from fedft.core.tasks import task_of
 from fedft.core.terms import entries, taken
 from fedft.core.types import Adapter, Batch, EvalPlan, Importance, Part, Records, TrainPlan
 from fedft.core.wire import codec
 from fedft.core.wire.changes import LEFT, Packing
+from fedft.core.wire.codec import GATHERED
 from fedft.core.wire.compress import Key
 from fedft.core.wire.schema import fault
 
@@ -163,8 +163,12 @@ def evaluate(message: Message, context: Context) -> Message:
         adapter = _with_kept(plan.adapter, context, plan.keep)
         own = bench.holdout_batches(_index(bench, context))
     tally = bench.engine.evaluate(adapter, plan.delta, own, plan.layers)
-    numbers: dict[str, Any] = {**packed(tally, task_of(bench.task.model.task).sums)}
-    return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
+    numbers: dict[str, Any] = {**packed(tally, bench.task.judged.sums)}
+    content = RecordDict({"metrics": MetricRecord(numbers)})
+    # Numbers of single rows: of the server's test set alone, never of a client's own rows.
+    if plan.split == "test" and bench.task.site is None and tally.columns:
+        content[GATHERED] = codec.columns_record(tally)
+    return Message(content, reply_to=message)
 
 
 def _compared(

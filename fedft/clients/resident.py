@@ -199,6 +199,7 @@ def prepared(task_json: str) -> Data:
         classes=task.classes or None,
         relabel=task.relabel,
         most_rows=task.most_rows,
+        most_test_rows=task.test_rows,
     )
 
 
@@ -246,6 +247,7 @@ def _engine(task: TaskSpec, data: Data, manifest: Manifest) -> Engine:
     )
     base = load()
     base.new_tokens = task.new_tokens
+    base.kind = task.judged
     engine = ENGINES[family_of(task.lora).name](task, base)
     if task.trainer is None:
         return engine

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedft.conformance import compressors, meters, methods, rules, tasks, trackers
+from fedft.conformance import compressors, meters, methods, metrics, rules, tasks, trackers
 from fedft.conformance.laws import Broken, Finding, Law, first_line, require
 from fedft.core.errors import ConfigError
 from fedft.core.foreign import imported
 from fedft.core.meters import REGISTRY as METERS
+from fedft.core.metrics import REGISTRY as METRICS
 from fedft.core.names import hint
 from fedft.core.plugins import USER, Registry, Unfit, distribution_of, is_reference
 from fedft.core.tasks import REGISTRY as TASKS
@@ -38,6 +39,7 @@ KINDS: Sequence[Kind] = (
     Kind(STRATEGIES, rules.examine),
     Kind(METERS, meters.examine),
     Kind(TASKS, tasks.examine),
+    Kind(METRICS, metrics.examine),
     Kind(METHODS, methods.examine),
     Kind(COMPRESSORS, compressors.examine),
     Kind(TRACKERS, trackers.examine),

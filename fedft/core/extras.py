@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("matplotlib",),
     "privacy": ("dp_accounting", "opacus"),
     "trackers": ("tensorboard",),
+    "metrics": ("sklearn", "rouge_score", "sacrebleu"),
     "gguf": ("gguf",),
     "quantized": ("bitsandbytes",),
 }

@@ -24,7 +24,7 @@ from fedft.core.errors import ConfigError
 from fedft.core.plugins import trusted
 from fedft.core.strict import Table
 from fedft.core.tasks import REGISTRY as TASKS
-from fedft.core.tasks import Task
+from fedft.core.tasks import Task, judged
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.trainers import TrainerName
@@ -144,6 +144,8 @@ class LoraSpec(Table):
         dropout: probability of dropping an input of A while training.
         rslora: rank-stabilised scale, alpha / sqrt(r).
         head: whether a new task head is trained and shared, or stays as the seed made it.
+        start: folder of a LoRA adapter to go on from, exported by fedft or saved by peft, in place of the
+            first one that the seed makes. Layers, rank, scale and head must be those of the run.
     """
 
     rank: PositiveInt = 8
@@ -158,6 +160,13 @@ class LoraSpec(Table):
     init: Literal["default", "pissa", "olora"] = "default"
     heads: PositiveInt | None = None
     options: dict[str, _Option] = Field(default={})
+    start: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A table without a start is written as before there was any."""
+        table: dict[str, Any] = serialized(self)
+        return table if self.start is not None else {k: v for k, v in table.items() if k != "start"}
 
     @property
     def form(self) -> str:
@@ -181,6 +190,13 @@ class LoraSpec(Table):
             )
         if self.init != "default" and self.form != "lora":
             raise ValueError(f"init = {self.init!r} belongs to method = 'lora', not {self.form!r}")
+        if self.start is not None and (self.form != "lora" or self.init != "default"):
+            what = f"init = {self.init!r}" if self.form == "lora" else f"method = {self.form!r}"
+            raise ValueError(
+                f"start is the folder of a plain LoRA adapter, and {what} has another start"
+            )
+        if self.start is not None and self.head == "frozen":
+            raise ValueError("start brings a head, and head = 'frozen' keeps the one of the seed")
         for key in ("target-modules", "exclude-modules"):
             _check_pattern(key, getattr(self, key.replace("-", "_")))
         return self
@@ -434,7 +450,7 @@ class AttackSpec(Table):
 NEW_TOKENS = 64
 """Of a text that an evaluation has generated, at most, unless the configuration says otherwise."""
 
-_LATER = ("new_tokens", "trainer")
+_LATER = ("new_tokens", "trainer", "metrics", "per_class", "test_rows")
 """Keys of a task that older versions do not know: they are sent where they say something."""
 
 
@@ -464,6 +480,9 @@ class TaskSpec(Table):
         most_rows: rows that a client brings at most, the first ones; a server's is not looked at.
         new_tokens: tokens that an evaluation generates for a text, at most.
         trainer: name of the function that trains in place of fedft's loop; None of none.
+        metrics: names of what the run is judged by, the one that decides first; empty for the task's own.
+        per_class: whether scored items are counted by class.
+        test_rows: of the central test set, a sample of so many; None takes all.
     """
 
     model: ModelSpec
@@ -488,6 +507,14 @@ class TaskSpec(Table):
     most_rows: PositiveInt | None = None
     new_tokens: PositiveInt = NEW_TOKENS
     trainer: TrainerName | None = None
+    metrics: tuple[str, ...] = ()
+    per_class: bool = False
+    test_rows: PositiveInt | None = None
+
+    @property
+    def judged(self) -> Task:
+        """What is fine-tuned, judged by what this run is judged by."""
+        return judged(self.model.task, self.metrics, per_class=self.per_class)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:

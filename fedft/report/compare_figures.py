@@ -21,7 +21,7 @@ from fedft.report.figures import (
     wheel,
 )
 from fedft.report.formats import EXACT, bias_text, bytes_text, bytes_unit, score, seconds_text
-from fedft.report.groups import Group, Metric, baseline_name, baseline_of
+from fedft.report.groups import Group, Metric, baseline_name, baseline_of, further, with_start
 from fedft.report.records import Record, clean
 from fedft.report.submodels import score_by_size
 from fedft.report.timing import score_by_time
@@ -36,6 +36,10 @@ def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
     spread = [(g.label, list(g.runs.values())) for g in groups]
     candidates = (
         score_bands(groups, metric, look),
+        *(
+            score_bands(groups, one, look, f"score-bands-{one.name}")
+            for one in further([r for _, runs in spread for r in runs], metric)
+        ),
         score_by_time(groups, metric, look),
         score_by_size(groups, metric, look),
         *meter_figures.compared(groups, look, leading=True),
@@ -50,10 +54,10 @@ def of_comparison(groups: Sequence[Group], metric: Metric) -> list[Figure]:
 
 
 def score_bands(
-    groups: Sequence[Group], metric: Metric, look: Mapping[str, Style]
+    groups: Sequence[Group], metric: Metric, look: Mapping[str, Style], name: str = "score-bands"
 ) -> Figure | None:
-    """The metric per round for every rule."""
-    lines = bands(groups, look, lambda run: run.series(*metric.keys))
+    """The metric per round for every rule; ``name``: of the figure, unique on the page."""
+    lines = bands(groups, look, lambda run: with_start(run, metric))
     if not lines:
         return None
     alt = f"{metric.title} per round. At the end: {_endings(lines, metric)}."
@@ -64,7 +68,7 @@ def score_bands(
         score_axis(ax, metric)
         charts.name_ends(ax, lines)
 
-    return in_two_sizes("score-bands", title, caption, alt, draw)
+    return in_two_sizes(name, title, caption, alt, draw)
 
 
 def score_by_bytes(

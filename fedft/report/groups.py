@@ -77,6 +77,11 @@ class Metric:
         return ("sites", self.keys[1])
 
     @property
+    def of_start(self) -> tuple[str, str]:
+        """Where the score before the first round stands."""
+        return ("start", self.keys[1])
+
+    @property
     def name(self) -> str:
         """Of the metric, as records spell it."""
         return self.keys[1]
@@ -107,6 +112,20 @@ def metrics_of(records: Sequence[Record]) -> list[Metric]:
 def metric_of(records: Sequence[Record]) -> Metric:
     """The first of the metrics that any of the runs has."""
     return next(iter(metrics_of(records)), TRAINING_LOSS)
+
+
+def further(records: Sequence[Record], first: Metric) -> list[Metric]:
+    """The other metrics of the test set; the loss has a figure of its own."""
+    found = metrics_of(records)
+    return [m for m in found if m.keys[0] == "eval" and m not in (first, TEST_LOSS)]
+
+
+def with_start(record: Record, metric: Metric) -> dict[int, float]:
+    """Round → score of the test set, round 0 among them where the run was scored before it began."""
+    values = record.series(*metric.keys)
+    if metric.keys[0] != "eval" or (start := record.final(*metric.of_start)) is None:
+        return values
+    return {0: start, **values}
 
 
 def group(records: Sequence[Record], confidence: float | None = None) -> list[Group]:

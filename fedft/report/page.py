@@ -5,10 +5,10 @@ from html import escape
 from importlib import resources
 
 from fedft.core.privacy import WORDS
-from fedft.report import charts, compare_figures, run_figures
+from fedft.report import by_class, charts, compare_figures, run_figures
 from fedft.report.figures import Figure
 from fedft.report.formats import EXACT, bias_text, bytes_text, score, seconds_text
-from fedft.report.groups import TEST_LOSS, Group, Metric, group, metric_of, metrics_of, traffic
+from fedft.report.groups import Group, Metric, further, group, metric_of, traffic
 from fedft.report.privacy import (
     delta_text,
     epsilon_text,
@@ -42,6 +42,7 @@ def of_run(record: Record) -> str:
             _facts(record),
             "<h2>Measurements</h2>",
             _figures(run_figures.of_run(record, metric)),
+            by_class.section(record),
             "<h2>Configuration</h2>",
             f"<p class='small'>As it was run, and as it runs again: "
             f"<code>fedft simulate {text(record.path.name)}/config.toml</code></p>",
@@ -156,12 +157,6 @@ def _unfinished(records: Sequence[Record], waiting: Sequence[str]) -> str:
     return f"<p class='notice'>{' '.join(parts)} What follows is what has been recorded so far.</p>"
 
 
-def _further(record: Record, first: Metric) -> list[Metric]:
-    """The other metrics of the test set; the loss has a figure of its own."""
-    found = metrics_of([record])
-    return [m for m in found if m.keys[0] == "eval" and m not in (first, TEST_LOSS)]
-
-
 def _cards(record: Record, metric: Metric) -> str:
     values = record.series(*metric.keys)
     best = (max if metric.higher else min)(values, key=lambda r: values[r]) if values else None
@@ -172,8 +167,8 @@ def _cards(record: Record, metric: Metric) -> str:
     forgotten = record.mean("bias", "forgotten") or 0.0
     elapsed, busy = record.final("clock", "elapsed"), record.total("clock", "device_seconds")
     cards = [
-        (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}" if values else ""),
-        *((m.title, score(record.final(*m.keys), m.percent), "") for m in _further(record, metric)),
+        (metric.title, score(record.final(*metric.keys), metric.percent), f"after round {max(values)}{_from(record, metric)}" if values else ""),
+        *((m.title, score(record.final(*m.keys), m.percent), "") for m in further([record], metric)),
         ("Best round", score(values[best], metric.percent) if best is not None else "—", f"round {best}" if best is not None else ""),
         (f"Clients' own {metric.word}", score(sites, metric.percent), "mean over clients") if sites is not None else None,
         ("Relative bias", bias_text(record.mean("bias", "relative")), "mean over rounds"),
@@ -190,6 +185,11 @@ def _cards(record: Record, metric: Metric) -> str:
             for name, value, more in (card for card in cards if card)
         )
     )
+
+
+def _from(record: Record, metric: Metric) -> str:
+    start = record.final(*metric.of_start) if metric.keys[0] == "eval" else None
+    return "" if start is None else f", from {score(start, metric.percent)}"
 
 
 def _privacy_cards(record: Record) -> list[tuple[str, str, str]]:

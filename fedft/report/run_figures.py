@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from fedft.report import charts, meter_figures
+from fedft.report import by_class, charts, meter_figures
 from fedft.report.charts import INK, PALETTE, Style
 from fedft.report.figures import (
     Figure,
@@ -19,7 +19,7 @@ from fedft.report.figures import (
     wheel,
 )
 from fedft.report.formats import bytes_text, bytes_unit, score, seconds_text
-from fedft.report.groups import Metric
+from fedft.report.groups import Metric, further, with_start
 from fedft.report.records import Record, clean, number
 from fedft.report.submodels import run_submodels
 from fedft.report.timing import run_by_time
@@ -36,6 +36,8 @@ def of_run(record: Record, metric: Metric) -> list[Figure]:
     """All figures of a single run for which it has data."""
     candidates = (
         run_score(record, metric),
+        *(run_score(record, one, f"score-{one.name}") for one in further([record], metric)),
+        by_class.confusion(record),
         run_by_time(record, metric, _BLUE),
         run_submodels(record, metric),
         run_loss(record),
@@ -50,8 +52,14 @@ def of_run(record: Record, metric: Metric) -> list[Figure]:
     return [figure for figure in candidates if figure is not None]
 
 
-def run_score(record: Record, metric: Metric) -> Figure | None:
-    """The metric per round, with its best round."""
+def run_score(record: Record, metric: Metric, name: str = "score") -> Figure | None:
+    """The metric per round, with its best round; from what the run started at, where that is known.
+
+    Args:
+        record: of the run.
+        metric: to draw.
+        name: of the figure, unique on the page.
+    """
     values = record.series(*metric.keys)
     if not values:
         return None
@@ -62,14 +70,14 @@ def run_score(record: Record, metric: Metric) -> Figure | None:
         f"{score(values[rounds[-1]], metric.percent)} at round {rounds[-1]}; best {top} at round {best}."
     )
     with charts.canvas() as (figure, ax):
-        charts.plot(ax, [curve(metric.title, _BLUE, values)])
+        charts.plot(ax, [curve(metric.title, _BLUE, with_start(record, metric))])
         late = best > (rounds[0] + rounds[-1]) / 2
         # Nothing lies beyond the best point, so that its name is free there.
         place = {"xytext": (0, 7 if metric.higher else -13), "textcoords": "offset points"}
         ax.margins(y=0.12)
         ax.annotate(f"best {top}", (best, values[best]), ha="right" if late else "left", **place)  # type: ignore[arg-type]
         score_axis(ax, metric)
-        return Figure("score", metric.title, "", charts.svg(figure, "score", alt))
+        return Figure(name, metric.title, "", charts.svg(figure, name, alt))
 
 
 def run_loss(record: Record) -> Figure | None:

@@ -20,6 +20,7 @@ from fedft.report.groups import (
     Metric,
     baseline_name,
     baseline_of,
+    further,
     group,
     metric_of,
     traffic,
@@ -53,6 +54,8 @@ class Row:
         seeds: that were run, ascending.
         unfinished: how many of them have no summary yet.
         score: the metric of the last evaluated round.
+        start: the same before the first round; None where it was not asked for.
+        further: title of another metric of the test set → its value in the last evaluated round.
         gain: its difference to the baseline, paired by seed; None for the baseline.
         sites: the same score of each site's own model on its own held-out part, mean over sites.
         sites_gain: the same difference for ``sites``.
@@ -87,6 +90,8 @@ class Row:
     simulated: Interval | None
     device_seconds: Interval | None
     time_to_target: Interval | None
+    start: Interval | None = None
+    further: Mapping[str, Interval | None] = field(default_factory=dict[str, Interval | None])
 
 
 _Column = tuple[str, Callable[[Row], str]]
@@ -106,6 +111,7 @@ class Table:
         parts: what the sizes of submodels count.
         privacy: what the ε are about; empty without any.
         shown: title of a meter's column → how it shows its value.
+        others: the other metrics of the test set.
     """
 
     metric: Metric
@@ -116,6 +122,7 @@ class Table:
     parts: str = "block"
     privacy: str = ""
     shown: Mapping[str, Callable[[Interval | None], str]] = field(default_factory=dict[str, Any])
+    others: Sequence[Metric] = ()
 
     def header(self) -> list[str]:
         """Column titles, for as many columns as have data."""
@@ -178,6 +185,9 @@ class Table:
         if self._any(lambda r: r.gain):
             title = f"Δ to {self.baseline}"
             columns += [(title, lambda r: spread(r.gain, m.percent, signed=True))]
+        if self._any(lambda r: r.start):
+            columns += [("At the start", lambda r: spread(r.start, m.percent))]
+        columns += [self._other(one) for one in self.others]
         if self._any(lambda r: r.sites):
             title = f"Clients' own {m.word} (%)" if m.percent else f"Clients' own {m.word}"
             columns += [(title, lambda r: spread(r.sites, m.percent))]
@@ -205,6 +215,10 @@ class Table:
             ("Time a run", lambda r: _seconds(r.seconds)),
         ]
         return columns
+
+    def _other(self, one: Metric) -> _Column:
+        title = f"{one.title} (%)" if one.percent else one.title
+        return title, lambda row: spread(row.further.get(one.title), one.percent)
 
     def _read(self, title: str) -> bool:
         return any(row.meters.get(title) for row in self.rows)
@@ -266,13 +280,22 @@ def tabulate(records: Sequence[Record], confidence: float | None = None) -> Tabl
     metric = metric_of(records)
     groups = group(records, confidence)
     target = common_target(records, metric)
-    rows = tuple(_row(g, baseline_of(g, groups), metric, target) for g in groups)
+    others = tuple(further(records, metric))
+    rows = tuple(_row(g, baseline_of(g, groups), metric, target, others) for g in groups)
     name, parts = baseline_name(groups), parts_of(records)
     shown = meter_figures.columns(groups)
-    return Table(metric, rows, name, groups[0].confidence, target, parts, terms(records), shown)
+    return Table(
+        metric, rows, name, groups[0].confidence, target, parts, terms(records), shown, others
+    )
 
 
-def _row(one: Group, baseline: Group | None, metric: Metric, target: float | None) -> Row:
+def _row(
+    one: Group,
+    baseline: Group | None,
+    metric: Metric,
+    target: float | None,
+    others: Sequence[Metric],
+) -> Row:
     score, sites = one.values(*metric.keys), one.values(*metric.of_sites)
     runs = list(one.runs.values())
     return Row(
@@ -300,6 +323,10 @@ def _row(one: Group, baseline: Group | None, metric: Metric, target: float | Non
             run.total("clock", "device_seconds") for run in runs if run.series("clock", "elapsed")
         ),
         time_to_target=one.interval(_times_to(runs, metric, target)),
+        start=one.interval(one.values(*metric.of_start).values())
+        if metric.keys[0] == "eval"
+        else None,
+        further={m.title: one.interval(one.values(*m.keys).values()) for m in others},
     )
 
 

@@ -20,7 +20,7 @@ from fedft.core.spec import (
     TaskSpec,
     TrainingSpec,
 )
-from fedft.core.tasks import task_of
+from fedft.core.tasks import Task, task_of
 from fedft.core.trainers import beyond
 from fedft.core.types import Part
 from fedft.core.wire.compress import spelled
@@ -40,6 +40,7 @@ from fedft.strategies import (
     check_init,
     check_method,
     check_ranks,
+    check_start,
 )
 from fedft.strategies.beside import check_beside, first_plan
 from fedft.strategies.combinator import Combinator
@@ -101,6 +102,10 @@ class RunConfig(Table):
         self._check_method()
         self._check_trainer()
         self._check_compressor()
+        try:
+            self.judged  # noqa: B018
+        except ConfigError as error:
+            raise ValueError(f"[evaluation] {error.what}; {error.fix}") from error
         return self
 
     def _check_method(self) -> None:
@@ -109,6 +114,8 @@ class RunConfig(Table):
         try:
             check_method(self.strategy, lora.form)
             check_init(self.strategy, lora.init)
+            if lora.start is not None:
+                check_start(self.strategy)
         except ConfigError as error:
             raise ValueError(f"[lora] {error.what}; {error.fix}") from error
         try:
@@ -348,6 +355,11 @@ class RunConfig(Table):
         return self.strategy.of_run(RunFacts(self.seed, clients, per_round, classes))
 
     @property
+    def judged(self) -> Task:
+        """What is fine-tuned, judged by what the run is judged by."""
+        return self.evaluation.judged(self.model.task)
+
+    @property
     def rank(self) -> int:
         """The rank of the global adapter: the largest in the fleet."""
         return max(self.fleet.rank_choices, default=self.lora.rank)
@@ -384,7 +396,7 @@ class RunConfig(Table):
         """What the sites need to know; ``facts`` are further fields of :class:`TaskSpec`."""
         own: dict[str, Any] = {
             "model": self.model,
-            "lora": self.lora,
+            "lora": self.lora.model_copy(update={"start": None}),  # a folder of the server's
             "data": self.data,
             "seed": self.seed,
             "clients": self.fleet.clients,
@@ -393,6 +405,9 @@ class RunConfig(Table):
             "attack": self.fleet.attack,
             "new_tokens": self.evaluation.max_new_tokens,
             "trainer": self.training.trainer,
+            "metrics": self.evaluation.judges(self.model.task),
+            "per_class": self.evaluation.per_class,
+            "test_rows": self.evaluation.max_rows,
         }
         return TaskSpec(**{**own, **facts})
 

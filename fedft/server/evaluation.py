@@ -11,10 +11,10 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedft.core.errors import MismatchError, QuorumFailure
-from fedft.core.metrics import Tally, unpacked
-from fedft.core.record.lines import ClientLine, Evaluated, Scores, with_reported
+from fedft.core.metrics import PER_CLASS, Tally, unpacked
+from fedft.core.record.lines import ByClass, ClientLine, Evaluated, Scores, with_reported
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import Task, task_of
+from fedft.core.tasks import Task
 from fedft.core.types import EvalPlan, ServerState, Site
 from fedft.core.wire import codec
 from fedft.server.exchange import site_errors
@@ -56,9 +56,15 @@ class Evaluation:
             Interrupted: the run was asked to stop.
         """
         try:
-            found: Evaluated = {"eval": self._central(self.whole)}
+            total = self.total()
+            found: Evaluated = {"eval": self.federation.kind.scores(total)}
+            if PER_CLASS in self.federation.kind.also:
+                found["by_class"] = _by_class(total)
             if (submodels := self.submodels) is not None:
-                found["submodels"] = {str(k): self._central(ids) for k, ids in submodels.items()}
+                found["submodels"] = {
+                    str(k): self.federation.kind.scores(self._total(ids, f", submodels of {k}"))
+                    for k, ids in submodels.items()
+                }
             if self.sites is not None:
                 found["sites"] = self._of_sites(self.sites, ledger)
         except BaseException:
@@ -72,8 +78,18 @@ class Evaluation:
             _scorer(self.federation).cancel(ids)
         self.federation.grid.cancel(self.sites or ())
 
-    def _central(self, ids: Sequence[str]) -> Scores:
-        tallies = self._tallies(_scorer(self.federation), ids, None)
+    def total(self) -> Tally:
+        """The sums over the server's test set.
+
+        Raises:
+            QuorumFailure, Interrupted: as :meth:`scores`.
+        """
+        return self._total(self.whole)
+
+    def _total(self, ids: Sequence[str], of: str = "") -> Tally:
+        """The sums over the slices of the test set; ``of`` says of what, beside the round."""
+        watched = self.federation.scores(f"scoring after round {self.state.round}{of}", ids)
+        tallies = self._tallies(_scorer(self.federation), ids, None, watched)
         if missing := sum(tally is None for tally in tallies):
             raise QuorumFailure(
                 f"round {self.state.round}: {missing} of {len(tallies)} slices of the test set were "
@@ -86,7 +102,7 @@ class Evaluation:
                 "nothing in the server's test set can be scored: no row has a token that takes a loss",
                 fix="give test rows with prompts and answers, or raise data.max-length",
             )
-        return task_of(self.federation.kind).scores(total)
+        return total
 
     def _of_sites(self, ids: Sequence[str], ledger: Ledger) -> Scores:
         """Each site of the round judges its own model, or its part of it, on its held-out rows."""
@@ -98,7 +114,7 @@ class Evaluation:
         for site, tally in zip(self.cohort, tallies, strict=True):
             if tally is None or tally.count == 0:
                 continue
-            scores.append(task_of(federation.kind).scores(tally))
+            scores.append(federation.kind.scores(tally))
             line: ClientLine = {
                 "kind": "eval",
                 "round": self.state.round,
@@ -120,7 +136,7 @@ class Evaluation:
     ) -> list[Tally | None]:
         """The sums behind the replies, in the order of the messages; None where there was none."""
         tallies: dict[str, Tally] = {}
-        task, classes = task_of(self.federation.kind), self.federation.classes
+        task, classes = self.federation.kind, self.federation.classes
         for reply in replies(grid, ids, patience_s, self.federation.stop, watched):
             tally = None if reply.has_error() else tally_of(reply.content, task, classes)
             if tally is not None:
@@ -146,6 +162,27 @@ def asked(federation: Federation, state: ServerState, cohort: Sequence[Site]) ->
     return Evaluation(federation, state, cohort, patience_s, whole, submodels, sites)
 
 
+def _by_class(tally: Tally) -> ByClass:
+    counts, matrix = PER_CLASS.counts(tally), PER_CLASS.matrix(tally)
+    found: ByClass = {
+        "hits": counts.hits.tolist(),
+        "support": counts.right.tolist(),
+        "predicted": counts.predicted.tolist(),
+    }
+    return found if matrix is None else {**found, "confusion": matrix}
+
+
+def before(federation: Federation, state: ServerState) -> Scores:
+    """The scores of a model on the central test set, apart from any round.
+
+    Raises:
+        QuorumFailure, Interrupted: as :meth:`Evaluation.scores`.
+    """
+    whole = _ask_central(federation, state)
+    asked = Evaluation(federation, state, (), None, whole, None, None)
+    return federation.kind.scores(asked.total())
+
+
 def _scorer(federation: Federation) -> Courier:
     return federation.evaluator or federation.grid
 
@@ -160,7 +197,7 @@ def _ask_central(
     encoder = codec.Encoder(federation.task, federation.compressor)
     whole = submodel(EvalPlan(state.adapter, state.delta, round=state.round), layers)
     # What is scored from all rows at once is scored in one place.
-    count = 1 if task_of(federation.kind).together else SHARDS
+    count = 1 if federation.kind.together else SHARDS
     plans = [replace(whole, shard=(shard, count)) for shard in range(count)]
     nodes = [1 + shard % federation.settings.per_round for shard in range(count)]
     contents = [encoder.evaluate(plan) for plan in plans]
@@ -206,4 +243,11 @@ def tally_of(content: RecordDict, task: Task, classes: int) -> Tally | None:
         classes: number of classes.
     """
     metrics: Any = content.metric_records.get("metrics", {})
-    return unpacked(metrics, task.sums, classes)
+    tally = unpacked(metrics, task.sums, classes)
+    if tally is None or not tally.count:
+        return tally
+    widths = {name: width(classes) for name, width in task.gathers.items()}
+    try:
+        return replace(tally, columns=codec.columns_from(content, widths, tally.count))
+    except ValueError:
+        return None

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from fedft.core.meters import DEFAULT, Meter, Spectrum, chosen
 from fedft.core.record.lines import ClientLine, Kind, Promise, RoundLine, Timed
+from fedft.core.tasks import Task
 from fedft.core.terms import Term
 from fedft.core.types import LocalTraining, Part, ServerState, Site, TrainPlan
 from fedft.core.wire.compress import FP32, Compressor
@@ -65,7 +66,7 @@ class Federation:
         terms: what clients do beside plain steps, whatever the rule asks for.
         settings: the `[rounds]` table.
         seed: of the run.
-        kind: name of the model's task, which decides what is a score.
+        kind: the model's task, with the metrics of the run: it decides what is a score.
         classes: number of classes; 0 where the task has none.
         cohort: how many sites are trained in one pass.
         compressor: in which clients send their replies; the server sends in the cast to it.
@@ -79,6 +80,7 @@ class Federation:
             place; in a simulation an exception is a mistake of ours, and ends the run.
         pace: of the slowest client that is waited for where no deadline is set; None waits for all.
         watch: is told whom the run waits for; None tells nobody.
+        scoring: is told how far the scoring of the server's test set is; None tells nobody.
         meters: what every round is measured by.
     """
 
@@ -89,7 +91,7 @@ class Federation:
     training: LocalTraining
     settings: RoundsSpec
     seed: int
-    kind: str
+    kind: Task
     cohort: int = 1
     compressor: Compressor = FP32
     limits: Limits = field(default_factory=Limits)
@@ -105,6 +107,7 @@ class Federation:
     real: bool = False
     pace: Pace | None = None
     watch: Watch | None = None
+    scoring: Watch | None = None
     meters: tuple[type[Meter], ...] = chosen(DEFAULT)
 
     @property
@@ -153,6 +156,29 @@ class Federation:
             waited = tuple(sorted(names[id_] for id_ in ids))
             answered = len(names) - len(waited)
             watch(Waiting(what, "answered", len(names), waited, answered, since, ends=closes))
+
+        return missing
+
+    def scores(self, what: str, ids: Sequence[str]) -> Callable[[Collection[str], float], None]:
+        """Tells ``scoring`` how many of some slices of the test set are scored; as :meth:`waits`.
+
+        Args:
+            what: is being done.
+            ids: of the messages, one a slice.
+        """
+        scoring, wanted, since = self.scoring, len(ids), time.monotonic()
+        told = since
+
+        def missing(ids: Collection[str], closes: float) -> None:
+            nonlocal told
+            if scoring is None:
+                return
+            if not ids:
+                scoring(None)
+            elif (now := time.monotonic()) - told >= _TOLD_S:
+                told = now
+                done = wanted - len(ids)
+                scoring(Waiting(what, "slices scored", wanted, (), done, since, ends=closes))
 
         return missing
 

@@ -4,6 +4,7 @@ Shapes come from the model's configuration; no weight is loaded and no worker is
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedft.core import model_folder, models
@@ -16,6 +17,7 @@ from fedft.core.sublayers import Layer
 from fedft.core.tasks import task_of
 from fedft.core.types import Part, ServerState, Site
 from fedft.core.wire import codec
+from fedft.server import starting
 from fedft.server.config import RunConfig
 from fedft.server.deadline import Pace, pace_of
 from fedft.server.inputs import check_rank, check_training, data_of, remarks
@@ -57,6 +59,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     shapes = models.schema(config.model, config.lora, len(data.classes))
     check_rank(config, shapes)
     check_training(config, data, shapes)
+    if config.lora.start is not None:
+        starting.read(config, shapes, Path(config.lora.start))
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
     state = config.rule(len(data.classes)).init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base

@@ -6,6 +6,7 @@ from fedft.core import models
 from fedft.core.adapters import family_of
 from fedft.core.data.source import Data, check_test, prepare
 from fedft.core.errors import ConfigError, MismatchError
+from fedft.core.metrics import MOST_GATHERED
 from fedft.core.optimizers import by_number, check_shapes
 from fedft.core.tasks import task_of
 from fedft.core.tasks.criterion import check_names
@@ -24,9 +25,35 @@ def data_of(config: RunConfig, encoder: Any) -> Data:
     Raises:
         ConfigError, MismatchError: see :func:`fedft.core.data.source.prepare`; or nothing is left to test on.
     """
-    data = prepare(config.data, config.model.task, encoder, seed=config.seed)
+    data = prepare(
+        config.data,
+        config.model.task,
+        encoder,
+        seed=config.seed,
+        most_test_rows=config.evaluation.max_rows,
+    )
     check_test(config.data, len(data.test), len(data.train) + len(data.test))
+    _check_gathered(config, len(data.test), len(data.classes))
     return data
+
+
+def _check_gathered(config: RunConfig, rows: int, classes: int) -> None:
+    """Refuse a metric that would have to keep too much of every test row: there is no exact value then.
+
+    Raises:
+        ConfigError: naming the metric.
+    """
+    total = 0
+    for metric in config.judged.metrics:
+        own = rows * sum(width(classes) for width in metric.gathers.values())
+        total += own
+        if total > MOST_GATHERED:
+            most = int(MOST_GATHERED / total * rows)
+            raise ConfigError(
+                f"the metric {metric.name} keeps numbers of every test row, and of {rows:,} rows these "
+                f"are {own:,}; all metrics together keep {MOST_GATHERED:,}",
+                fix=f"Set [evaluation] max-rows to at most {most}, or leave the metric out.",
+            )
 
 
 def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None) -> list[str]:
@@ -38,10 +65,28 @@ def remarks(config: RunConfig, data: Data, special: SpecialTokens | None = None)
     return [
         *data.notes,
         *([left_out] if skipped else []),
+        *_judged(config, data),
         *_cut(config, data),
         *([_ENDLESS] if endless else []),
         *_own_seed(config),
     ]
+
+
+def _judged(config: RunConfig, data: Data) -> list[str]:
+    """What scores leave out: test rows, and metrics of the clients' own rows."""
+    told: list[str] = []
+    if len(data.test) < data.every_test:
+        told.append(
+            f"scores are of {len(data.test):,} of {data.every_test:,} test rows, the same ones in every "
+            "round ([evaluation] max-rows)"
+        )
+    apart = [metric.name for metric in config.judged.metrics if metric.gathers]
+    if apart and config.data.holdout:
+        told.append(
+            f"{', '.join(apart)}: of the test set alone; it needs scores of single rows, and those of a "
+            "client's own rows stay there"
+        )
+    return told
 
 
 _ENDLESS = "the tokenizer has no end-of-text token: the model does not learn where to stop"

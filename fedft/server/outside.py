@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from fedft.core.foreign import source_of
 from fedft.core.meters import REGISTRY as METERS
+from fedft.core.metrics import REGISTRY as METRICS
 from fedft.core.plugins import Registry
 from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import task_of
@@ -38,6 +39,9 @@ def _members(config: RunConfig) -> Iterator[tuple[Registry[Any], str, object]]:
         yield STRATEGIES, rule.name, rule
     for name, meter in zip(config.evaluation.meters, config.evaluation.kinds, strict=True):
         yield METERS, name, meter
+    for name in config.evaluation.judges(config.model.task):
+        if (metric := METRICS.known(name)) is not None:  # others are the task's own
+            yield METRICS, name, metric
     yield TASKS, config.model.task, task_of(config.model.task)
     for term in config.training.terms():
         yield METHODS, term.kind, METHODS.find(term.kind).value

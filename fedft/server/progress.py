@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from fedft.core.digest import state_digest
-from fedft.core.tasks import task_of
+from fedft.core.tasks import Task
 from fedft.server.federation import Completed
 
 
@@ -29,11 +29,11 @@ class Progress:
     seconds: float = 0.0
     history: str = ""
 
-    def after(self, completed: Completed, task: str) -> "Progress":
-        """With one more round."""
+    def after(self, completed: Completed, task: Task) -> "Progress":
+        """With one more round of a task, which says what is better."""
         record = completed.record
         scores = record.get("eval")
-        improved = scores is not None and task_of(task).better(scores, self.best)
+        improved = scores is not None and task.better(scores, self.best)
         return Progress(
             best={"round": record["round"], **scores} if scores and improved else self.best,
             final=scores or self.final,

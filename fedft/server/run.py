@@ -29,18 +29,19 @@ from fedft.core.errors import (
 )
 from fedft.core.files import disk
 from fedft.core.plugins import RECORD, Trust, short_name
-from fedft.core.record.lines import Summary, Verified
+from fedft.core.record.lines import Scores, Summary, Verified
 from fedft.core.record.rundir import RunDir
 from fedft.core.types import ServerState
 from fedft.core.wire import codec
+from fedft.server import evaluation
 from fedft.server.asynchrony import updates
 from fedft.server.checkpoints import Checkpoints
 from fedft.server.config import RunConfig
 from fedft.server.config_file import differences, parse_toml
 from fedft.server.export import export
-from fedft.server.federation import Completed, Federation
+from fedft.server.federation import Completed, Federation, Stopwatch
 from fedft.server.inputs import remarks
-from fedft.server.messages import Courier
+from fedft.server.messages import Courier, Waiting
 from fedft.server.outside import changes, outside
 from fedft.server.privacy import PrivacyAccount, check_fork, open_account
 from fedft.server.progress import Progress
@@ -220,7 +221,7 @@ def fork(run_dir: Path, target: Path, changed: RunConfig | None, trust: Trust = 
         with RunDir.create(target) as run:
             for line in old.releases():
                 run.append_release(line)
-            for folder in (old.checkpoints, old.partition, old.adapters):
+            for folder in (old.checkpoints, old.partition, old.adapters, old.start):
                 if folder.exists():
                     shutil.copytree(folder, run.path / folder.name)
             for record in old.clients():
@@ -259,9 +260,18 @@ def _execute(
         grid = workers if workers is not None else stack.enter_context(open_grid(config))
         setting = prepare_run(config, run)
         setting = tried(setting, run, evaluator or grid, told, stop)
-        federation = replace(federate(setting, grid, stop), evaluator=evaluator)
+        federation = replace(
+            federate(setting, grid, stop), evaluator=evaluator, scoring=_scoring(told)
+        )
         complete(setting, run, grid, federation, told)
     return run
+
+
+def _scoring(told: Tracker) -> Callable[[Waiting | None], None]:
+    def scoring(now: Waiting | None) -> None:
+        told.scoring("" if now is None else f"{now.what}: {now.done} of {now.wanted} {now.verb}")
+
+    return scoring
 
 
 def complete(
@@ -281,9 +291,9 @@ def complete(
     directory, start = RunDirectory(run), _start(config, run, state.round)
     directory.started(start)
     told.started(start)
-    for completed in _until_patience(federation, state, progress):
+    for completed in _with_start(federation, state, progress, before=config.evaluation.before):
         state = completed.state
-        progress = progress.after(completed, config.model.task)
+        progress = progress.after(completed, federation.kind)
         _commit(setting, run, directory, grid, checkpoints, completed, progress)
         told.round(completed.record, completed.replies)
     verified = _verified(setting, run, federation, state)
@@ -323,6 +333,7 @@ def _verified(
             grid=federation.evaluator or federation.grid,
             task=federation.task,
             model=config.model,
+            judged=federation.kind,
             folder=setting.folder,
             classes=setting.data.classes,
             head=setting.shapes.saved,
@@ -354,7 +365,8 @@ def _restore(
             told.note(f"clients are trained one by one, by {trainer}, a plain loop of your own")
         elif config.one_by_one:
             told.note("clients are trained one by one: the cohort engine takes plain LoRA only")
-        return first_state(config, setting.shapes, len(setting.data.classes)), Progress()
+        first = first_state(config, setting.shapes, len(setting.data.classes), setting.start)
+        return first, Progress()
     for note in checkpoint.notes:
         told.note(note)
     indices = {name: setting.manifest.index_of(name) for name in checkpoints.sites}
@@ -365,6 +377,23 @@ def _restore(
         }
     )
     return checkpoint.state, Progress(**checkpoint.extra)
+
+
+def _with_start(
+    federation: Federation, state: ServerState, progress: Progress, *, before: bool
+) -> Iterator[Completed]:
+    """The rounds to come, the first of a run with the scores that it started from, if these are wanted."""
+    start: Scores | None = None
+    watch = Stopwatch()
+    if before and state.round == 0:
+        with watch.phase("evaluate"):
+            start = evaluation.before(federation, state)
+    for completed in _until_patience(federation, state, progress):
+        if start is not None:
+            completed.record["start"], start = start, None
+            seconds = completed.record["seconds"]
+            seconds["evaluate"] = seconds.get("evaluate", 0.0) + watch.seconds["evaluate"]
+        yield completed
 
 
 def _until_patience(

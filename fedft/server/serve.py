@@ -298,6 +298,7 @@ def _rounds(
             real=True,
             pace=pace,
             watch=board.waiting,
+            scoring=board.waiting,
         )
         try:
             complete(setting, run, grid, federation, board)

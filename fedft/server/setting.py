@@ -18,9 +18,9 @@ from fedft.core.errors import (
 )
 from fedft.core.record.rundir import RunDir
 from fedft.core.spec import LoraSpec, TaskSpec
-from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import SpecialTokens, TextEncoder
-from fedft.core.types import Delta, ServerState
+from fedft.core.types import Adapter, Delta, ServerState
+from fedft.server import starting
 from fedft.server.clock import SimulatedClock
 from fedft.server.config import RunConfig
 from fedft.server.federation import Federation
@@ -61,7 +61,7 @@ class StatefulGrid(Courier, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a run works on: loaded once, before the first round."""
+    """What a run works on: loaded once, before the first round. ``start``: the adapter to go on from."""
 
     config: RunConfig
     task: TaskSpec
@@ -71,6 +71,7 @@ class Setting:
     folder: Path
     hashes: Mapping[str, str]
     special: SpecialTokens | None
+    start: Adapter | None = None
 
 
 def open_grid(config: RunConfig) -> JobGrid:
@@ -123,6 +124,9 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
     inputs = {**hashes, "data": data.fingerprint}
     if (availability := config.availability) is not None:
         inputs["availability"] = availability.fingerprint
+    kept = starting.kept(config, run)
+    if kept is not None:
+        inputs["start"] = starting.digest(kept)
     special = None
     if isinstance(encoder, TextEncoder):
         run.keep_tokenizer(encoder.files())
@@ -137,14 +141,16 @@ def prepare_run(config: RunConfig, run: RunDir) -> Setting:
         manifest=str(run.partition),
         fingerprint=manifest.fingerprint,
     )
-    return Setting(config, task, data, manifest, shapes, folder, hashes, special)
+    start = None if kept is None else starting.read(config, shapes, kept)
+    return Setting(config, task, data, manifest, shapes, folder, hashes, special, start)
 
 
 def _pinned(config: RunConfig, shapes: models.Schema) -> LoraSpec:
     """The adapter with the layers by name that ``auto`` stands for: no client decides it anew."""
-    if config.lora.target_modules != "auto":
-        return config.lora
-    return config.lora.model_copy(update={"target_modules": shapes.names})
+    lora = config.lora.model_copy(update={"start": None})  # a folder of the server's
+    if lora.target_modules != "auto":
+        return lora
+    return lora.model_copy(update={"target_modules": shapes.names})
 
 
 def tried(
@@ -183,7 +189,7 @@ def _facts(config: RunConfig, data: Data, special: SpecialTokens | None) -> dict
         "skipped": dict(data.skipped),
         "notes": list(data.notes),
         **config.evaluation.described(),
-        "metrics": [asdict(metric) for metric in task_of(config.model.task).declared],
+        "metrics": [asdict(metric) for metric in config.judged.declared],
         **text,
     }
 
@@ -231,13 +237,17 @@ def _check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
             )
 
 
-def first_state(config: RunConfig, shapes: models.Schema, classes: int = 0) -> ServerState:
-    """The state before the first round.
+def first_state(
+    config: RunConfig, shapes: models.Schema, classes: int = 0, start: Adapter | None = None
+) -> ServerState:
+    """The state before the first round; ``start`` is the adapter to go on from, if there is one.
 
     Some adapters start from the base weights themselves, which are loaded for it and let go of:
     see :func:`fedft.core.models.start.drawn`.
     """
     lora, rule = config.lora, config.rule(classes)
+    if start is not None:
+        return rule.init(start)
     initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
     delta: Delta = {}
     if family_of(lora).draws(lora):
@@ -265,7 +275,7 @@ def federate(setting: Setting, grid: Courier, stop: Callable[[], bool]) -> Feder
         terms=config.training.terms(),
         settings=config.rounds,
         seed=config.seed,
-        kind=config.model.task,
+        kind=config.judged,
         classes=len(setting.data.classes),
         cohort=setting.task.cohort,
         compressor=config.engine.compressor,

@@ -22,7 +22,7 @@ from fedft.core.examples import Examples
 from fedft.core.metrics import Tally
 from fedft.core.record.lines import Verified
 from fedft.core.spec import ModelSpec, Precision
-from fedft.core.tasks import task_of
+from fedft.core.tasks import Task
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import Batch, EvalPlan, ServerState
 from fedft.core.wire import codec
@@ -46,6 +46,7 @@ def verify(
     grid: Courier,
     task: str,
     model: ModelSpec,
+    judged: Task,
     folder: Path,
     classes: Sequence[str],
     head: Head,
@@ -62,6 +63,7 @@ def verify(
         grid: the run's workers.
         task: JSON of the run's task.
         model: the `[model]` table.
+        judged: what is fine-tuned, as the run's workers judge it.
         folder: of the base model on this machine.
         classes: names of the classes.
         head: of the base model.
@@ -78,14 +80,13 @@ def verify(
     """
     count = max(1, math.ceil(len(test) / ROWS))
     shards = range(min(SLICES, count) if len(test) else 0)
-    kind = task_of(model.task)
-    read = partial(tally_of, task=kind, classes=len(classes))
+    read = partial(tally_of, task=judged, classes=len(classes))
     own = list(_of_run(grid, task, state, shards, count, read, stop))
     loaded = stock.stock_model(export, model, folder, len(classes), precision, special)
     lost = stock.unlike(loaded, export, head)
     groups = [list(_rows(test, shard, count)) for shard in shards]
     try:
-        theirs = list(stock.tallies(loaded, kind, groups, classes))
+        theirs = list(stock.tallies(loaded, judged, groups, classes))
     except Exception as error:  # whatever a model's own code raises
         raise MismatchError(
             f"stock transformers cannot score the test rows with the exported adapter in {export}: "

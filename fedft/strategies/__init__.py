@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from fedft.core.errors import ConfigError
+from fedft.core.types import Adapter, Factors
 from fedft.strategies.base import Strategy
 from fedft.strategies.beside import first_plan
 from fedft.strategies.central_dp import CentralDP
@@ -108,6 +109,30 @@ def check_init(strategy: Strategy, init: str) -> None:
         )
 
 
+def check_start(strategy: Strategy) -> None:
+    """Refuse to go on from an adapter where sites make part of the first one, or the rule makes another.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    fix = "leave [lora] start out, or choose a rule such as fedavg-lora, fedex-lora or flexlora"
+    if not first_plan(strategy).receive >= {"A", "B", "head"}:
+        raise ConfigError(
+            f"start needs A, B and the head sent to the clients, and {strategy.name} does not send all",
+            fix=fix,
+        )
+    import torch
+
+    given = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 1.0)
+    state = strategy.init(Adapter({"layer": given}))
+    products = [f["layer"].product() for f in (state.adapter.factors, state.delta) if "layer" in f]
+    if not torch.allclose(sum(products, torch.zeros(2, 2)), given.product()):
+        raise ConfigError(
+            f"{strategy.name} makes its first adapter itself, and would not go on from start",
+            fix=fix,
+        )
+
+
 def check_ranks(strategy: Strategy, ranks: Iterable[int | None]) -> None:
     """Refuse ranks that the rule cannot take.
 
@@ -169,5 +194,6 @@ __all__ = [
     "check_init",
     "check_method",
     "check_ranks",
+    "check_start",
     "rule_names",
 ]

@@ -63,6 +63,11 @@ class Tracker(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know; also before :meth:`started`, and after the last round."""
 
+    def scoring(self, text: str) -> None:
+        """How far the scoring of the test set is; several times a second while it takes long, and empty
+        when it is over.
+        """
+
     def finished(self, summary: Summary) -> None:
         """The run is over; no round follows. A process that is killed right here tells it again."""
 

@@ -55,6 +55,10 @@ class Told(Tracker):
         """Tells those that are left."""
         self._tell("over a note", lambda tracker: tracker.note(text))
 
+    def scoring(self, text: str) -> None:
+        """Tells those that are left."""
+        self._tell("over the progress of an evaluation", lambda tracker: tracker.scoring(text))
+
     def finished(self, summary: Summary) -> None:
         """Tells those that are left, once; and how often each of them failed."""
         if self._over:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
 
 from fedft.core import extras
 from fedft.core.errors import EnvironmentFailure
@@ -206,6 +207,19 @@ def quantized(_: Path) -> None:
     extras.need("quantized", "[model] load-in = '4bit' needs it")
 
 
+def judged(name: str) -> None:
+    from fedft.core.metrics import METRICS, Predictions, Tally, bleu, rouge
+
+    bleu.library.cache_clear()
+    rouge.scorer.cache_clear()
+    two = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    labels = torch.tensor([1, 0])
+    found = Predictions(torch.zeros(2), labels, labels, 2, two, texts=[("a b", "a b")])
+    metric = METRICS[name]
+    columns = {key: [column] for key, column in metric.gather(found).items()}
+    metric.value(Tally(0.0, 2, metric.tally(found), columns))
+
+
 TRIES: list[tuple[str, Callable[[Path], None]]] = [
     ("ray", lambda _: simulated_on_ray()),
     ("flwr_datasets", lambda _: partitioned("dirichlet")),
@@ -221,6 +235,9 @@ TRIES: list[tuple[str, Callable[[Path], None]]] = [
     ("gguf", converted),
     ("tensorboard", tracked),
     ("bitsandbytes", quantized),
+    ("sklearn", lambda _: judged("auroc")),
+    ("rouge_score", lambda _: judged("rouge-1")),
+    ("sacrebleu", lambda _: judged("bleu")),
 ]
 
 

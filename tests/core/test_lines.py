@@ -35,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": {"holdout": 0.3},
         "fleet": {"speeds": [1.0, 20.0]},
         "rounds": {"count": 1, "spectrum": True, "per-round": 3, "spares": 2},
+        "evaluation": {"before": True, "per-class": True},
     },
     "asynchronous": {
         "fleet": {"speeds": [1.0, 20.0]},

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedft.core.digest import state_digest
 from fedft.core.errors import ConfigError, QuorumFailure
+from fedft.core.tasks import task_of
 from fedft.core.types import (
     Adapter,
     ClientUpdate,
@@ -97,7 +98,7 @@ def federation(
         training=LocalTraining(),
         settings=RoundsSpec.model_validate(table),
         seed=0,
-        kind="classification",
+        kind=task_of("classification"),
     )
 
 

@@ -29,7 +29,7 @@ from fedft.core.models import Base
 from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.tables import WINDOW
-from fedft.core.tasks import Task, task_of
+from fedft.core.tasks import Task
 
 _NARROWEST = 512
 """Words of a slice, at least: products with few columns are slow."""
@@ -51,7 +51,7 @@ class Vocabulary:
     def of(base: Base) -> "Vocabulary | None":
         """That of a base; None where its own forward pass has to make the logits, or a metric reads them."""
         output = base.output
-        if output is None or task_of(base.task).needs_outputs:
+        if output is None or base.kind.needs_outputs:
             return None
         if any(layer is output.layer for layer in base.adapted.values()):
             return None

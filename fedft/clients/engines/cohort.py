@@ -54,7 +54,7 @@ from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import rows_of, task_of
+from fedft.core.tasks import rows_of
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
@@ -104,7 +104,7 @@ class CohortEngine:
                     fix="Give the cohort engine a base of its own.",
                 )
         self.base = base
-        self._task = task_of(base.task)
+        self._task = base.kind
         self._keep = 1.0 - lora.dropout
         self._vocabulary = Vocabulary.of(base)
         self._items = ItemLosses(self._task, self._vocabulary)

@@ -33,7 +33,6 @@ from fedft.core.metrics import Tally
 from fedft.core.models import Base, transposes
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import task_of
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.types import (
     PREFIX,
@@ -68,7 +67,7 @@ class LoopEngine(ABC):
 
     def __init__(self, base: Base, model: nn.Module, *, checkpointing: bool = False) -> None:
         self.base = base
-        self._task = task_of(base.task)
+        self._task = base.kind
         self._model = model
         self._vocabulary = Vocabulary.of(base)
         self._recomputed = recomputable(base) if checkpointing else ()

@@ -15,7 +15,6 @@ from torch import Tensor
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, positions
-from fedft.core.tasks import task_of
 from fedft.core.text.special_tokens import TextEncoder
 from fedft.core.types import Batch
 
@@ -37,12 +36,12 @@ class Writing:
                 f"{type(model).__name__} generates no text, and a metric of this run judges texts",
                 fix="Leave that metric out of [evaluation] metrics, or choose another model.",
             )
-        self._base, self._task = base, task_of(base.task)
+        self._base, self._task = base, base.kind
 
     @staticmethod
     def of(base: Base) -> "Writing | None":
         """That of a base whose task's metrics judge texts; None where none does."""
-        return Writing(base) if task_of(base.task).needs_texts else None
+        return Writing(base) if base.kind.needs_texts else None
 
     def tally(self, batch: Batch, *, whole: bool) -> Tally:
         """The sums of metrics over texts.

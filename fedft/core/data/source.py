@@ -65,6 +65,7 @@ class Data:
         notes: what a reader should know of the data, a sentence each.
         cut: rows of ``train`` and of ``test`` that were longer than ``data.max-length``.
         lines: where each row of ``train`` stands in its source, see :func:`raw_table`. int64
+        every_test: rows of the test set that ``test`` is, or is a sample of.
     """
 
     train: Examples
@@ -78,6 +79,7 @@ class Data:
     cut: Mapping[str, int]
     notes: tuple[str, ...] = ()
     lines: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    every_test: int = 0
 
 
 def raw_table(
@@ -157,6 +159,7 @@ def prepare(
     classes: Sequence[str] | None = None,
     relabel: Mapping[str, str] | None = None,
     most_rows: int | None = None,
+    most_test_rows: int | None = None,
 ) -> Data:
     """Loads and encodes: what a simulation, a server and a site start from.
 
@@ -169,6 +172,7 @@ def prepare(
         classes: as for :func:`load`.
         relabel: as for :func:`load`.
         most_rows: as for :func:`load`.
+        most_test_rows: keep a sample of so many test rows, see :func:`sampled`; None keeps all.
 
     Raises:
         ConfigError, MismatchError: as :func:`load`; or a row has no token of its answer left.
@@ -176,7 +180,7 @@ def prepare(
     raw = load(spec, task, seed=seed, classes=classes, relabel=relabel, most_rows=most_rows)
     kind, bad = task_of(task), BadRows(spec.skip_bad)
     train, kept, of_train = _encode(raw.train, kind, encoder, spec.max_length, bad)
-    test, _, of_test = _encode(raw.test, kind, encoder, spec.max_length, bad)
+    test, tested, of_test = _encode(raw.test, kind, encoder, spec.max_length, bad)
     bad.check()
     if not len(train):
         raise MismatchError(
@@ -185,6 +189,11 @@ def prepare(
         )
     identity = "\n".join([train.fingerprint(), test.fingerprint(), *raw.classes])
     strata = kind.strata(raw.train)
+    every, cut_of_test = len(test), of_test.cut
+    if most_test_rows is not None and most_test_rows < every:
+        groups = kind.strata(raw.test)
+        chosen = sampled(every, most_test_rows, seed, None if groups is None else groups[tested])
+        test, cut_of_test = test.subset(chosen), cut_of_test[chosen]
     return Data(
         train,
         test,
@@ -194,9 +203,10 @@ def prepare(
         tuple(map(int, kind.counts(raw.train.take(kept)))) if kind.classes else (),
         dict(Counter(raw.skipped) + bad.counts),
         hashlib.sha256(identity.encode()).hexdigest(),
-        {"train": of_train.rows_cut, "test": of_test.rows_cut},
+        {"train": of_train.rows_cut, "test": int(cut_of_test.sum())},
         (*raw.notes, *of_train.notes_of("training"), *of_test.notes_of("test")),
         raw.train.lines[kept],
+        every,
     )
 
 
@@ -279,6 +289,26 @@ def test_rows(
         ticks = np.floor(np.arange(len(candidates) + 1) * share + rng.random())
         held[candidates[np.diff(ticks) > 0]] = True
     return held
+
+
+def sampled(
+    rows: int, most: int, seed: int, strata: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """A fixed sample of the test rows, ascending: ``most`` of them, of every stratum its share to within
+    one row. Systematic sampling along the rows in order of stratum, as in :func:`test_rows`.
+
+    Args:
+        rows: of the test set, at least ``most``.
+        most: rows to keep.
+        seed: of the run.
+        strata: a number a row; None samples from all alike.
+    """
+    rng = numpy_generator(seed, "test-sample")
+    order = rng.permutation(rows)
+    if strata is not None:
+        order = order[np.argsort(strata[order], kind="stable")]
+    ticks = (np.arange(rows + 1) * most + int(rng.integers(rows))) // rows
+    return np.sort(order[np.diff(ticks) > 0])
 
 
 def codes(values: Sequence[str] | None) -> NDArray[np.int64] | None:

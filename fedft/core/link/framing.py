@@ -5,8 +5,9 @@ header with that before it takes a byte, so that a header that claims terabytes 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -24,6 +25,7 @@ MAX_MESSAGE_BYTES = 1024 * 1024
 
 MAX_ARRAYS = 20_000
 MAX_METRICS = 64
+MAX_NUMBERS = 20_000  # of all metrics together; one that is a list is its numbers under one name
 MAX_NAME = 512  # characters
 MAX_FORMAT = 64  # characters
 
@@ -114,9 +116,10 @@ def describe(content: RecordDict) -> pb.Content:
             for name, record in content.array_records.items()
         ],
         metrics=[
-            _metric(name, value)
+            _metric(name, number)
             for record in content.metric_records.values()
             for name, value in record.items()
+            for number in (value if isinstance(value, list) else [value])
         ],
     )
 
@@ -161,8 +164,11 @@ def check(header: pb.Content, expected: Expected, compressor: Compressor = FP32)
         UpdateRejected: with the reason ``schema``, ``keys``, ``dtype``, ``shape``, ``format``,
             ``size`` or ``metrics``.
     """
-    if len(header.metrics) > MAX_METRICS or any(len(m.name) > MAX_NAME for m in header.metrics):
-        raise UpdateRejected("metrics", f"{len(header.metrics)} metrics, or a name too long")
+    metrics = {m.name for m in header.metrics}
+    many = len(metrics) > MAX_METRICS or len(header.metrics) > MAX_NUMBERS
+    if many or any(len(name) > MAX_NAME for name in metrics):
+        what = f"{len(metrics)} metrics of {len(header.metrics)} numbers"
+        raise UpdateRejected("metrics", f"{what}, or a name too long")
     names = [record.name for record in header.records]
     if len(set(names)) != len(names) or not set(names) <= set(expected):
         raise UpdateRejected("schema", f"records {_shown(names)}, not {sorted(expected)}")
@@ -238,10 +244,24 @@ class Assembly:
             for record in self.header.records
         }
         if self.header.metrics:
-            records["metrics"] = MetricRecord(
-                {m.name: m.whole if m.HasField("whole") else m.real for m in self.header.metrics}
-            )
+            records["metrics"] = MetricRecord(_numbers(self.header.metrics))
         return RecordDict(records)
+
+
+def _numbers(metrics: Iterable[pb.Metric]) -> dict[str, Any]:
+    """Name → number, or a list of those that came under one name."""
+    found: dict[str, list[int | float]] = {}
+    for m in metrics:
+        found.setdefault(m.name, []).append(m.whole if m.HasField("whole") else m.real)
+    # A record's list is of one kind of number.
+    return {
+        name: numbers[0]
+        if len(numbers) == 1
+        else list(map(float, numbers))
+        if any(isinstance(x, float) for x in numbers)
+        else numbers
+        for name, numbers in found.items()
+    }
 
 
 def _array(header: pb.ArrayHeader, data: bytes) -> Array:

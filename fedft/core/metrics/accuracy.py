@@ -11,6 +11,7 @@ class Accuracy(Metric):
     name = "accuracy"
     higher = True
     percent = True
+    judges = frozenset({"class", "word"})
     sums: ClassVar = {"correct": Sum()}
 
     def tally(self, found: Predictions) -> Sums:

@@ -1,17 +1,32 @@
-"""Sums that add up over batches, slices and clients, and the scores that are made of them."""
+"""Sums that add up over batches, slices and clients, and the scores that are made of them.
+
+What no sums make, such as a rank correlation, is made of *columns*: a few numbers of every item, in
+float64. They are kept up to :data:`MOST_GATHERED` numbers, and never leave a client: only whoever
+holds the test set has them.
+"""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from fedft.core.errors import MismatchError
+
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Number = int | float
 Sums = Mapping[str, Number | tuple[Number, ...]]
 """Name → what was added up: one number, or as many as the :class:`Sum` says."""
+
+Columns = Mapping[str, "Sequence[NDArray[np.float64]]"]
+"""Name → some numbers of every item, in pieces of [m, width], in the order of the items."""
+
+MOST_GATHERED = 2**24
+"""Numbers of columns that are kept, of all items together: 128 MiB. Beyond, a metric is refused."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +37,43 @@ class Tally:
         loss_sum: of the items' losses.
         count: of items.
         sums: what the task's metrics add up, by name.
+        columns: what the task's metrics gather of every item, by name; empty where that stays.
     """
 
     loss_sum: float = 0.0
     count: int = 0
     sums: Sums = field(default_factory=dict[str, Number | tuple[Number, ...]])
+    columns: Columns = field(
+        default_factory=dict[str, "Sequence[NDArray[np.float64]]"], compare=False
+    )
 
     def __add__(self, other: "Tally") -> "Tally":
+        return Tally.total((self, other))
+
+    @staticmethod
+    def total(tallies: Iterable["Tally"]) -> "Tally":
+        """The sum, in the order given.
+
+        Raises:
+            MismatchError: more numbers would be gathered than are kept.
+        """
+        result = Tally()
+        pieces: dict[str, list[NDArray[np.float64]]] = {}
+        gathered = 0
+        for tally in tallies:
+            result = result._and_sums(tally)
+            for name, column in tally.columns.items():
+                pieces.setdefault(name, []).extend(column)
+                gathered += sum(piece.size for piece in column)
+            if gathered > MOST_GATHERED:
+                raise MismatchError(
+                    f"a metric needs {', '.join(sorted(pieces))} of every item, and after "
+                    f"{result.count:,} items these are more than {MOST_GATHERED:,} numbers",
+                    fix="Set [evaluation] max-rows, or leave the metric out.",
+                )
+        return replace(result, columns=pieces)
+
+    def _and_sums(self, other: "Tally") -> "Tally":
         names = {**self.sums, **other.sums}
         return Tally(
             self.loss_sum + other.loss_sum,
@@ -36,13 +81,23 @@ class Tally:
             {name: _added(self.sums.get(name), other.sums.get(name)) for name in names},
         )
 
-    @staticmethod
-    def total(tallies: Iterable["Tally"]) -> "Tally":
-        """The sum, in the order given."""
-        result = Tally()
-        for tally in tallies:
-            result += tally
-        return result
+    def column(self, name: str) -> "NDArray[np.float64]":
+        """What was gathered under a name, of all items. [n, width]"""
+        import numpy as np
+
+        return np.concatenate(self.columns[name])
+
+    def numbers(self, name: str) -> tuple[Number, ...]:
+        """A sum that is a list of numbers."""
+        found = self.sums[name]
+        assert isinstance(found, tuple)
+        return found
+
+    def number(self, name: str) -> Number:
+        """A sum that is one number."""
+        found = self.sums[name]
+        assert not isinstance(found, tuple)
+        return found
 
 
 def _added(
@@ -84,9 +139,11 @@ class Sum:
         """
         if self.length is None:
             return self._number(value, count)
-        if not isinstance(value, list) or len(cast("list[Any]", value)) != self.length(classes):
+        # A message cannot tell a list of one number from the number.
+        numbers = cast("list[Any]", value if isinstance(value, list) else [value])
+        if len(numbers) != self.length(classes):
             raise ValueError("not as many numbers as there should be")
-        return tuple(self._number(number, count) for number in cast("list[Any]", value))
+        return tuple(self._number(number, count) for number in numbers)
 
     def _number(self, value: Any, count: int) -> Number:
         number = int(value) if self.whole else float(value)
@@ -125,7 +182,11 @@ def unpacked(record: Mapping[str, Any], sums: Mapping[str, Sum], classes: int) -
         count, loss_sum = int(record["num-examples"]), float(record["loss-sum"])
         if count == 0:
             return Tally(loss_sum)
-        found = {name: one.read(record[name], count, classes) for name, one in sums.items()}
+        nothing: dict[str, Any] = {name: [] for name, one in sums.items() if one.length is not None}
+        found = {
+            name: one.read({**nothing, **record}[name], count, classes)
+            for name, one in sums.items()
+        }
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return Tally(loss_sum, count, found) if count > 0 else None
@@ -176,15 +237,27 @@ class Declared:
     by: str = ""
 
     def better(self, scores: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
-        """Whether ``scores`` are better than the best ones so far. The first ones always are."""
+        """Whether ``scores`` are better than the best ones so far. The first ones always are.
+
+        A value that is not defined (NaN, or null in a record) is better than none, and worse than any.
+        """
         if best is None:
             return True
         key = self.by or self.name
-        return scores[key] > best[key] if self.higher else scores[key] < best[key]
+        now, then = _known(scores[key]), _known(best[key])
+        if now is None or then is None:
+            return then is None and now is not None
+        return now > then if self.higher else now < then
 
-    def shown(self, value: float) -> str:
-        """The value for people."""
+    def shown(self, value: float | None) -> str:
+        """The value for people; a dash where it is not defined."""
+        if _known(value) is None:
+            return "–"
         return f"{value:.2%}" if self.percent else f"{value:.3f}"
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
 class Metric(ABC):
@@ -203,6 +276,10 @@ class Metric(ABC):
         needs_texts: whether it judges texts that the model writes, :attr:`Predictions.texts`. An
             evaluation then generates them. The count of a tally is of tokens: such a metric sums up
             the texts itself.
+        judges: kinds of predictions that it can judge, see
+            :attr:`~fedft.core.tasks.base.Task.predicts`; empty is any.
+        gathers: columns that it needs of every item: name → how many numbers, from the number of
+            classes. Such a metric is scored on the test set alone. Two metrics may name the same.
     """
 
     name: ClassVar[str]
@@ -213,14 +290,20 @@ class Metric(ABC):
     sums: ClassVar[Mapping[str, Sum]] = {}
     needs_outputs: ClassVar[bool] = False
     needs_texts: ClassVar[bool] = False
+    judges: ClassVar[frozenset[str]] = frozenset()
+    gathers: ClassVar[Mapping[str, Callable[[int], int]]] = {}
 
     def tally(self, found: Predictions) -> Sums:
         """The sums over these items; they must add up over slices."""
         return {}
 
+    def gather(self, found: Predictions) -> "Mapping[str, NDArray[np.float64]]":
+        """The columns of these items, each [m, width]."""
+        return {}
+
     @abstractmethod
     def value(self, tally: Tally) -> float:
-        """The score that the sums come to. There is at least one item."""
+        """The score that the sums come to; NaN where it is not defined. There is at least one item."""
 
     @property
     def declared(self) -> Declared:

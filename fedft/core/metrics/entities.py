@@ -29,6 +29,7 @@ class _OfEntities(Metric):
 
     higher = True
     percent = True
+    judges = frozenset({"tags"})
     sums: ClassVar = {"entities": Sum(lambda _: 3)}
 
     def tally(self, found: Predictions) -> Sums:

@@ -16,6 +16,7 @@ class MacroF1(Metric):
     title = "macro F1"
     higher = True
     percent = True
+    judges = frozenset({"class"})
     sums: ClassVar = {"confusion": Sum(lambda classes: classes**2)}
 
     def tally(self, found: Predictions) -> Sums:

@@ -16,6 +16,7 @@ class _OfLabels(Metric):
 
     higher = True
     percent = True
+    judges = frozenset({"labels"})
     sums: ClassVar = {"label-counts": Sum(lambda classes: 3 * classes)}
 
     def tally(self, found: Predictions) -> Sums:
@@ -67,6 +68,7 @@ class SubsetAccuracy(Metric):
     title = "subset accuracy"
     higher = True
     percent = True
+    judges = frozenset({"labels"})
     sums: ClassVar = {"exact": Sum()}
 
     def tally(self, found: Predictions) -> Sums:

@@ -14,6 +14,7 @@ class Perplexity(Metric):
     name = "perplexity"
     higher = False
     by = "loss"
+    judges = frozenset({"word"})
 
     def value(self, tally: Tally) -> float:
         return math.exp(min(tally.loss_sum / tally.count, _LARGEST))

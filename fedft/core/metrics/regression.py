@@ -12,6 +12,7 @@ class MeanAbsoluteError(Metric):
     name = "mae"
     title = "mean absolute error"
     higher = False
+    judges = frozenset({"number"})
     sums: ClassVar = {"distance": Sum(whole=False)}
 
     def tally(self, found: Predictions) -> Sums:
@@ -36,6 +37,7 @@ class Pearson(Metric):
     name = "pearson"
     title = "Pearson correlation"
     higher = True
+    judges = frozenset({"number"})
     sums: ClassVar = {"moments": Sum(lambda _: 5, whole=False)}
 
     def tally(self, found: Predictions) -> Sums:

@@ -31,6 +31,7 @@ class Base:
         model: in evaluation mode; no parameter requires a gradient.
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
+        kind: the task itself, with the metrics of the run.
         head: what of the model is new: an adapter brings it.
         output: of a model of words, the layer that gives its logits; None where they are made
             otherwise.
@@ -71,8 +72,9 @@ class Base:
         self.new_tokens = NEW_TOKENS
         self._encoder = encoder
         self.task = task
+        self.kind = task_of(task)
         self.head = Head.by_name(model) if head is None else head
-        words = task_of(task).words
+        words = self.kind.words
         if words and load is None and (layer := output_of(model)) is not None:
             output = Output(layer)
         self.output = output

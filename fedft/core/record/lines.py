@@ -134,17 +134,38 @@ class Accounts(TypedDict, total=False):
     clock: Clock
 
 
+class ByClass(TypedDict):
+    """Items of the test set by class, in the order of ``classes`` in ``environment.json``.
+
+    Attributes:
+        hits: of the class, and taken for it.
+        support: of the class.
+        predicted: taken for it.
+        confusion: right class → predicted class → items; of up to 128 classes.
+    """
+
+    hits: list[int]
+    support: list[int]
+    predicted: list[int]
+    confusion: NotRequired[list[list[int]]]
+
+
 class Evaluated(TypedDict, total=False):
     """Scores of a round's model, where an evaluation was due.
 
     Attributes:
-        eval: of the global model on the central test set.
+        start: of the model before the first round, on the central test set; in the line of round 1,
+            with ``[evaluation] before``.
+        eval: of the global model on the central test set; null where a score is not defined.
+        by_class: the same, item by class; with ``[evaluation] per-class``.
         submodels: the same of submodels, by the number of their blocks; layer-pruned clients.
         sites: means over the clients, each judging its own model on its own held-out examples, and
             their number ``n``; with ``[data] holdout``.
     """
 
+    start: Scores
     eval: Scores
+    by_class: ByClass
     submodels: dict[str, Scores]
     sites: Scores
 

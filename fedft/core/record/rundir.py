@@ -6,6 +6,7 @@
     clients.jsonl          one line a reply
     privacy.jsonl          one line an attempt at a round, where the run promises privacy
     adapters/round-0020/   PEFT adapters
+    start/                 the adapter that the run goes on from, with ``[lora] start``
     tokenizer/             the tokenizer as the run used it: what pads is decided, see special_tokens
     checkpoints/           ServerState, see fedft.server.checkpoints
     partition/             who holds which rows
@@ -162,6 +163,11 @@ class RunDir:
     def partition(self) -> Path:
         """Folder of the partition manifest."""
         return self.path / "partition"
+
+    @property
+    def start(self) -> Path:
+        """Folder of the adapter that the run goes on from; absent where the seed makes the first one."""
+        return self.path / "start"
 
     @property
     def trackers(self) -> Path:
@@ -371,7 +377,7 @@ class RunDir:
     def _clear(self) -> None:
         """Remove what a run is started from; its configuration, which marks it as a run, last."""
         with disk(f"clear {self.path}"):
-            for folder in (self.partition, self.tokenizer, self.trackers):
+            for folder in (self.partition, self.start, self.tokenizer, self.trackers):
                 if folder.exists():
                     shutil.rmtree(folder)
             for file in (self.path / "environment.json", self._config):
@@ -420,7 +426,7 @@ class RunDir:
 
 _UNBEGUN = frozenset(
     {
-        *(lock.NAME, "config.toml", "environment.json", "partition", "tokenizer"),
+        *(lock.NAME, "config.toml", "environment.json", "partition", "tokenizer", "start"),
         *("trackers", ".config.toml.tmp", ".environment.json.tmp"),
     }
 )
@@ -437,7 +443,16 @@ _FILES = (
     ),
     *("privacy.jsonl", "audit.jsonl"),
 )
-_FOLDERS = ("adapters", "checkpoints", "identity", "partition", "report", "tokenizer", "trackers")
+_FOLDERS = (
+    "adapters",
+    "checkpoints",
+    "identity",
+    "partition",
+    "report",
+    "start",
+    "tokenizer",
+    "trackers",
+)
 
 
 def _check_own(folder: Path) -> None:

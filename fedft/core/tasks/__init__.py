@@ -1,9 +1,13 @@
 """What can be fine-tuned: a file a task, a row each in :data:`TASKS`, or a class of another package."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
+from fedft.core.errors import ConfigError
+from fedft.core.metrics import METRICS, PER_CLASS, Metric
+from fedft.core.metrics import REGISTRY as METRIC_REGISTRY
+from fedft.core.names import hint
 from fedft.core.plugins import Registry, Trust, Unfit, subclass_of
 from fedft.core.tasks.base import Reduction, Task, rows_of, wide
 from fedft.core.tasks.causal_lm import CausalLM
@@ -73,6 +77,59 @@ def task_of(name: str, trust: Trust | None = None) -> Task:
     return REGISTRY.find(name, trust).value
 
 
+def judged(
+    name: str, metrics: Sequence[str] = (), *, per_class: bool = False, trust: Trust | None = None
+) -> Task:
+    """The task of a name, judged by what a run is to be judged by.
+
+    Args:
+        name: as for :func:`task_of`.
+        metrics: names of metrics, the one that decides first; empty for the task's own.
+        per_class: whether items are counted by class, too.
+        trust: as for :func:`task_of`.
+
+    Raises:
+        ConfigError: there is no such metric, it is named twice, or this task cannot have it.
+        SecurityRefusal: as for :func:`task_of`.
+    """
+    task = task_of(name, trust)
+    if not metrics and not per_class:
+        return task
+    found = [_metric_of(task, one, trust) for one in metrics] or list(task.metrics)
+    keys = [metric.name for metric in found]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ConfigError(f"the metric {twice!r} is named twice", fix="Name it once.")
+    if per_class and not task.can_be_judged_by(PER_CLASS):
+        raise ConfigError(
+            f"per-class = true counts items by class, and {name} has no class an item",
+            fix="Leave it out.",
+        )
+    return task.with_metrics(found, (PER_CLASS,) if per_class else ())
+
+
+def _metric_of(task: Task, name: str, trust: Trust | None) -> Metric:
+    """A metric of a name: the task's own first."""
+    own = {metric.name: metric for metric in task.metrics}
+    if name in own:
+        return own[name]
+    able = [
+        *own,
+        *(m.name for m in METRICS.values() if m.name not in own and task.can_be_judged_by(m)),
+    ]
+    try:
+        metric = METRIC_REGISTRY.find(name, trust).value
+    except ConfigError as error:
+        if name in METRIC_REGISTRY.installed() or ":" in name:
+            raise
+        raise ConfigError(error.what, fix=hint(name[:100], able)) from error
+    if task.can_be_judged_by(metric):
+        return metric
+    raise ConfigError(
+        f"the metric {name!r} cannot judge what a model says in {task.name}",
+        fix=f"Choose among {', '.join(able)}.",
+    )
+
+
 __all__ = [
     "REGISTRY",
     "TASKS",
@@ -80,6 +137,7 @@ __all__ = [
     "RawRows",
     "Reduction",
     "Task",
+    "judged",
     "rows_of",
     "taken",
     "task_of",

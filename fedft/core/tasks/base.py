@@ -5,8 +5,9 @@ by which loss and metrics, and by what a skewed partition goes. Nothing else in 
 task for its name: it asks for one of the properties below.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,6 +36,9 @@ Reduction = Literal["none", "mean"]
 
 class Task(ABC):
     """One kind of fine-tuning. Tasks have no state: one object serves all runs of a process.
+
+    A run that names metrics of its own has a copy with these in place of the task's, see
+    :meth:`with_metrics`.
 
     Attributes:
         name: of ``[model] task``.
@@ -67,8 +71,8 @@ class Task(ABC):
     peft: ClassVar[str | None] = None
     columns: ClassVar[tuple[Column, ...]]
     formats: ClassVar[tuple[Format, ...]] = ()
-    metrics: ClassVar[tuple[Metric, ...]]
-    also: ClassVar[tuple[Metric, ...]] = ()
+    metrics: tuple[Metric, ...]
+    also: tuple[Metric, ...] = ()
     reads: ClassVar[Literal["text", "image"]] = "text"
     head: ClassVar[bool] = True
     pools: ClassVar[bool] = False
@@ -261,9 +265,10 @@ class Task(ABC):
 
     def counted(self, found: Predictions, loss_sum: float) -> Tally:
         """The sums of items whose losses and predictions are known."""
-        own = (metric for metric in self._summing if not metric.needs_texts)
+        own = [metric for metric in self._summing if not metric.needs_texts]
         sums = {name: s for metric in own for name, s in metric.tally(found).items()}
-        return Tally(loss_sum, len(found.targets), sums)
+        columns = {name: [c] for metric in own for name, c in metric.gather(found).items()}
+        return Tally(loss_sum, len(found.targets), sums, columns)
 
     def asked(self, batch: Batch, pad: int) -> Asked:
         """What the model is to go on from, and the text that is wanted; where the task ``writes``.
@@ -282,15 +287,53 @@ class Task(ABC):
         return Tally(sums={name: s for metric in own for name, s in metric.tally(found).items()})
 
     def scores(self, tally: Tally) -> dict[str, float]:
-        """``loss`` and every metric, in the order of ``metrics``; empty where nothing was scored."""
+        """``loss`` and every metric, in the order of ``metrics``; empty where nothing was scored.
+
+        A metric is left out where the columns that it gathers were not handed over.
+        """
         if not tally.count:
             return {}
         loss = tally.loss_sum / tally.count
-        return {"loss": loss, **{metric.name: metric.value(tally) for metric in self.metrics}}
+        able = [metric for metric in self.metrics if metric.gathers.keys() <= tally.columns.keys()]
+        return {"loss": loss, **{metric.name: metric.value(tally) for metric in able}}
 
     def better(self, scores: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
         """Whether ``scores`` are better than the best ones so far, by the first metric."""
         return self.metrics[0].declared.better(scores, best)
+
+    @property
+    def predicts(self) -> frozenset[str]:
+        """Kinds of predictions that metrics are made for.
+
+        ``class``: one class an item; ``labels``: any number of them a row; ``tags``: one for each word
+        of a row; ``number``: a number a row; ``word``: a word of the vocabulary, token by token.
+        Default: as the columns with classes say.
+        """
+        if self.words:
+            return frozenset({"word"})
+        kinds = {column.classes for column in self.columns}
+        if kinds & {"one", "many"}:
+            return frozenset({"class"}) if "one" in kinds else frozenset({"labels"})
+        return frozenset({"number"})
+
+    def can_be_judged_by(self, metric: Metric) -> bool:
+        """Whether a metric can judge what the model says."""
+        if metric in (*self.metrics, *self.also):
+            return True
+        if metric.needs_texts:
+            return self.writes
+        return not metric.judges or bool(metric.judges & self.predicts)
+
+    def with_metrics(self, metrics: Sequence[Metric], also: Sequence[Metric] = ()) -> "Task":
+        """The same task, judged by other metrics.
+
+        Args:
+            metrics: in place of the task's own; the first one decides.
+            also: in addition to the task's own: their sums travel, and they are in no report.
+        """
+        found = copy.copy(self)
+        found.metrics, found.also = tuple(metrics), (*self.also, *also)
+        return found
 
     @property
     def declared(self) -> tuple[Declared, ...]:
@@ -301,6 +344,11 @@ class Task(ABC):
     def sums(self) -> Mapping[str, Sum]:
         """What a tally holds beside loss and count, by name, in the order of the wire."""
         return {name: one for metric in self._summing for name, one in metric.sums.items()}
+
+    @property
+    def gathers(self) -> Mapping[str, Callable[[int], int]]:
+        """Columns that the metrics need of every item: name → numbers, from the number of classes."""
+        return {n: width for metric in self._summing for n, width in metric.gathers.items()}
 
     @property
     def needs_outputs(self) -> bool:

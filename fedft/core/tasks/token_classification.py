@@ -41,6 +41,11 @@ class TokenClassification(Task):
         METRICS["macro-f1"],
     )
 
+    @property
+    def predicts(self) -> frozenset[str]:
+        """One class for each word, and with the words of a row in order, tags."""
+        return frozenset({"class", "tags"})
+
     def fault(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         words, tags = row["tokens"], row["tags"]
         if len(words) == len(tags):

@@ -6,6 +6,7 @@ These records make up a message:
     delta    ArrayRecord   the factored change of the base weights, where there is one
     NAME     ArrayRecord   one for every record of the plan's terms that travels this way
     config   ConfigRecord  {"plan": JSON, "task": JSON}; a reply has none
+    gathered ArrayRecord   numbers of single test rows, in the reply to an evaluation of the server's own
 
 A reply carries ``arrays`` and ``metrics`` (MetricRecord with ``num-examples``), which is also what
 Flower's own strategies expect. What each record consists of is told by
@@ -19,11 +20,14 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedft.core.algebra import orthonormal_basis
 from fedft.core.errors import MismatchError
+from fedft.core.metrics import Tally
 from fedft.core.parts import ALL_PARTS
 from fedft.core.sublayers import Layer, Sublayer
 from fedft.core.terms import terms_from, terms_json
@@ -65,6 +69,38 @@ def tensor_from(array: Array) -> Tensor:
         ValueError: the bytes are not what they say they are.
     """
     return plain(array)
+
+
+GATHERED = "gathered"
+"""The record with columns of metrics, of an evaluation of the server's own test set."""
+
+
+def columns_record(tally: Tally) -> ArrayRecord:
+    """What metrics gathered of every item, in float64."""
+    return ArrayRecord({name: Array(tally.column(name)) for name in tally.columns})
+
+
+def columns_from(
+    content: RecordDict, widths: Mapping[str, int], count: int
+) -> dict[str, list[NDArray[np.float64]]]:
+    """The columns of a reply.
+
+    Args:
+        content: of the reply; it may lack them.
+        widths: name → numbers an item.
+        count: of items.
+
+    Raises:
+        ValueError: they are others, or of other shapes.
+    """
+    record = content.array_records.get(GATHERED)
+    if record is None:
+        return {}
+    found = {name: np.asarray(array.numpy(), np.float64) for name, array in record.items()}
+    wanted = {name: (count, width) for name, width in widths.items()}
+    if {name: column.shape for name, column in found.items()} != wanted:
+        raise ValueError("columns of other items than there are")
+    return {name: [column] for name, column in found.items()}
 
 
 def payload_bytes(record: ArrayRecord) -> int:
