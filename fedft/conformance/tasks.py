@@ -13,7 +13,7 @@ from torch import Tensor
 from fedft.conformance.laws import Finding, Law, held, require
 from fedft.core.examples import Examples
 from fedft.core.metrics import Tally, packed, unpacked
-from fedft.core.tasks import Column, RawRows, Task
+from fedft.core.tasks import Column, RawRows, Task, log_likelihoods
 from fedft.core.types import Batch
 
 _WORDS = ["fur", "tail", "paw", "steel", "handle", "blade", "leaf", "root", "seed"]
@@ -116,6 +116,9 @@ def _outputs(task: Task, batch: Batch) -> Tensor:
 
 
 def _lined_up(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    if task.refers:
+        own = log_likelihoods(task, outputs, batch.labels)
+        return task.referred(own, torch.zeros_like(own))
     positions, targets = task.targets(batch.labels)
     return (outputs if positions is None else outputs.flatten(0, 1)[positions]), targets
 
@@ -166,7 +169,8 @@ def slices_add_up(task: Task) -> None:
     parts: list[Tally] = []
     for rows in np.array_split(np.arange(_ROWS), 3):
         batch = examples.collate(rows)
-        own = outputs[rows] if outputs.ndim == 2 else outputs[rows, : batch.labels.shape[1]]
+        own = outputs.unflatten(0, (_ROWS, task.each))[rows].flatten(0, 1)
+        own = own if outputs.ndim == 2 else own[:, : batch.labels.shape[1]]
         parts.append(_tally(task, own, batch))
     total = Tally.total(parts)
     require(total.count == expected.count, f"{total.count} items in parts, {expected.count} in one")

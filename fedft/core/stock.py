@@ -5,6 +5,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from fedft.core.checkpoint import Head, auto_class, refusing
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.spec import ModelSpec, Precision
-from fedft.core.tasks import Task, task_of
+from fedft.core.tasks import Task, log_likelihoods, task_of
 from fedft.core.text.special_tokens import SpecialTokens
 from fedft.core.types import PREFIX, Batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def stock_model(
@@ -97,7 +101,13 @@ def tallies(
     """The sums over the rows of each group, without gradients; ``names`` of the classes."""
     with torch.inference_mode():
         for batches in groups:
-            yield Tally.total(
-                task.judged(task.outputs(model, batch.inputs), batch.labels, names)
-                for batch in batches
-            )
+            yield Tally.total(_tally(model, task, batch, names) for batch in batches)
+
+
+def _tally(model: nn.Module, task: Task, batch: Batch, names: Sequence[str]) -> Tally:
+    outputs = task.outputs(model, batch.inputs)
+    if not task.refers:
+        return task.judged(outputs, batch.labels, names)
+    with cast("PeftModel", model).disable_adapter():
+        bare = log_likelihoods(task, task.outputs(model, batch.inputs), batch.labels)
+    return task.judged(outputs, batch.labels, names, bare)

@@ -223,14 +223,17 @@ class Batch:
             or ``pixel_values`` [b, c, h, w].
         labels: class ids [b], or token ids [b, t] with -100 where no loss is taken. int64
         origin: where the rows come from; None where that is not known.
+        each: rows of the model that an example has, one below another: inputs and labels then have
+            b * each rows.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     origin: Origin | None = None
+    each: int = 1
 
     def __len__(self) -> int:
-        return self.labels.shape[0]
+        return self.labels.shape[0] // self.each
 
 
 @dataclass(frozen=True, eq=False)

@@ -311,6 +311,11 @@ class RunConfig(Table):
         selection = self.pruning.selection
         if selection == "none":
             return
+        if task_of(self.model.task).refers:
+            raise ValueError(
+                f"[pruning] selection = {selection!r}: {self.model.task} compares with the whole base, of "
+                "which these clients hold a part"
+            )
         if why := unprunable(self.lora):
             raise ValueError(f"[pruning] selection = {selection!r}: {why}")
         if isinstance(self.strategy, CentralDP):
@@ -357,7 +362,7 @@ class RunConfig(Table):
     @property
     def judged(self) -> Task:
         """What is fine-tuned, judged by what the run is judged by."""
-        return self.evaluation.judged(self.model.task)
+        return self.evaluation.judged(self.model.task).with_objective(self.model.objective)
 
     @property
     def rank(self) -> int:

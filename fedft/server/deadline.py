@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedft.core import models
 from fedft.core.memory import Geometry
+from fedft.core.tasks import task_of
 
 if TYPE_CHECKING:
     from fedft.server.config import RunConfig
@@ -62,4 +63,4 @@ def pace_of(config: "RunConfig", shapes: models.Schema, geometry: Geometry | Non
     """That of a run's model."""
     patches = 0 if geometry is None else geometry.patches
     tokens = patches or config.data.max_length
-    return Pace(flops=6.0 * shapes.parameters * tokens)
+    return Pace(flops=6.0 * shapes.parameters * tokens * task_of(config.model.task).each)

@@ -37,6 +37,7 @@ from fedft.core.optimizers import numbers_kept
 from fedft.core.similarity import from_upper
 from fedft.core.spec import LoraSpec, Table
 from fedft.core.sublayers import HALVES, Layer, Sublayer, sublayer_of
+from fedft.core.tasks import task_of
 from fedft.core.terms import terms_json
 from fedft.core.types import (
     Adapter,
@@ -366,7 +367,7 @@ def site_footprint(
         shapes,
         geometry.blocks,
         rank,
-        batch=config.training.batch_size,
+        batch=config.training.batch_size * task_of(config.model.task).each,
         tokens=tokens,
         scored=tokens,
         checkpointing=config.engine.gradient_checkpointing

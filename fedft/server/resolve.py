@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from fedft.core.spec import Precision
+from fedft.core.tasks import task_of
 from fedft.server.config import RunConfig
 from fedft.server.privacy import resolved_privacy
 
@@ -43,7 +44,7 @@ def cohort_size(config: RunConfig) -> int:
         return 1  # DP-SGD takes gradients example by example, in the plain loop
     if config.one_by_one:
         return 1
-    row = max(1, config.data.max_length // 8)
+    row = max(1, config.data.max_length // 8) * task_of(config.model.task).each
     fits = max(1, COHORT_TOKENS // (row * config.training.batch_size))
     pairs = -(-config.rounds.per_round // (2 * fits))
     return -(-config.rounds.per_round // (2 * pairs))

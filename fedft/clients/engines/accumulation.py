@@ -38,18 +38,21 @@ def cut(batch: Batch, first: int, last: int) -> Batch:
         origin = replace(origin, positions=origin.positions[first:last])
         if first < last:
             return replace(origin.cut(origin.positions), origin=origin)
-    own = dict(batch.inputs)
-    if any(len(tensor) != len(batch) for tensor in own.values()):
+    own, each = dict(batch.inputs), batch.each
+    if any(len(tensor) != len(batch) * each for tensor in own.values()):
         raise MismatchError(
             "an input of this batch has not one row for each of its targets, and cannot be cut",
             fix="Leave [training] accumulate out.",
         )
-    inputs = {name: tensor[first:last] for name, tensor in own.items()}
-    return Batch(inputs, batch.labels[first:last], origin)
+    rows = slice(first * each, last * each)
+    inputs = {name: tensor[rows] for name, tensor in own.items()}
+    return Batch(inputs, batch.labels[rows], origin, each)
 
 
 def counted(batch: Batch, task: Task, criterion: Criterion | None) -> float:
     """What the items of a batch count in a mean: one each, or the weights of their classes."""
+    if task.refers:
+        return float(len(batch))
     _, targets = task.targets(batch.labels)
     scored = task.scored(targets)
     return float(scored.sum() if criterion is None else criterion.counts(targets, scored).sum())

@@ -61,6 +61,14 @@ class Engine(Protocol):
         """Score one adapter, without gradients, on the whole model or on some of its blocks."""
         ...
 
+    def reference(self, batch: Batch) -> Tensor:
+        """The log-probability that the base alone gives each row's targets. [n] on the CPU
+
+        No adapter and no change of the base is in it: of a rule that merges updates into the base
+        it is still the model that the run began with.
+        """
+        ...
+
     def bare(self) -> AbstractContextManager[nn.Module]:
         """The frozen network with no adapter in it, for the time of the context.
 

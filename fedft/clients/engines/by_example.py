@@ -17,7 +17,7 @@ from fedft.core.extras import extra
 
 
 def own_gradients(
-    trained: Sequence[nn.Parameter], examples: int, losses: Callable[[], Tensor]
+    trained: Sequence[nn.Parameter], examples: int, losses: Callable[[], Tensor], each: int = 1
 ) -> list[Tensor]:
     """Each example's own gradient. [n, *shape], for each tensor that trains
 
@@ -25,6 +25,7 @@ def own_gradients(
         trained: the tensors.
         examples: n.
         losses: makes the sum of the examples' own losses, inside of :func:`recording`.
+        each: rows of the model that an example has, one below another; their gradients add up.
 
     Raises:
         MismatchError: a tensor trains in a layer whose gradients cannot be told by example.
@@ -36,14 +37,14 @@ def own_gradients(
     losses().backward()
     own = [cast(Any, p).grad_sample for p in trained]
     for gradients in own:
-        if not isinstance(gradients, Tensor) or len(gradients) != examples:
+        if not isinstance(gradients, Tensor) or len(gradients) != examples * each:
             raise MismatchError(
                 "a tensor that trains is in a layer whose gradients cannot be told by example",
                 fix="Choose other target modules; DP-SGD trains linear layers.",
             )
     for parameter in trained:
         cast(Any, parameter).grad_sample = None
-    return own
+    return own if each == 1 else [g.unflatten(0, (examples, each)).sum(1) for g in own]
 
 
 @contextmanager

@@ -51,7 +51,8 @@ class Vocabulary:
     def of(base: Base) -> "Vocabulary | None":
         """That of a base; None where its own forward pass has to make the logits, or a metric reads them."""
         output = base.output
-        if output is None or base.kind.needs_outputs:
+        # A task that refers scores what its rows come to, not logits.
+        if output is None or (base.kind.needs_outputs and not base.kind.refers):
             return None
         if any(layer is output.layer for layer in base.adapted.values()):
             return None

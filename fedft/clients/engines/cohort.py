@@ -31,17 +31,19 @@ from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.engines.dropping import masks
 from fedft.clients.engines.frozen_blocks import Kept, Prefix
 from fedft.clients.engines.grouping import groups
-from fedft.clients.engines.item_losses import ItemLosses
+from fedft.clients.engines.item_losses import ItemLosses, per_item
 from fedft.clients.engines.neftune import Noise, noisy, together
 from fedft.clients.engines.passes import Pass, scale_of_rows, total
+from fedft.clients.engines.references import References
 from fedft.clients.engines.rows import StackLosses, StackRows, records
 from fedft.clients.engines.stacked import (
     AdaptedLinear,
     Branch,
-    FrozenLinear,
     Segments,
     Stack,
     StackOptimizer,
+    frozen,
+    weight_of,
 )
 from fedft.clients.engines.unpadded import Packing, Step, form_now, here, join
 from fedft.clients.engines.writing import Writing
@@ -54,7 +56,7 @@ from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import rows_of
+from fedft.core.tasks import by_row, rows_of, wide
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
@@ -116,6 +118,7 @@ class CohortEngine:
         self._pad_token = int(getattr(config, "pad_token_id", None) or 0)
         self._side: Literal["left", "right"] = "left" if reads_last(config) else "right"
         self._prefix = Prefix(base, self._packing, self._joined)
+        self._references = References(self._reference)
         wide = any(p.dtype == torch.float64 for p in base.model.parameters())
         self._dtype = torch.float64 if wide else torch.float32
         self._now: Pass | None = None
@@ -252,12 +255,17 @@ class CohortEngine:
 
     def _losses(self, now: Pass) -> tuple[Tensor, Tensor]:
         """Of each of the pass's targets, and what of its site's mean each counts. Both [m]"""
+        if now.step.reference is not None:
+            each = self._task.loss(*self._referred(now, now.step.reference), "none")
+            return each, per_item(each, now.step.items, now.shares, now.step.items)
         answers, step = self._answers(now), now.step
         return self._items.losses(answers, step.targets, step.items, now.criteria, now.shares)
 
     def _noise(self, embedded: Tensor) -> Tensor:
         """NEFTune's, where embeddings are looked up once a pass, of the rows that the engine knows."""
         now = self._current()
+        if now.bare:
+            return torch.zeros_like(embedded)
         step = now.step
         if now.noised or embedded.shape[:-1] != (sum(step.rows), max(step.lengths)):
             raise RowsMismatch(
@@ -328,11 +336,35 @@ class CohortEngine:
         self._now = now
         try:
             with ExitStack() as undo:
-                for layer, forward in self._forwards(stack.adapters[0]):
+                for layer, forward in self._forwards(stack.adapters[0].head):
                     undo.enter_context(overridden(layer, forward))
                 yield
         finally:
             self._now = None
+
+    def reference(self, batch: Batch) -> Tensor:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        with self.base.unshifted(), self.base.holding(None), self._wired(None):
+            return self._reference(batch)
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Likewise, where our layers are in the base. What is kept meets autograd later."""
+        with torch.inference_mode(False), torch.no_grad(), self.base.unshifted():
+            return self._log_likelihoods(Pass(self._joined([batch]), {}, (), bare=True)).cpu()
+
+    def _log_likelihoods(self, now: Pass) -> Tensor:
+        """Of each row's targets. [n]"""
+        answers, step = self._answers(now), now.step
+        assert step.answers is not None
+        if self._vocabulary is not None:
+            losses = self._vocabulary.losses(answers, step.targets)
+        else:
+            losses = nn.functional.cross_entropy(wide(answers), step.targets, reduction="none")
+        return by_row(losses, step.answers, step.shape)
+
+    def _referred(self, now: Pass, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a task that refers to the base."""
+        return self._task.referred(self._log_likelihoods(now), reference)
 
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:
@@ -340,6 +372,8 @@ class CohortEngine:
         yield self.base.model
 
     def _tally(self, now: Pass) -> Tally:
+        if now.step.reference is not None:
+            return self._task.tally(*self._referred(now, now.step.reference))
         answers, targets = self._answers(now), now.step.targets
         if self._vocabulary is not None:
             return self._vocabulary.tally(self._task, answers, targets)
@@ -355,9 +389,14 @@ class CohortEngine:
     def _step(self, batches: Sequence[Batch], kept: Mapping[str, Kept] | None) -> Step:
         """The sites' batches as one; with what is kept of their rows, where it is."""
         if kept is None:
-            return self._joined(batches)
-        step = self._joined([self._prefix.unopened(batch) for batch in batches])
-        return replace(step, entering=self._prefix.entering(batches, step, kept))
+            step = self._joined(batches)
+        else:
+            step = self._joined([self._prefix.unopened(batch) for batch in batches])
+            step = replace(step, entering=self._prefix.entering(batches, step, kept))
+        if not self._task.refers:
+            return step
+        known, device = torch.cat(list(map(self._references.of, batches))), self.base.device
+        return replace(step, reference=known.to(device, widest(device)))
 
     def _joined(self, batches: Sequence[Batch]) -> Step:
         step = join(batches, self._task, self._pad_token, packs=self._packs, side=self._side)
@@ -377,10 +416,11 @@ class CohortEngine:
         return flat if chosen else flat[now.step.answers]
 
     @contextmanager
-    def _wired(self, stack: Stack) -> Iterator[None]:
+    def _wired(self, stack: Stack | None) -> Iterator[None]:
         """Put our arithmetic into the base's layers, and take it out again."""
+        own = frozenset[str]() if stack is None else stack.adapters[0].head
         with ExitStack() as undo:
-            for layer, forward in self._forwards(stack.adapters[0]):
+            for layer, forward in self._forwards(own):
                 undo.enter_context(overridden(layer, forward))
             if (output := self._output_layer()) is not None:
                 undo.callback(output.register_forward_pre_hook(self._answers_only).remove)
@@ -393,21 +433,25 @@ class CohortEngine:
             undo.enter_context(self._packing.installed())
             yield
 
-    def _forwards(self, adapter: Adapter) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    def _forwards(
+        self, tensors: Iterable[str]
+    ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
         adapted = set(map(id, self.base.adapted.values()))
         for path, linear in linears(self.base.model):
             if id(linear) in adapted:
-                yield linear, partial(self._adapted, path, linear, _weight(linear))
+                yield linear, partial(self._adapted, path, linear, weight_of(linear))
             elif not self.base.head.holds(path):
-                yield linear, partial(_frozen, linear, _weight(linear))
+                yield linear, partial(frozen, linear, weight_of(linear))
         for path in self.base.head.modules:
             head = self.base.model.get_submodule(path)
-            own = [n for n in adapter.head if n.startswith(f"{PREFIX}{path}.")]
+            own = [n for n in tensors if n.startswith(f"{PREFIX}{path}.")]
             if own:
                 yield head, partial(self._head, copy.copy(head), path, own)
 
     def _adapted(self, path: str, linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
         now = self._current()
+        if now.bare:
+            return frozen(linear, weight, x)
         segments = self._segments(x)
         mask = self._dropped(x) if now.generators else None
         A, B = now.leaves[factor_name(path, "A")], now.leaves[factor_name(path, "B")]
@@ -482,24 +526,12 @@ class CohortEngine:
 
 def _one_client(rows: int) -> Step:
     """What the layers have to know where all rows are one client's, and nothing is scored."""
-    return Step({}, torch.zeros(0), None, (0,), (rows,), (1,), (rows,), None)
+    return Step({}, torch.zeros(0), None, (0,), (rows,), (rows,), (1,), (rows,), None)
 
 
 def _rewind(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-
-
-def _frozen(linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    y: Any = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, linear.bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """The weight as [d_out, d_in]; a view, so that a shift of the base is seen."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(linear, nn.Linear) else weight.T
 
 
 def _scale(adapter: Adapter) -> float:

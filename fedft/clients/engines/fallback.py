@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedft.clients.engines.base import Engine, Trained
 from fedft.clients.engines.cohort import CohortEngine, RowsMismatch
@@ -50,6 +50,10 @@ class Fallback:
         """See :class:`fedft.clients.engines.base.Engine`."""
         known = list(batches)
         return self._tried(lambda: self._engine.evaluate(adapter, delta, known, layers))
+
+    def reference(self, batch: Batch) -> Tensor:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        return self._tried(lambda: self._engine.reference(batch))
 
     def bare(self) -> AbstractContextManager[nn.Module]:
         """See :class:`fedft.clients.engines.base.Engine`."""

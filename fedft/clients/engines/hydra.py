@@ -1,6 +1,7 @@
 """Local training of HydraLoRA: one A, several B and a router in every adapted layer."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from fedft.clients.engines.loop import LoopEngine
 from fedft.core.adapters.scale import scale_of
 from fedft.core.models import Base, weight_shape
+from fedft.core.overrides import overridden
 from fedft.core.spec import LoraSpec
 from fedft.core.types import Adapter, TrainPlan, factor_name, head_name
 
@@ -112,6 +114,13 @@ class HydraEngine(LoopEngine):
 
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         return named(self._layers)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            for layer in self._layers.values():
+                undo.enter_context(overridden(layer, layer.base_layer))
+            yield
 
     def _dropouts(self) -> Iterable[nn.Module]:
         return [layer.dropout for layer in self._layers.values()]

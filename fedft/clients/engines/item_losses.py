@@ -45,9 +45,7 @@ class ItemLosses:
             own = zip(criteria, answers.split(list(items)), targets.split(list(items)), strict=True)
             each = torch.cat([self._each(*one) for one in own])
             amounts = sums(targets, items, self._task, criteria)
-        share = [s / (n or 1) for s, n in zip(shares, amounts, strict=True)]
-        weight = torch.tensor(share, dtype=each.dtype).repeat_interleave(torch.tensor(items))
-        return each, weight.to(each.device)
+        return each, per_item(each, items, shares, amounts)
 
     def _each(self, criterion: Criterion | None, answers: Tensor, targets: Tensor) -> Tensor:
         if self._vocabulary is not None:
@@ -56,6 +54,15 @@ class ItemLosses:
         if criterion is None:
             return self._task.loss(answers, targets, "none")
         return self._task.training_loss(answers, targets, criterion, "none")
+
+
+def per_item(
+    each: Tensor, items: Sequence[int], shares: Sequence[float], amounts: Sequence[float]
+) -> Tensor:
+    """What of its client's mean each item counts, [m], where they lie under each other."""
+    share = [s / (n or 1) for s, n in zip(shares, amounts, strict=True)]
+    weight = torch.tensor(share, dtype=each.dtype).repeat_interleave(torch.tensor(items))
+    return weight.to(each.device)
 
 
 def sums(

@@ -6,9 +6,10 @@ the loss over a vocabulary from :mod:`fedft.clients.engines.chunked_loss`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from fedft.clients.engines.checkpointing import recomputable, recomputed, withou
 from fedft.clients.engines.chunked_loss import Vocabulary
 from fedft.clients.engines.copied import Copied, copied
 from fedft.clients.engines.neftune import alone, noisy
+from fedft.clients.engines.references import References
 from fedft.clients.engines.rows import LoopRows, records
 from fedft.clients.engines.writing import Writing
 from fedft.clients.methods import Method, methods
@@ -31,8 +33,10 @@ from fedft.core import optimizers, seeds
 from fedft.core.errors import MismatchError
 from fedft.core.metrics import Tally
 from fedft.core.models import Base, transposes
+from fedft.core.precise import widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
+from fedft.core.tasks import by_row, log_likelihoods
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.types import (
     PREFIX,
@@ -69,6 +73,8 @@ class LoopEngine(ABC):
         self.base = base
         self._task = base.kind
         self._model = model
+        self._references = References(self.reference)
+        self._refers = False  # at this moment
         self._vocabulary = Vocabulary.of(base)
         self._recomputed = recomputable(base) if checkpointing else ()
         self._head = {
@@ -82,6 +88,10 @@ class LoopEngine(ABC):
     @abstractmethod
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The tensors of the adapted layers, by PEFT name, in the order of the model."""
+
+    @abstractmethod
+    def _off(self) -> AbstractContextManager[object]:
+        """For the time of the context, the model runs without its adapter."""
 
     @abstractmethod
     def _dropouts(self) -> Iterable[nn.Module]:
@@ -98,7 +108,7 @@ class LoopEngine(ABC):
         self._dropout(True)
         with self.base.holding(plan.layers, plan.delta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(plan.seed, "dropout", plan.round, plan.site))
-            noise = noisy(self.base.model, alone(plan))
+            noise = noisy(self.base.model, self._unless_referring(alone(plan)))
             with recomputed(self._recomputed), without_cache(self.base.model), noise:
                 metrics, left = self._loop(plan, batches)
         self._dropout(False)
@@ -197,6 +207,8 @@ class LoopEngine(ABC):
 
     def mean_loss(self, batch: Batch, criterion: Criterion | None = None) -> Tensor:
         """The task's loss, as clients train with it. Scalar"""
+        if self._task.refers:
+            return self._task.loss(*self._referred(batch), "mean")
         if self._vocabulary is None:
             return self._mean(self._outputs(batch), batch.labels.to(self.base.device), criterion)
         smoothing = 0.0 if criterion is None else criterion.smoothing
@@ -214,7 +226,45 @@ class LoopEngine(ABC):
         positions, targets = self._task.targets(labels)
         return outputs if positions is None else outputs.flatten(0, 1)[positions], targets
 
+    def _referred(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a task that refers to the base."""
+        device = self.base.device
+        reference = self._references.of(batch).to(device, widest(device))
+        return self._task.referred(self._log_likelihoods(batch), reference)
+
+    def _log_likelihoods(self, batch: Batch) -> Tensor:
+        """Of each row's targets. [n]"""
+        labels = batch.labels.to(self.base.device)
+        if self._vocabulary is None:
+            return log_likelihoods(self._task, self._outputs(batch), labels)
+        positions, targets = self._task.targets(labels)
+        assert positions is not None
+        losses = self._vocabulary.losses(*self._scored(batch, self._vocabulary))
+        return by_row(losses, positions[self._task.scored(targets)], labels.shape)
+
+    def reference(self, batch: Batch) -> Tensor:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        learns = [(p, p.requires_grad) for _, p in self._named()]
+        self._refers = True
+        # What is kept meets autograd later, which refuses tensors of inference mode.
+        with torch.inference_mode(False), torch.no_grad(), self.base.unshifted(), self._off():
+            found = self._log_likelihoods(batch).cpu()
+        self._refers = False
+        for parameter, flag in learns:
+            parameter.requires_grad_(flag)  # peft leaves all of an adapter trainable
+        return found
+
+    def _unless_referring(
+        self, noise: Callable[[Tensor], Tensor] | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Noise for the model that trains, and none for what it is compared with."""
+        if noise is None:
+            return None
+        return lambda embedded: torch.zeros_like(embedded) if self._refers else noise(embedded)
+
     def _tally(self, batch: Batch) -> Tally:
+        if self._task.refers:
+            return self._task.tally(*self._referred(batch))
         if self._vocabulary is None:
             labels = batch.labels.to(self.base.device)
             return self._task.judged(self._outputs(batch), labels, self.base.names)
@@ -236,6 +286,8 @@ class LoopEngine(ABC):
                 "depends on others",
                 fix="Leave [training] dp out, or choose another task.",
             )
+        if self._task.refers:
+            return self._task.loss(*self._referred(batch), "none").sum()
         outputs, labels = self._outputs(batch), batch.labels.to(self.base.device)
         rows = zip(outputs.split(1), labels.split(1), strict=True)
         return torch.stack([self._mean(row, label, criterion) for row, label in rows]).sum()
@@ -359,6 +411,9 @@ class PeftEngine(LoopEngine):
         with cast(PeftModel, self._model).disable_adapter():
             yield self.base.model
 
+    def _off(self) -> AbstractContextManager[object]:
+        return self.bare()
+
     def leave(self) -> None:
         """Take PEFT's layers out of the base, which is then as it came; the engine is done."""
         cast(PeftModel, self._model).unload()
@@ -426,7 +481,8 @@ class _Losses:
     def by_example(self) -> list[Tensor]:
         """See :class:`fedft.clients.methods.Losses`."""
         engine, (batch, criterion) = self._engine, (self._step.batch, self._step.criterion)
-        return own_gradients(self._trained, len(batch), lambda: engine.own_losses(batch, criterion))
+        losses = partial(engine.own_losses, batch, criterion)
+        return own_gradients(self._trained, len(batch), losses, batch.each)
 
 
 class _Cored(nn.Module):

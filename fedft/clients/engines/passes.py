@@ -29,6 +29,7 @@ class Pass:
             values have the same input.
         row_scales: ``scales`` by row, per segments, [n, 1].
         encoded: what the encoder gave, once the decoder runs.
+        bare: no adapter is to be in it.
     """
 
     step: Step
@@ -42,6 +43,7 @@ class Pass:
     wide: tuple[Tensor, Tensor] | None = None
     encoded: Tensor | None = None
     row_scales: dict[Segments, Tensor] = field(default_factory=dict[Segments, Tensor])
+    bare: bool = False
 
 
 def scale_of_rows(now: Pass, segments: Segments) -> float | Tensor:

@@ -1,7 +1,10 @@
 """Local training of peft methods other than LoRA, whose tensors are carried whole."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import cast
 
+from peft import PeftModel
 from torch import nn
 
 from fedft.clients.engines.loop import LoopEngine
@@ -31,6 +34,9 @@ class WholeEngine(LoopEngine):
 
     def _layers_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._tensors.items()
+
+    def _off(self) -> AbstractContextManager[object]:
+        return cast(PeftModel, self._model).disable_adapter()
 
     def _dropouts(self) -> Iterable[nn.Module]:
         return ()

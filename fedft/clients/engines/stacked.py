@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedft.core.optimizers import by_number, make
 from fedft.core.optimizers import settings as optimizer_settings
@@ -385,3 +385,16 @@ class StackOptimizer:
             return [flat[k]]
         names = self._stack.adapters[k].tensors()
         return [self._stack.own(name, k, flat) for name in names if self._stack.trains(name)]
+
+
+def frozen(linear: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """A frozen layer with its weight as :func:`weight_of` has it. [..., d_in] → [..., d_out]"""
+    y: Any = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, linear.bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as [d_out, d_in]; a view, so that a shift of the base is seen."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(linear, nn.Linear) else weight.T

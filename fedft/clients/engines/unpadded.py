@@ -74,14 +74,16 @@ class Step:
         targets: what is to be predicted, [m, …]: one a row, or one for each of ``answers``.
         answers: where each target is predicted within the n·t positions, [m] int64, ascending;
             None predicts once a row.
-        items: targets of each site.
+        items: of each site what has a loss of its own: its targets, or its examples.
         rows: rows of each site.
+        examples: examples of each site, of one row or more.
         lengths: tokens of each site's longest row, its own padding included.
         tokens: tokens of each site that the blocks see: the real ones where packed.
         layout: how to pack; None where there is nothing to gain.
         entering: what the first adapted block gets where those below do not run, in the form of
             the layout; None runs all.
         target_lengths: tokens of each site's longest target, where a decoder reads it; else empty.
+        reference: what the base alone gives each row, of a task that refers to it. [n]
     """
 
     inputs: Mapping[str, Tensor]
@@ -89,11 +91,18 @@ class Step:
     answers: Tensor | None
     items: Segments
     rows: Segments
+    examples: Segments
     lengths: Segments
     tokens: Segments
     layout: Layout | None
     entering: Tensor | None = None
     target_lengths: Segments = ()
+    reference: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and tokens of the longest."""
+        return sum(self.rows), max(self.lengths)
 
     def to(self, device: torch.device) -> "Step":
         """The same step with its tensors on a device."""
@@ -126,7 +135,8 @@ def join(
         packs: whether padding is to be left out.
         side: where shorter rows get more padding.
     """
-    rows = tuple(len(batch) for batch in batches)
+    rows = tuple(batch.labels.shape[0] for batch in batches)
+    examples = tuple(map(len, batches))
     columns = [dict(batch.inputs) for batch in batches]
     for own in columns:
         if "input_ids" in own and "position_ids" not in own:  # of packed rows these say all
@@ -157,7 +167,16 @@ def join(
         items = tuple(b - a for a, b in pairwise((0, *until)))
     decoded = tuple(own["labels"].shape[1] for own in columns if "labels" in own)
     return Step(
-        inputs, targets, answers, items, rows, lengths, tokens, layout, target_lengths=decoded
+        inputs,
+        targets,
+        answers,
+        examples if task.refers else items,
+        rows,
+        examples,
+        lengths,
+        tokens,
+        layout,
+        target_lengths=decoded,
     )
 
 

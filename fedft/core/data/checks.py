@@ -110,10 +110,7 @@ def checked(
     one = recognised(table.columns, table.source, spec, task.formats) if task.formats else None
     read = _read(table, spec, task, one)
     columns = [*read, *([] if owner is None else [_OWNER])]
-    values: dict[str, Sequence[Any]] = {
-        column.key: table.column(spec.column(column.key), spec.key(column.key), MismatchError)
-        for column in read
-    }
+    values: dict[str, Sequence[Any]] = {column.key: _values(table, spec, column) for column in read}
     if owner is not None:
         values["owner"] = table.column(owner, "data.partition.column", ConfigError)
     notes: list[str] = []
@@ -133,6 +130,8 @@ def checked(
         values[column.key] = names_of
     usable = np.ones(len(table), np.bool_)
     for column in columns:
+        if _absent(table, spec, column):
+            continue
         fault = partial(_fault_of, column, folder)
         _strike(usable, table, values[column.key], column.key, fault, bad)
     if one is not None or type(task).fault is not Task.fault:
@@ -147,7 +146,8 @@ def checked(
             known = partial(_unknown, frozenset(names), column)
             _strike(usable, table, values[column.key], column.key, known, bad)
     found = _usable(table, values, read, names, folder, np.flatnonzero(usable), bad)
-    return replace(found, format="" if one is None else one.name), notes
+    rows = replace(found, format="" if one is None else one.name)
+    return rows, [*notes, *task.remarks(rows)]
 
 
 def _every(task: Task) -> list[Column]:
@@ -160,6 +160,18 @@ def _read(table: RawTable, spec: DataSpec, task: Task, one: Format | None) -> li
     if one is None:
         return [c for c in task.columns if not c.optional or c.key in spec.columns]
     return [c for c in one.columns if not c.optional or spec.column(c.key) in table.columns]
+
+
+def _absent(table: RawTable, spec: DataSpec, column: Column) -> bool:
+    """Whether the data do without a column that they may do without, and nobody gave a name to."""
+    name = spec.column(column.key)
+    return column.implied and name == column.key and name not in table.columns
+
+
+def _values(table: RawTable, spec: DataSpec, column: Column) -> Sequence[Any]:
+    if _absent(table, spec, column):
+        return [None] * len(table)
+    return table.column(spec.column(column.key), spec.key(column.key), MismatchError)
 
 
 def _fault_of(column: Column, folder: Path, value: object) -> str | None:

@@ -24,6 +24,7 @@ from fedft.core.metrics.chrf import ChrF
 from fedft.core.metrics.entities import EntityF1, EntityPrecision, EntityRecall
 from fedft.core.metrics.exact_match import ExactMatch
 from fedft.core.metrics.macro_f1 import MacroF1
+from fedft.core.metrics.margin import Margin
 from fedft.core.metrics.mcc import MCC
 from fedft.core.metrics.micro_f1 import MicroF1
 from fedft.core.metrics.mrr import MeanReciprocalRank
@@ -62,6 +63,7 @@ METRICS: Mapping[str, Metric] = {
         RougeL(),
         Bleu(),
         ChrF(),
+        Margin(),
     )
 }
 """Name → metric."""

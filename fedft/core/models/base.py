@@ -20,7 +20,7 @@ from fedft.core.overrides import overridden
 from fedft.core.spec import NEW_TOKENS, LoraSpec
 from fedft.core.sublayers import HALVES, Half, Layer, Sublayer
 from fedft.core.tables import Output, output_of
-from fedft.core.tasks import task_of
+from fedft.core.tasks import Task, task_of
 from fedft.core.types import Delta, in_blocks
 
 
@@ -31,7 +31,7 @@ class Base:
         model: in evaluation mode; no parameter requires a gradient.
         shapes: its schema.
         task: as in :class:`~fedft.core.spec.ModelSpec`.
-        kind: the task itself, with the metrics of the run.
+        kind: the task itself, with the metrics of the run and the numbers of its loss.
         head: what of the model is new: an adapter brings it.
         output: of a model of words, the layer that gives its logits; None where they are made
             otherwise.
@@ -50,6 +50,7 @@ class Base:
         names: as above.
         encoder: gives the model's tokenizer, as :func:`~fedft.core.models.source.input_encoder` does:
             where texts are generated.
+        kind: as above; None is the task as it is without any setting.
 
     The layers listed by :attr:`adapted` are the same objects for as long as the base lives, also
     after an engine has wrapped them: :meth:`shift` changes their weights in place.
@@ -66,13 +67,14 @@ class Base:
         output: Output | None = None,
         names: Sequence[str] = (),
         encoder: Callable[[], Any] | None = None,
+        kind: Task | None = None,
     ) -> None:
         self.model = model
         self.names = tuple(names)
         self.new_tokens = NEW_TOKENS
         self._encoder = encoder
         self.task = task
-        self.kind = task_of(task)
+        self.kind = task_of(task) if kind is None else kind
         self.head = Head.by_name(model) if head is None else head
         words = self.kind.words
         if words and load is None and (layer := output_of(model)) is not None:
@@ -124,6 +126,16 @@ class Base:
                 dense = factors.product().to(weight)
                 weight.add_(dense if isinstance(self.adapted[path], nn.Linear) else dense.T)
         self._shifted_by = delta or None
+
+    @contextmanager
+    def unshifted(self) -> Iterator[None]:
+        """For the time of the context, the weights are ``W_0``."""
+        before = self._shifted_by
+        self.shift({})
+        try:
+            yield
+        finally:
+            self.shift(before or {})
 
     def _weight(self, path: str) -> Tensor:
         weight = self.adapted[path].weight

@@ -93,7 +93,7 @@ def load_base(
         known = leave_in_file(bare, folder if device == "cpu" else None, output)
         model = _skeleton(spec, folder, classes, bare)
         more: dict[str, Any] = {"load": load, "output": known, "names": names, "encoder": encoder}
-        return Base(model, lora, spec.task, head=head, **more)
+        return Base(model, lora, spec.task, head=head, kind=spec.kind, **more)
     auto = auto_class(spec.task)
     if spec.load_in is not None:
         options |= _quantization(spec.load_in, options["dtype"], device, head)
@@ -109,7 +109,7 @@ def load_base(
         model = load(folder)
     task_of(spec.task).settle(model, spec, folder)
     ready = _ready(model, device, head, special)
-    return Base(ready, lora, spec.task, head=head, names=names, encoder=encoder)
+    return Base(ready, lora, spec.task, head=head, names=names, encoder=encoder, kind=spec.kind)
 
 
 def load_first(
@@ -140,7 +140,7 @@ def load_first(
     model = _of_blocks(spec, folder, classes, head, options, device, special, range(blocks))
     alone = lora.model_copy(update={"layers": None})
     encoder = partial(input_encoder, spec, folder)
-    return Base(model, alone, spec.task, head=head, names=names, encoder=encoder)
+    return Base(model, alone, spec.task, head=head, names=names, encoder=encoder, kind=spec.kind)
 
 
 def special_of(spec: ModelSpec, folder: Path) -> SpecialTokens | None:

@@ -9,12 +9,13 @@ from fedft.core.metrics import METRICS, PER_CLASS, Metric
 from fedft.core.metrics import REGISTRY as METRIC_REGISTRY
 from fedft.core.names import hint
 from fedft.core.plugins import Registry, Trust, Unfit, subclass_of
-from fedft.core.tasks.base import Reduction, Task, rows_of, wide
+from fedft.core.tasks.base import Reduction, Task, by_row, log_likelihoods, rows_of, wide
 from fedft.core.tasks.causal_lm import CausalLM
 from fedft.core.tasks.classification import Classification
 from fedft.core.tasks.columns import Column
 from fedft.core.tasks.image_classification import ImageClassification
 from fedft.core.tasks.multi_label import MultiLabel
+from fedft.core.tasks.preference import Preference
 from fedft.core.tasks.regression import Regression
 from fedft.core.tasks.rows import RawRows, taken
 from fedft.core.tasks.sentence_embeddings import SentenceEmbeddings
@@ -34,6 +35,7 @@ TASKS: dict[str, Task] = {
         TokenClassification(),
         Seq2Seq(),
         SentenceEmbeddings(),
+        Preference(),
     )
 }
 """``[model] task`` → what it means."""
@@ -137,7 +139,9 @@ __all__ = [
     "RawRows",
     "Reduction",
     "Task",
+    "by_row",
     "judged",
+    "log_likelihoods",
     "rows_of",
     "taken",
     "task_of",

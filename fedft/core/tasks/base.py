@@ -64,6 +64,10 @@ class Task(ABC):
         reads_model: keys of ``[model]`` that say something to this task, and to others nothing.
         made_up: shape of an output of one row, where the laws of tasks make outputs up and it is
             neither a number a class nor one a word.
+        each: rows of the model that an example has, see :class:`~fedft.core.types.Batch`.
+        refers: whether rows are weighed as wholes against what the base gives them without an
+            adapter: the engines hand both to :meth:`referred`, and ``loss`` gets what that makes
+            of them. Needs ``words``.
     """
 
     name: ClassVar[str]
@@ -84,6 +88,18 @@ class Task(ABC):
     together: ClassVar[bool] = False
     reads_model: ClassVar[frozenset[str]] = frozenset()
     made_up: ClassVar[tuple[int, ...] | None] = None
+    each: ClassVar[int] = 1
+    refers: ClassVar[bool] = False
+
+    def with_objective(self, table: Mapping[str, Any]) -> "Task":
+        """The same task with the numbers of its loss as ``[model] objective`` has them.
+
+        Raises:
+            ValueError: its loss has no such number, or not of this size.
+        """
+        if table:
+            raise ValueError(f"objective: the loss of {self.name} has nothing to be set")
+        return self
 
     # ------------------------------------------------------------------------------- data
 
@@ -120,6 +136,10 @@ class Task(ABC):
         several = () if rows.labels is None else rows.labels
         flat = several if isinstance(several, np.ndarray) else joined(several)
         return np.bincount(flat, minlength=len(rows.classes))
+
+    def remarks(self, rows: RawRows) -> Sequence[str]:
+        """What a reader should know of how these rows are read, a sentence each."""
+        return ()
 
     @property
     def classes(self) -> bool:
@@ -159,6 +179,15 @@ class Task(ABC):
             ``IGNORED`` are not scored. Positions None: an output a row, [b], and targets [b, …].
         """
         return None, labels
+
+    def referred(self, own: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a task that ``refers``: outputs [b, …] and targets [b, …] of its loss and metrics.
+
+        Args:
+            own: log-probability of each row's targets, [b * each].
+            reference: the same by the base without an adapter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} refers, and does not say to what end")
 
     def scored(self, targets: Tensor) -> Tensor:
         """Which targets count. bool [m]"""
@@ -249,14 +278,25 @@ class Task(ABC):
         )
         return self.counted(found, float(widened(losses).sum()))
 
-    def judged(self, outputs: Tensor, labels: Tensor, names: Sequence[str] = ()) -> Tally:
+    def judged(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        names: Sequence[str] = (),
+        reference: Tensor | None = None,
+    ) -> Tally:
         """The sums of one batch from all of its outputs.
 
         Args:
             outputs: of :meth:`outputs`, [b, …] or [b, t, …].
             labels: of the batch.
             names: of the classes.
+            reference: of a task that ``refers``, as :meth:`referred` takes it; None is nothing at all.
         """
+        if self.refers:
+            own = log_likelihoods(self, outputs, labels)
+            known = torch.zeros_like(own) if reference is None else reference
+            return self.tally(*self.referred(own, known), names=names)
         positions, targets = self.targets(labels)
         if positions is None:
             return self.tally(outputs, targets, names=names)
@@ -373,6 +413,37 @@ def rows_of(positions: Tensor | None, length: int) -> Tensor | None:
         length: t.
     """
     return None if positions is None else positions // length
+
+
+def log_likelihoods(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability of each row's targets, from logits. [n]
+
+    Args:
+        task: whose outputs are logits of words.
+        outputs: [n, t, V].
+        labels: of a :class:`~fedft.core.types.Batch`, [n, t].
+    """
+    positions, targets = task.targets(labels)
+    assert positions is not None, "a row as a whole is made of its tokens"
+    scored = task.scored(targets)
+    at, wanted = positions[scored], targets[scored]
+    losses = F.cross_entropy(wide(outputs.flatten(0, 1)[at]), wanted, reduction="none")
+    return by_row(losses, at, labels.shape)
+
+
+def by_row(losses: Tensor, at: Tensor, shape: Sequence[int]) -> Tensor:
+    """Losses of tokens as the log-probability of their rows: minus their sums. [rows]
+
+    In float64: two sums of hundreds are subtracted, and their difference is what is learnt from.
+
+    Args:
+        losses: [m].
+        at: where each is predicted within the rows' positions end to end, [m].
+        shape: of the labels, [n, t].
+    """
+    each = widened(losses)
+    # Laid out and summed, not added up where they fall: a GPU would do that in any order.
+    return -each.new_zeros(shape[0] * shape[1]).index_copy(0, at, each).view(*shape).sum(1)
 
 
 def wide(outputs: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Column:
         lists: whether a value is a list; a file that has none, such as CSV, spells it in JSON.
         optional: whether it is read only where ``[data.columns]`` names it; of a format, where the
             table has it.
+        implied: whether data may be without it, since the others say the same: all its values are
+            then None, and not looked at.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Column:
     files: bool = False
     lists: bool = False
     optional: bool = False
+    implied: bool = False
 
 
 def text(key: str, *, optional: bool = False) -> Column:

@@ -2,7 +2,7 @@
 
 # pyright: standard
 # transformers is typed in part; what enters from it is annotated here and strict from here on.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -164,15 +164,22 @@ def answered(
         MismatchError: the chat template is not usable for training.
     """
     encoder = TextEncoder.of(tokenizer)
+    parts = (turns(encoder, prompts[rows], answers[rows]) for rows in _chunks(len(prompts)))
+    return laid((row for part in parts for row in part), encoder, max_length)
+
+
+def laid(
+    rows: Iterable[tuple[list[int], list[int]]], encoder: TextEncoder, max_length: int
+) -> Encoded[TokenExamples]:
+    """Token ids of prompts and of their answers as rows, cut to ``max_length``."""
     ids: list[list[int]] = []
     starts: list[int] = []
     cut: list[bool] = []
-    for rows in _chunks(len(prompts)):
-        for prompt, answer in _turns(encoder, prompts[rows], answers[rows]):
-            row = prompt + answer
-            cut.append(len(row) > max_length)
-            ids.append(row[:max_length] if len(prompt) < max_length else [])
-            starts.append(len(prompt))
+    for prompt, answer in rows:
+        row = prompt + answer
+        cut.append(len(row) > max_length)
+        ids.append(row[:max_length] if len(prompt) < max_length else [])
+        starts.append(len(prompt))
     faults = {
         row: f"the prompt takes {starts[row]} tokens of data.max-length = {max_length}: no token of "
         "the answer is left"
@@ -183,36 +190,73 @@ def answered(
     return Encoded(examples, np.array(cut, np.bool_), faults)
 
 
-def _turns(
+def turns(
     encoder: TextEncoder, prompts: Sequence[str], answers: Sequence[str]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of each prompt and of its answer with the end of its turn."""
     tokenizer: Any = encoder.tokenizer
-    plain, special = encoder.plain, encoder.special
     if tokenizer.chat_template is None:
-        bos = begins(tokenizer)
-        asked = [bos + ids for ids in plain.encode([f"{prompt}\n" for prompt in prompts]).rows]
-        turns = zip(asked, plain.encode(answers).rows, strict=True)
-    else:
-        rows = list(zip(prompts, answers, strict=True))
-        turns = iter(plain.rendered(partial(_chat_texts, tokenizer), rows))
+        return continued(encoder, [f"{prompt}\n" for prompt in prompts], answers)
+    return spoken(encoder, ("user",), [(prompt,) for prompt in prompts], answers)
+
+
+def continued(
+    encoder: TextEncoder, prompts: Sequence[str], answers: Sequence[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of texts that answers go on with as they are, and of the answers with their end."""
+    bos, plain = begins(encoder.tokenizer), encoder.plain
+    asked = [bos + ids for ids in plain.encode(prompts).rows]
+    return _closed(encoder, zip(asked, plain.encode(answers).rows, strict=True))
+
+
+def spoken(
+    encoder: TextEncoder,
+    roles: Sequence[str],
+    prompts: Sequence[tuple[str, ...]],
+    answers: Sequence[str],
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of conversations by the chat template, and of the assistant's answers to them.
+
+    Args:
+        encoder: whose tokenizer has a chat template.
+        roles: who speaks, of every conversation.
+        prompts: what each says in turn.
+        answers: of the assistant.
+
+    Raises:
+        MismatchError: the chat template is not usable for training.
+        Exception: whatever the template raises of these roles.
+    """
+    rows = [(*prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    render = partial(_chat_texts, encoder.tokenizer, roles)
+    return _closed(encoder, iter(encoder.plain.rendered(render, rows)))
+
+
+def _closed(
+    encoder: TextEncoder, rows: Iterable[tuple[list[int], ...]]
+) -> Iterator[tuple[list[int], list[int]]]:
     # What users wrote gives no control token: one that is last here is the template's.
-    ends = special.ends | plain.control
-    closing = [] if special.end is None else [special.end]
-    for prompt, answer in turns:
+    ends = encoder.special.ends | encoder.plain.control
+    closing = [] if encoder.special.end is None else [encoder.special.end]
+    for prompt, answer in rows:
         ended = bool(answer) and answer[-1] in ends
         yield prompt, answer if ended else answer + closing
 
 
-def _chat_texts(tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _chat_texts(
+    tokenizer: Any, roles: Sequence[str], rows: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
     """What the template writes before each answer, and the answer with what it writes after.
 
     White space after the end of the turn belongs to the next turn and is left out.
     """
-    asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
+    asked = [
+        [{"role": role, "content": text} for role, text in zip(roles, row[:-1], strict=True)]
+        for row in rows
+    ]
     told = [
-        [*turn, {"role": "assistant", "content": answer}]
-        for turn, (_, answer) in zip(asked, rows, strict=True)
+        [*turn, {"role": "assistant", "content": row[-1]}]
+        for turn, row in zip(asked, rows, strict=True)
     ]
     options: dict[str, Any] = {"tokenize": False, "date_string": FIXED_DATE}
     before: list[str] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)

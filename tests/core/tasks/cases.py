@@ -170,6 +170,13 @@ def _related(rng: random.Random, i: int) -> Row:
     return {"text": " ".join(words), "positive": " ".join(other)}
 
 
+def _preferred(rng: random.Random, i: int) -> Row:
+    label = list(WORDS)[i % 3]
+    other = rng.choice([w for w in WORDS if w != label])
+    prompt, chosen, rejected = (" ".join(_words(rng, kind)) for kind in (label, label, other))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def _image(rng: random.Random, i: int) -> Row:
     shade = 60 + 120 * (i % 2) + rng.randint(0, 20)
     return {"image": [[[shade, 255 - shade, i]] * 8] * 8, "label": str(i % 2)}
@@ -248,6 +255,43 @@ CASES: dict[str, Case] = {
             ),
         },
         lora=("q", "v"),
+        kind="iid",
+    ),
+    "preference": Case(
+        llama,
+        _preferred,
+        {
+            "missing pair": ({"prompt": "fur", "chosen": "tail"}, "rejected: missing or empty"),
+            "missing prompt": (
+                {"prompt": None, "chosen": "tail", "rejected": "leaf"},
+                "prompt: missing or empty",
+            ),
+            "alike": (
+                {"prompt": "fur", "chosen": "tail", "rejected": "tail"},
+                "rejected: chosen and rejected are the same",
+            ),
+            "empty answer": (
+                {"prompt": "fur", "chosen": "", "rejected": "leaf"},
+                "chosen: missing or empty",
+            ),
+            "unknown role": (
+                {
+                    "prompt": [{"role": "gpt", "content": "fur"}],
+                    "chosen": [{"role": "assistant", "content": "tail"}],
+                    "rejected": [{"role": "assistant", "content": "leaf"}],
+                },
+                "prompt: message 1: its role is 'gpt'; roles are system, user, assistant",
+            ),
+            "all cut": (
+                {"prompt": "fur " * 40, "chosen": "tail", "rejected": "leaf"},
+                "no token of the answer is left",
+            ),
+            "cut alike": (
+                {"prompt": "fur", "chosen": "tail " * 40 + "leaf", "rejected": "tail " * 40},
+                "in data.max-length = 24 both answers are the same tokens",
+            ),
+        },
+        lora=("q_proj", "v_proj"),
         kind="iid",
     ),
     "token-classification": Case(

@@ -16,7 +16,7 @@ from fedft.core.examples import Examples
 from fedft.core.metrics import Tally, packed, unpacked
 from fedft.core.models import input_encoder
 from fedft.core.spec import DataSpec, ModelSpec
-from fedft.core.tasks import TASKS, Task, task_of
+from fedft.core.tasks import TASKS, Task, log_likelihoods, task_of
 from fedft.core.types import IGNORED, Batch
 from tests.core.tasks.cases import CASES, rows_of
 from tests.core.tasks.other_tasks import OTHERS
@@ -53,6 +53,9 @@ def outputs_for(task: Task, batch: Batch, classes: int, seed: int = 0) -> Tensor
 
 
 def lined_up(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    if task.refers:
+        own = log_likelihoods(task, outputs, batch.labels)
+        return task.referred(own, torch.zeros_like(own))
     positions, targets = task.targets(batch.labels)
     return outputs if positions is None else outputs.flatten(0, 1)[positions], targets
 
@@ -79,7 +82,7 @@ def test_targets_never_leave_padding(name: str, folder_of: Any, tmp_path: Path) 
     other = torch.where(real[..., None], outputs, torch.full_like(outputs, 7.0))
     assert tally(task, other, batch, data.classes) == tally(task, outputs, batch, data.classes)
     alone = [data.train.collate(np.array([row])) for row in range(len(data.train))]
-    each = [lined_up(task, outputs_for(task, one, len(data.classes)), one)[1] for one in alone]
+    each = [task.targets(one.labels)[1] for one in alone]
     assert torch.equal(torch.cat([t[task.scored(t)] for t in each]), targets[task.scored(targets)])
 
 
@@ -105,7 +108,8 @@ def test_slices_add_up_to_the_whole(name: str, folder_of: Any, tmp_path: Path) -
     parts: list[Tally] = []
     for rows in np.array_split(np.arange(n), 5):
         batch = data.train.collate(rows)
-        own = outputs[rows] if outputs.ndim == 2 else outputs[rows, : batch.labels.shape[1]]
+        own = outputs.unflatten(0, (n, task.each))[rows].flatten(0, 1)
+        own = own if outputs.ndim == 2 else own[:, : batch.labels.shape[1]]
         parts.append(tally(task, own, batch, data.classes))
     total = Tally.total(parts)
     assert total.count == expected.count > 0
