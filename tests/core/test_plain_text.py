@@ -198,7 +198,7 @@ def test_the_demos_rows_are_encoded_as_ever() -> None:
     rows = load(DataSpec(), "classification").train
     encoder = input_encoder(spec, folder)
     assert rows.labels is not None
-    got = tokens.classified(rows.values["text"], rows.labels, encoder, 64)
+    got = tokens.labelled(rows.values["text"], rows.labels, encoder, 64)
     usual = AutoTokenizer.from_pretrained(folder)
     expected = usual(list(rows.values["text"]), truncation=True, max_length=64)["input_ids"]
     assert got.examples.ids.tolist() == [i for row in expected for i in row]

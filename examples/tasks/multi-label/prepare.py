@@ -2,13 +2,13 @@
 
     python examples/tasks/multi-label/prepare.py
 
-The definitions are those that fedft carries, of 12 kinds. A row has one to three of them, drawn at
-random. Eight kinds are classes; a row of the other four alone has none. No definition is in both
-files. They land in downloads/multi-label, which git ignores.
+The definitions are those of five kinds that fedft carries. A row has one to three of them, drawn at
+random. Four kinds are classes; a row of artifacts alone has none. No definition is in both files.
+They land in downloads/multi-label, which git ignores.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +19,23 @@ from fedft.core.spec import DataSpec
 
 FOLDER = Path(__file__).resolve().parents[3] / "downloads" / "multi-label"
 TEST_SHARE = 0.15  # of the definitions
-CLASSES = 8  # the first of the kinds, in alphabetical order
+CLASSES = ("animal", "food", "person", "plant")
+KINDS = (*CLASSES, "artifact")
 SEED = 0
 
 
-def rows(
-    texts: Sequence[str], kinds: Sequence[str], wanted: Sequence[str], rng: np.random.Generator
-) -> Iterator[dict[str, object]]:
-    """One to three definitions a row, and the classes among their kinds; each definition once."""
-    order = rng.permutation(len(texts)).tolist()
+def rows(defined: list[tuple[str, str]], rng: np.random.Generator) -> Iterator[dict[str, object]]:
+    """One to three definitions a row, and the classes among their kinds; each definition once.
+
+    Args:
+        defined: kinds and definitions.
+        rng: draws.
+    """
+    order = rng.permutation(len(defined)).tolist()
     while order:
         own, order = order[: (count := int(rng.integers(1, 4)))], order[count:]
-        yield {
-            "text": "; ".join(texts[i] for i in own),
-            "labels": sorted({kinds[i] for i in own} & set(wanted)),
-        }
+        kinds, texts = zip(*(defined[i] for i in own), strict=True)
+        yield {"text": "; ".join(texts), "labels": sorted({*kinds} & {*CLASSES})}
 
 
 def main() -> None:
@@ -44,7 +46,8 @@ def main() -> None:
     for file, part in (("train", data.train), ("test", data.test)):
         rng = numpy_generator(SEED, "multi-label", file)
         kinds = [names[label] for label in part.one_label]
-        made = list(rows(part.values["text"], kinds, names[:CLASSES], rng))
+        known = zip(kinds, part.values["text"], strict=True)
+        made = list(rows([(kind, text) for kind, text in known if kind in KINDS], rng))
         with (FOLDER / f"{file}.jsonl").open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in made)
         labels = sum(len(row["labels"]) for row in made)  # type: ignore[arg-type]

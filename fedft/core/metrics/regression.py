@@ -30,7 +30,7 @@ class Pearson(Metric):
 
         sum (p - mean p)(t - mean t) / sqrt(sum (p - mean p)^2 sum (t - mean t)^2),
 
-    and 0 where either is constant. It is made of the sums of p, t, p^2, t^2 and pt: of values whose
+    0 where either is constant, and undefined where one is not finite. It is made of the sums of p, t, p^2, t^2 and pt: of values whose
     mean is k standard deviations from zero, about 2 log10 k of double precision's 16 digits are lost.
     """
 
@@ -50,6 +50,8 @@ class Pearson(Metric):
         p, t, pp, tt, pt = moments
         n = tally.count
         spread_p, spread_t = pp - p * p / n, tt - t * t / n
+        if not math.isfinite(spread_p + spread_t):
+            return math.nan
         if spread_p <= _NOTHING * pp or spread_t <= _NOTHING * tt:
             return 0.0
         found = (pt - p * t / n) / math.sqrt(spread_p) / math.sqrt(spread_t)

@@ -94,7 +94,7 @@ def label_fault(value: object, _: Path | None = None) -> str | None:
 
 
 def _labels_fault(value: object, folder: Path) -> str | None:
-    if value is None:
+    if value is None or value == "":
         return "missing or empty"
     if not isinstance(value, list | tuple):
         return _list_expected("labels", value)
@@ -103,7 +103,7 @@ def _labels_fault(value: object, folder: Path) -> str | None:
 
 
 def _words_fault(value: object, folder: Path) -> str | None:
-    if value is None:
+    if value is None or value == "":
         return "missing or empty"
     if not isinstance(value, list | tuple):
         return _list_expected("words", value)
@@ -143,6 +143,8 @@ def _number_fault(value: object, _: Path) -> str | None:
     if found is None:
         if isinstance(value, float | Decimal):
             return "a finite number is expected, got an infinite one"
+        if type(value) is int:
+            return f"larger than {_LARGEST:g}"
         return f"a number is expected, got {kind_of(value)}"
     return None if abs(found) <= _LARGEST else f"larger than {_LARGEST:g}"
 

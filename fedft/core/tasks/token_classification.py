@@ -64,7 +64,10 @@ class TokenClassification(Task):
                 learnt[token] = int(own[word])
             ids.append(row if firsts else [])
             marks.append(learnt if firsts else [])
-        lost = np.array([len(w) - len(f) for w, f in zip(words, found.firsts, strict=True)])
+        # A row of which nothing is left is refused, and has its own message.
+        lost = np.array(
+            [len(w) - len(f) if f else 0 for w, f in zip(words, found.firsts, strict=True)]
+        )
         examples = TokenExamples.from_lists(ids, text.special.pad, token_labels=marks)
         faults = {
             row: f"none of its {len(words[row])} words has a token within data.max-length = {max_length}"

@@ -1,5 +1,7 @@
 """Metrics of numbers: as scipy and scikit-learn have them."""
 
+import math
+
 import pytest
 import torch
 from scipy.stats import pearsonr
@@ -42,6 +44,14 @@ def test_perfect_predictions_correlate_by_one_and_no_more() -> None:
         for sign in (1.0, -1.0):
             value = METRICS["pearson"].value(tally(sign * right, right))
             assert abs(value) <= 1.0 and value == pytest.approx(sign, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_no_correlation(value: float) -> None:
+    right = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    broken = right.clone()
+    broken[3] = value
+    assert math.isnan(METRICS["pearson"].value(tally(broken, right)))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])

@@ -333,6 +333,7 @@ CASES: dict[str, Case] = {
         _several,
         {
             "missing": ({"text": "fur", "labels": None}, "labels: missing or empty"),
+            "empty cell": ({"text": "fur", "labels": ""}, "labels: missing or empty"),
             "no list": (
                 {"text": "fur", "labels": "tool"},
                 "labels: a list of labels is expected, got str",
@@ -366,6 +367,7 @@ CASES: dict[str, Case] = {
             "spelt infinite": ({"text": "fur", "target": "inf"}, "target: a number is expected"),
             "boolean": ({"text": "fur", "target": True}, "target: a number is expected, got bool"),
             "huge": ({"text": "fur", "target": 1e30}, "target: larger than 1e+18"),
+            "huge integer": ({"text": "fur", "target": 10**400}, "target: larger than 1e+18"),
         },
         kind="iid",
     ),
