@@ -1,0 +1,56 @@
+"""Every task, judged by all that its predictions can be judged by, in both engines."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedft.core.metrics import METRICS
+from fedft.core.tasks import TASKS, task_of
+from fedft.report.page import of_run
+from fedft.report.records import read
+from fedft.server.config_file import parse_config
+from fedft.server.run import simulate
+from tests.core.tasks.cases import CASES
+from tests.core.tasks.test_runs import table_of
+
+# By kind of predictions; pairs of texts and images are judged as texts are.
+NAMES = [
+    name
+    for name in ("classification", "token-classification", "multi-label", "regression", "causal-lm")
+    if name in TASKS and name in CASES
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_judged_by_all_that_its_task_can_have(
+    name: str, folder_of: Any, tmp_path: Path
+) -> None:
+    task, scores = task_of(name), {}
+    metrics = [metric.name for metric in METRICS.values() if task.can_be_judged_by(metric)]
+    counted = "class" in task.predicts
+    for cohort in (1, 3):
+        table = table_of(name, folder_of(name), tmp_path, cohort)
+        table["rounds"] = {"count": 1, "per-round": 3}
+        table["data"]["holdout"] = 0.25
+        table["evaluation"] = {
+            "metrics": metrics, "best": metrics[-1], "before": True, "per-class": counted,
+            "max-rows": 9, "max-new-tokens": 4,
+        }  # fmt: skip
+        run = simulate(parse_config(table), tmp_path / f"run-{cohort}").path
+        (line,) = [json.loads(x) for x in (run / "rounds.jsonl").read_text().splitlines()]
+        assert set(line["eval"]) == {"loss", *metrics} == set(line["start"])
+        assert list(line["eval"])[1] == metrics[-1]
+        gathered = {n for n in metrics if METRICS[n].gathers}
+        assert set(line["sites"]) == {"loss", "n", *metrics} - gathered
+        assert ("by_class" in line) == counted
+        page = of_run(read(run))
+        assert all(f"id='score-{n}'" in page for n in metrics[:-1] if line["eval"][n] is not None)
+        scores[cohort] = line["start"]
+    assert len(metrics) >= 3
+    for key, value in scores[1].items():
+        theirs = scores[3][key]
+        assert (value is None) == (theirs is None)
+        assert value is None or math.isclose(value, theirs, rel_tol=1e-5, abs_tol=1e-6), key
