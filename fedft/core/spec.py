@@ -351,8 +351,9 @@ class TrainingSpec(Table):
     ``optimizer`` and ``schedule`` are a name, or a table of a name and its options, such as
     ``optimizer = { name = "RMSprop", alpha = 0.9 }``: see docs/training.md.
 
-    ``trainer`` names a function of one's own, ``package.module:function``, that trains in place of
-    fedft's loop; it reads of this table what it wants to. See :mod:`fedft.core.trainers`.
+    Attributes:
+        trainer: ``package.module:function`` of one's own that trains in place of fedft's loop, and reads
+            of this table what it wants to; see :mod:`fedft.core.trainers`.
     """
 
     epochs: PositiveInt = 1
