@@ -19,7 +19,7 @@ import yaml
 from fedft.core.seeds import numpy_generator
 
 FOLDER = Path(__file__).resolve().parents[3] / "downloads" / "chat"
-TEST_SHARE = 0.1  # of the conversations
+TEST_SHARE = 0.04  # of the conversations: a score is half of the run's time
 TOGETHER = 3  # exchanges
 LONGEST = 8  # exchanges
 SEED = 0

@@ -126,6 +126,6 @@ def _epoch(
 ) -> Iterator[Bins]:
     order: NDArray[np.int64] = torch.randperm(len(lengths), generator=generator).numpy()
     bins = best_fit(lengths[order], capacity)
-    again: list[int] = torch.randperm(len(bins), generator=generator).tolist()
+    again: NDArray[np.int64] = torch.randperm(len(bins), generator=generator).numpy()
     for first in range(0, len(bins), batch_size):
-        yield [order[bins[i]] for i in again[first : first + batch_size]]
+        yield [order[bins[int(i)]] for i in again[first : first + batch_size]]
