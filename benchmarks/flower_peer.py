@@ -36,8 +36,9 @@ from fedft.core.examples import Examples
 from fedft.core.models import initial_adapter, load_base, load_tokenizer, resolve, schema
 from fedft.core.quiet import quiet
 from fedft.core.seeds import torch_generator
-from fedft.core.spec import TaskSpec, TrainingSpec
+from fedft.core.spec import TaskSpec
 from fedft.core.text import tokens
+from fedft.core.training_table import TrainingSpec
 from fedft.core.types import TrainPlan
 
 State = dict[str, torch.Tensor]

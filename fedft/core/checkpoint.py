@@ -178,7 +178,7 @@ def _reported(spec: ModelSpec, folder: Path, classes: int) -> tuple[nn.Module, R
             **options,
         )
     before = set(model.state_dict())
-    task_of(spec.task).settle(model, spec, folder)
+    task_of(spec.task).settle(model, spec.embedding, folder)
     unused = before - set(model.state_dict())
     mismatched = {
         name: (tuple(held), tuple(wanted)) for name, held, wanted in info["mismatched_keys"]
@@ -201,7 +201,7 @@ def empty(spec: ModelSpec, folder: Path, classes: int) -> nn.Module:
             folder, trust_remote_code=spec.trust_remote_code, **options
         )
         model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
-    task_of(spec.task).settle(model, spec, folder)
+    task_of(spec.task).settle(model, spec.embedding, folder)
     return model
 
 

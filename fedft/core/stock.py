@@ -55,7 +55,7 @@ def stock_model(
             trust_remote_code=spec.trust_remote_code,
             **task_of(spec.task).options(classes),
         )
-    task_of(spec.task).settle(base, spec, folder)
+    task_of(spec.task).settle(base, spec.embedding, folder)
     if special is not None:
         special.follow(base)
     try:

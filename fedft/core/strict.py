@@ -1,8 +1,11 @@
 """What every table of settings is: frozen, and strict about what it is given."""
 
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+"""From 0 to below 1."""
 
 _TOO_LARGE = 10**18
 

@@ -18,10 +18,10 @@ from fedft.core.spec import (
     ModelSpec,
     Table,
     TaskSpec,
-    TrainingSpec,
 )
 from fedft.core.tasks import Task, task_of
 from fedft.core.trainers import beyond
+from fedft.core.training_table import TrainingSpec
 from fedft.core.types import Part
 from fedft.core.wire.compress import spelled
 from fedft.server.availability import Availability, read_availability

@@ -20,9 +20,10 @@ from fedft.core.errors import ConfigError, MismatchError, SecurityRefusal
 from fedft.core.link import codes
 from fedft.core.link import link_pb2 as pb
 from fedft.core.link.framing import data_schema
-from fedft.core.spec import DataSpec, DPSpec, LoraSpec, ModelSpec, TaskSpec, TrainingSpec
+from fedft.core.spec import DataSpec, LoraSpec, ModelSpec, TaskSpec
 from fedft.core.sublayers import Sublayer
 from fedft.core.tasks import TASKS
+from fedft.core.training_table import DPSpec, TrainingSpec
 from fedft.core.types import Adapter, EvalPlan, LocalTraining
 from fedft.core.types import Site as Member
 from fedft.core.wire import codec

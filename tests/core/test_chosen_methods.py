@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fedft.core.errors import ConfigError
-from fedft.core.spec import TrainingSpec
+from fedft.core.training_table import TrainingSpec
 from fedft.core.types import LocalTraining
 from fedft.server.config_file import parse_config, parse_toml
 

@@ -107,7 +107,7 @@ def load_base(
         folder = _in_bfloat16(folder, load)
     with refusing(spec, folder):
         model = load(folder)
-    task_of(spec.task).settle(model, spec, folder)
+    task_of(spec.task).settle(model, spec.embedding, folder)
     ready = _ready(model, device, head, special)
     return Base(ready, lora, spec.task, head=head, names=names, encoder=encoder, kind=spec.kind)
 
@@ -277,7 +277,7 @@ def _of_blocks(
                     weights[_renumbered(name, position)] = file.get_tensor(name)
     kind: Any = _lacking(type(whole), layers)
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    task_of(spec.task).settle(model, spec, folder)
+    task_of(spec.task).settle(model, spec.embedding, folder)
     try:
         model.config.num_hidden_layers = len(layers)  # not before: some scale what they draw by it
         if kinds := getattr(config, "layer_types", None):

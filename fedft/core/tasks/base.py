@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from fedft.core.tasks.asked import Asked
 from fedft.core.tasks.columns import Column
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.tasks.formats import Format
+from fedft.core.tasks.pooling import EmbeddingSpec
 from fedft.core.tasks.rows import RawRows, joined
 from fedft.core.training import LocalTraining
 from fedft.core.types import IGNORED, Batch
-
-if TYPE_CHECKING:
-    from fedft.core.spec import ModelSpec
 
 Reduction = Literal["none", "mean"]
 
@@ -152,12 +150,12 @@ class Task(ABC):
         """What transformers is told of the model beside its checkpoint."""
         return {"num_labels": classes} if self.head else {}
 
-    def settle(self, model: nn.Module, spec: "ModelSpec", folder: Path) -> None:
+    def settle(self, model: nn.Module, embedding: EmbeddingSpec | None, folder: Path) -> None:
         """Make a model that was just loaded, or made empty, fit the task, in place. Default: it does.
 
         Args:
             model: of transformers, without any adapter.
-            spec: the table `[model]`.
+            embedding: the table `[model] embedding`.
             folder: where the model's files are.
         """
         return
