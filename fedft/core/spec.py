@@ -4,7 +4,6 @@ Each table is a frozen pydantic model; every key has its one default here. The w
 validated by ``fedft.server.config.RunConfig``; a client receives these tables only.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -22,9 +21,10 @@ from pydantic import (
 
 from fedft.core.errors import ConfigError
 from fedft.core.plugins import trusted
-from fedft.core.strict import Table
+from fedft.core.strict import Table, check_pattern
 from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import Task, judged
+from fedft.core.tasks.pooling import EmbeddingSpec
 from fedft.core.terms import REGISTRY as METHODS
 from fedft.core.terms import Proximal, Tail, Term, choice
 from fedft.core.trainers import TrainerName
@@ -47,20 +47,6 @@ def _known_task(given: object, info: ValidationInfo) -> object:
 
 TaskName = Annotated[str, BeforeValidator(_known_task)]
 """Name of a task that is known here, or that whoever names it is trusted to have imported."""
-
-
-class EmbeddingSpec(Table):
-    """`[model] embedding`: how texts become vectors, of task sentence-embeddings.
-
-    Attributes:
-        pooling: what a vector is made of: the ``mean`` of the states of all real tokens, that of the
-            first token (``cls``), or of the ``last`` one. None takes what the model's
-            sentence-transformers files say, and ``mean`` where they say nothing.
-        scale: of cosines where they become logits: the inverse of the temperature.
-    """
-
-    pooling: Literal["mean", "cls", "last"] | None = None
-    scale: PositiveFloat = 20.0
 
 
 class ModelSpec(Table):
@@ -207,19 +193,8 @@ class LoraSpec(Table):
         if self.start is not None and self.head == "frozen":
             raise ValueError("start brings a head, and head = 'frozen' keeps the one of the seed")
         for key in ("target-modules", "exclude-modules"):
-            _check_pattern(key, getattr(self, key.replace("-", "_")))
+            check_pattern(key, getattr(self, key.replace("-", "_")))
         return self
-
-
-def _check_pattern(key: str, names: tuple[str, ...] | str) -> None:
-    if isinstance(names, str):
-        try:
-            re.compile(names)
-        except re.error as error:
-            raise ValueError(
-                f"{key} = {names!r} is no regular expression: {error}; names of layers are a list, "
-                f"{key} = [{names!r}]"
-            ) from error
 
 
 class PartitionSpec(Table):

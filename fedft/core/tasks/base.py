@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from fedft.core.tasks.formats import Format
 from fedft.core.tasks.rows import RawRows, joined
 from fedft.core.training import LocalTraining
 from fedft.core.types import IGNORED, Batch
-
-if TYPE_CHECKING:
-    from fedft.core.spec import ModelSpec
 
 Reduction = Literal["none", "mean"]
 
@@ -152,12 +149,12 @@ class Task(ABC):
         """What transformers is told of the model beside its checkpoint."""
         return {"num_labels": classes} if self.head else {}
 
-    def settle(self, model: nn.Module, spec: "ModelSpec", folder: Path) -> None:
+    def settle(self, model: nn.Module, spec: Any, folder: Path) -> None:
         """Make a model that was just loaded, or made empty, fit the task, in place. Default: it does.
 
         Args:
             model: of transformers, without any adapter.
-            spec: the table `[model]`.
+            spec: the table `[model]`, a :class:`fedft.core.spec.ModelSpec`.
             folder: where the model's files are.
         """
         return

@@ -6,11 +6,27 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from fedft.core.errors import MismatchError
+from fedft.core.strict import Table
 
 Pooling = Literal["mean", "cls", "last"]
+
+
+class EmbeddingSpec(Table):
+    """`[model] embedding`: how texts become vectors.
+
+    Attributes:
+        pooling: what a vector is made of: the ``mean`` of the states of all real tokens, that of the
+            first token (``cls``), or of the ``last`` one. None takes what the model's
+            sentence-transformers files say, and ``mean`` where they say nothing.
+        scale: of cosines where they become logits: the inverse of the temperature.
+    """
+
+    pooling: Pooling | None = None
+    scale: PositiveFloat = 20.0
 
 
 @dataclass(frozen=True)

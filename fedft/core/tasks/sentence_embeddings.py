@@ -7,7 +7,7 @@ Reply", 2017, arXiv:1705.00652 (the other rows of a batch as negatives).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,13 +20,10 @@ from fedft.core.precise import widened
 from fedft.core.streams import Stream, TextGroups
 from fedft.core.tasks import columns
 from fedft.core.tasks.base import Reduction, Task, wide
-from fedft.core.tasks.pooling import Embedding, pooling_of
+from fedft.core.tasks.pooling import Embedding, EmbeddingSpec, pooling_of
 from fedft.core.tasks.rows import RawRows
 from fedft.core.text import tokens
 from fedft.core.text.special_tokens import TextEncoder
-
-if TYPE_CHECKING:
-    from fedft.core.spec import ModelSpec
 
 _AT_ONCE = 1024
 """Rows that are compared with all candidates at a time."""
@@ -74,7 +71,7 @@ class SentenceEmbeddings(Task):
                     codes.append([known.setdefault(tuple(ids), len(known)) for ids in found.rows])
         return Encoded(TextGroups(streams, np.array(codes, np.int64).T), cut)
 
-    def settle(self, model: nn.Module, spec: "ModelSpec", folder: Path) -> None:
+    def settle(self, model: nn.Module, spec: Any, folder: Path) -> None:
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise MismatchError(
@@ -83,7 +80,7 @@ class SentenceEmbeddings(Task):
             )
         if getattr(model, "pooler", None) is not None:
             model.pooler = cast(Any, None)  # nothing reads it, and a checkpoint may lack it
-        asked = spec.embedding
+        asked: EmbeddingSpec | None = spec.embedding
         told = None if asked is None else asked.pooling
         pooling = pooling_of(folder) if told is None else told
         own = Embedding(pooling) if asked is None else Embedding(pooling, asked.scale)
