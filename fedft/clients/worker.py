@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, MetricRecord, Rec
 from fedft.clients.agreed import Agreement
 from fedft.clients.app import CLIENT_ERROR, TRAINER_ERROR, app
 from fedft.clients.checking import looked, report
+from fedft.clients.given import task_of
 from fedft.clients.kept import KeptParts
 from fedft.clients.ledger import Ledger, Release, release_of
 from fedft.clients.ledger import default_folder as default_ledgers
@@ -36,12 +37,9 @@ from fedft.core.link import link_pb2 as pb
 from fedft.core.link.codes import NUMBERS, coded, under, word_of
 from fedft.core.link.framing import Expected, Ticket, data_schema
 from fedft.core.link.shapes import beside, of_adapter, of_records, of_work
-from fedft.core.plugins import REMOTE
 from fedft.core.spec import Precision, TaskSpec
 from fedft.core.tasks import task_of as kind_of
-from fedft.core.trainers import REGISTRY as TRAINERS
 from fedft.core.trainers import beyond_training
-from fedft.core.wire.compress import compressor_of
 from fedft.core.wire.schema import ARRAYS, numbers
 
 logger = logging.getLogger(__name__)
@@ -418,69 +416,6 @@ class Resident:
                 "attack": None,
             }
         )
-
-
-def task_of(task: str) -> TaskSpec:
-    """A task as it came from a server.
-
-    Raises:
-        MismatchError: it cannot be read.
-    """
-    try:
-        given = TaskSpec.model_validate_json(task, context=REMOTE)
-    except SecurityRefusal as error:
-        if (trainer := _trainer_in(task)) is not None:
-            raise coded(
-                SecurityRefusal(
-                    f"the run trains by {trainer!r}, which the policy of this client does not name; nothing "
-                    "that a server names is imported",
-                    fix="If the code is on this machine and you trust it, allow it: fedft join --trainer "
-                    "MODULE:FUNCTION, or trainers = [NAME] in the policy.",
-                ),
-                "trainer",
-            ) from error
-        raise coded(
-            MismatchError(
-                f"the server's task is not known to this client: {error.what[:300]}",
-                fix="Nothing that a server names is imported. If you trust the code, allow it here: "
-                "fedft join --task NAME, or tasks = [NAME] in the policy.",
-            ),
-            "task",
-        ) from error
-    # What a server says is not read further than this; a validator can meet any of these in it.
-    except (ValueError, TypeError, ArithmeticError, RecursionError, FedftError) as error:
-        raise coded(
-            MismatchError(
-                "the server's task cannot be read by this version of fedft",
-                fix="Install the same version on both sides.",
-            ),
-            "task",
-        ) from error
-    try:
-        compressor_of(given.wire, REMOTE)
-    except (ConfigError, SecurityRefusal) as error:
-        raise coded(
-            MismatchError(
-                f"the server asks for replies in a way that this client does not know: {error.what}",
-                fix="Install the same version of fedft on both sides.",
-            ),
-            "task",
-        ) from error
-    return given
-
-
-def _trainer_in(task: str) -> str | None:
-    """The trainer that a task names and that is not known here; None where something else is not."""
-    try:
-        name = json.loads(task).get("trainer")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    try:
-        if isinstance(name, str):
-            TRAINERS.find(name, REMOTE)
-        return None
-    except (SecurityRefusal, ConfigError):
-        return str(name)[:200]
 
 
 def _adapter_size(task: TaskSpec) -> int:

@@ -4,7 +4,6 @@ Each table is a frozen pydantic model; every key has its one default here. The w
 validated by ``fedft.server.config.RunConfig``; a client receives these tables only.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -21,7 +20,7 @@ from pydantic import (
 
 from fedft.core.errors import ConfigError
 from fedft.core.plugins import trusted
-from fedft.core.strict import Fraction, Table
+from fedft.core.strict import Fraction, Table, check_pattern
 from fedft.core.tasks import REGISTRY as TASKS
 from fedft.core.tasks import Task, judged
 from fedft.core.tasks.pooling import EmbeddingSpec
@@ -188,19 +187,8 @@ class LoraSpec(Table):
         if self.start is not None and self.head == "frozen":
             raise ValueError("start brings a head, and head = 'frozen' keeps the one of the seed")
         for key in ("target-modules", "exclude-modules"):
-            _check_pattern(key, getattr(self, key.replace("-", "_")))
+            check_pattern(key, getattr(self, key.replace("-", "_")))
         return self
-
-
-def _check_pattern(key: str, names: tuple[str, ...] | str) -> None:
-    if isinstance(names, str):
-        try:
-            re.compile(names)
-        except re.error as error:
-            raise ValueError(
-                f"{key} = {names!r} is no regular expression: {error}; names of layers are a list, "
-                f"{key} = [{names!r}]"
-            ) from error
 
 
 class PartitionSpec(Table):

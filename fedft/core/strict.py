@@ -1,5 +1,6 @@
 """What every table of settings is: frozen, and strict about what it is given."""
 
+import re
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,6 +40,18 @@ def check_numbers(model: type[BaseModel], table: Any) -> None:
             raise ValueError(f"{key} = {str(value).lower()}: a number is expected")
         if isinstance(value, int) and abs(value) >= _TOO_LARGE and types & {int, float}:
             raise ValueError(f"{key}: a number of less than 19 digits is expected")
+
+
+def check_pattern(key: str, names: tuple[str, ...] | str) -> None:
+    """Refuse a regular expression that is none; a list of names is none."""
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(
+                f"{key} = {names!r} is no regular expression: {error}; names of layers are a list, "
+                f"{key} = [{names!r}]"
+            ) from error
 
 
 class Table(BaseModel):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedft.api import Run
 from fedft.clients import app
-from fedft.clients.worker import task_of
+from fedft.clients.given import task_of
 from fedft.core.errors import ConfigError, Interrupted, MismatchError, UpdateRejected
 from fedft.core.link.codes import word_of
 from fedft.core.link.framing import check, describe

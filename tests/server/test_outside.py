@@ -13,8 +13,8 @@ import pytest
 
 import fedft
 from fedft import cli
+from fedft.clients.given import task_of
 from fedft.clients.policy import Policy
-from fedft.clients.worker import task_of
 from fedft.core.errors import ConfigError, Interrupted, MismatchError, SecurityRefusal
 from fedft.core.plugins import RECORD, REMOTE, USER, reference_of, trust_process
 from fedft.core.tasks import REGISTRY as TASKS

@@ -214,6 +214,11 @@ def _prefixed(rows: RawRows, spec: DataSpec) -> RawRows:
     """The rows with ``data.prefix`` before each text."""
     if not spec.prefix:
         return rows
+    if "text" not in rows.values:
+        raise ConfigError(
+            f"[data] prefix = {spec.prefix[:40]!r}: these rows have no column 'text' to put it before",
+            fix="Leave the key out.",
+        )
     texts = [spec.prefix + text for text in rows.values["text"]]
     return replace(rows, values={**rows.values, "text": texts})
 

@@ -12,7 +12,7 @@ import torch
 from fedft.clients.engines.cohort import CohortEngine
 from fedft.clients.engines.loop import PeftEngine
 from fedft.clients.engines.writing import Writing
-from fedft.core.data.source import Data, prepare
+from fedft.core.data.source import Data, load, prepare
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.models import geometry, initial_adapter, input_encoder, load_base
 from fedft.core.spec import DataSpec, LoraSpec, ModelSpec
@@ -243,8 +243,12 @@ def test_a_prefix_is_put_before_each_text(kinds: dict[str, Path], tmp_path: Path
     assert "prefix" not in DataSpec().model_dump_json()
     told = DataSpec(prefix="the fur ")
     assert DataSpec.model_validate_json(told.model_dump_json()) == told
-    with pytest.raises(ConfigError, match="causal-lm reads no column 'text'"):
-        prepare(DataSpec(prefix="a "), "causal-lm", None)
+    with pytest.raises(ConfigError, match="image-classification reads no column 'text'"):
+        load(DataSpec(prefix="a "), "image-classification")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join([json.dumps({"prompt": "fur", "answer": "tail"})] * 4))
+    with pytest.raises(ConfigError, match="these rows have no column 'text'"):
+        load(DataSpec(prefix="a ", source=str(asked)), "causal-lm")
 
 
 def test_targets_are_cut_and_end_all_the_same(kinds: dict[str, Path], tmp_path: Path) -> None:
