@@ -221,6 +221,11 @@ class RunConfig(Table):
                 "[data] packing makes steps of sequences, and [training] accumulate cuts them by rows; "
                 "leave one of the two out"
             )
+        if self.training.trainer is not None:
+            raise ValueError(
+                f"[data] packing: a trainer of one's own, {self.training.trainer!r}, makes its own batches; "
+                "leave the key out, and have the trainer pack"
+            )
 
     def _check_privacy(self) -> None:
         """What the account of a private run relies on."""

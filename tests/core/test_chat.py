@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from fedft.core.errors import MismatchError
 from fedft.core.text import chat
-from fedft.core.text.chat import Conversation
 from fedft.core.text.special_tokens import TextEncoder
+from fedft.core.text.templates import Conversation
 from fedft.core.text.tokens import answered
 from fedft.core.types import IGNORED
 from tests.core import chat_templates as templates
@@ -259,6 +260,12 @@ def test_messages_that_are_merged_are_refused() -> None:
 def test_a_template_that_drops_an_answer_is_refused() -> None:
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert "chat template" in fault(tokenizer(template), turns("A", "B"))
+
+
+def test_several_templates_without_a_default_are_refused() -> None:
+    own = tokenizer({"tool_use": templates.CHATML})  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="several chat templates"):
+        chat.conversed([turns("A", "B")], own, LONG)
 
 
 # ------------------------------------------------------------------------------------------ cut

@@ -13,6 +13,7 @@ from fedft.core.names import hint
 from fedft.core.tasks import columns, turns
 from fedft.core.tasks.columns import Column
 from fedft.core.text import chat, tokens
+from fedft.core.text.templates import Conversation
 
 Values = Mapping[str, Sequence[Any]]
 """Values by key of a format's columns, one a row."""
@@ -89,7 +90,7 @@ class Messages(Format):
 
     def encode(self, values: Values, encoder: Any, max_length: int) -> Encoded[Examples]:
         (column,) = self.columns
-        found = [chat.Conversation(turns.messages(value)) for value in values[column.key]]
+        found = [Conversation(turns.messages(value)) for value in values[column.key]]
         return chat.conversed(found, encoder, max_length)
 
 
@@ -128,7 +129,7 @@ class PromptCompletion(Format):
             )
         asked = [turns.messages(prompt) for prompt, _ in pairs]
         rest = [turns.messages(completion) for _, completion in pairs]
-        found = [chat.Conversation(a + b, len(a)) for a, b in zip(asked, rest, strict=True)]
+        found = [Conversation(a + b, len(a)) for a, b in zip(asked, rest, strict=True)]
         return chat.conversed(found, encoder, max_length)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from fedft.core.names import kind_of
 from fedft.core.tasks.columns import text_fault
-from fedft.core.text.chat import Message
+from fedft.core.text.templates import Message
 
 ROLES = {
     "system": "system",

@@ -79,7 +79,7 @@ def framed(
             max_length=max_length,
             seconds=None if seconds is None else seconds[rows],
         )
-        for rows in _chunks(len(texts))
+        for rows in chunks(len(texts))
     ]
     typed = bool(parts) and all(part.types is not None for part in parts)
     return Ids(
@@ -96,7 +96,7 @@ def of_words(
 ) -> Words:
     """Rows that are lists of words, see :meth:`fedft.core.text.plain_text.PlainText.words`."""
     plain = TextEncoder.of(tokenizer).plain
-    parts = [plain.words(rows[chunk], max_length) for chunk in _chunks(len(rows))]
+    parts = [plain.words(rows[chunk], max_length) for chunk in chunks(len(rows))]
     return Words(
         [row for part in parts for row in part.rows],
         np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
@@ -124,7 +124,7 @@ def targets(
         closing = [] if end is None or ends & set(frame) else [end]
         room = max(0, max_length - len(closing))
         parts = [
-            plain.encode(texts[rows], special=True, max_length=room) for rows in _chunks(len(texts))
+            plain.encode(texts[rows], special=True, max_length=room) for rows in chunks(len(texts))
         ]
     rows = [row + closing for part in parts for row in part.rows]
     cut = np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)])
@@ -164,7 +164,7 @@ def answered(
         MismatchError: the chat template is not usable for training.
     """
     encoder = TextEncoder.of(tokenizer)
-    parts = (turns(encoder, prompts[rows], answers[rows]) for rows in _chunks(len(prompts)))
+    parts = (turns(encoder, prompts[rows], answers[rows]) for rows in chunks(len(prompts)))
     return laid((row for part in parts for row in part), encoder, max_length)
 
 
@@ -278,5 +278,6 @@ def begins(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _chunks(rows: int) -> Iterator[slice]:
+def chunks(rows: int) -> Iterator[slice]:
+    """Rows, :data:`CHUNK` at a time."""
     return (slice(first, first + CHUNK) for first in range(0, rows, CHUNK))
