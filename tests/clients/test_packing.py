@@ -208,11 +208,7 @@ def test_a_model_that_shows_rows_to_each_other_is_refused(tmp_path: Path) -> Non
 
 
 def test_what_packing_does_not_go_with(tmp_path: Path) -> None:
-    for key, value in (
-        ("dp", {"noise-multiplier": 1.0}),
-        ("accumulate", 2),
-        ("trainer", "my_module:make_trainer"),
-    ):
+    for key, value in (("dp", {"noise-multiplier": 1.0}), ("accumulate", 2)):
         table = table_of(tmp_path, tmp_path)
         table["training"][key] = value
         with pytest.raises(ConfigError, match="packing"):
