@@ -225,7 +225,8 @@ class DataSpec(Table):
         test_source: a file with the central test set; None holds out ``test_fraction`` of the rows.
         text, label: column names for classification. How labels become classes is told in
             :mod:`fedft.core.data.labels`.
-        prompt, answer: column names for causal-lm; the loss is on the answer only.
+        prompt, answer: column names for causal-lm; the loss is on the answer only. ``prompt`` is also
+            of preference.
         format: in which form rows for causal-lm come: ``messages``, ``sharegpt``, ``alpaca``,
             ``prompt-completion``, ``prompt-answer`` or ``text``; ``auto`` goes by the columns.
         packing: train causal-lm on sequences of up to ``max_length`` tokens with several rows in each,

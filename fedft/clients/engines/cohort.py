@@ -56,7 +56,7 @@ from fedft.core.overrides import overridden
 from fedft.core.precise import widened, widest
 from fedft.core.spec import LoraSpec
 from fedft.core.sublayers import Layer
-from fedft.core.tasks import by_row, rows_of, wide
+from fedft.core.tasks import rows_of
 from fedft.core.tasks.criterion import Criterion
 from fedft.core.terms import kind_of
 from fedft.core.text.special_tokens import reads_last
@@ -350,21 +350,12 @@ class CohortEngine:
     def _reference(self, batch: Batch) -> Tensor:
         """Likewise, where our layers are in the base. What is kept meets autograd later."""
         with torch.inference_mode(False), torch.no_grad(), self.base.unshifted():
-            return self._log_likelihoods(Pass(self._joined([batch]), {}, (), bare=True)).cpu()
-
-    def _log_likelihoods(self, now: Pass) -> Tensor:
-        """Of each row's targets. [n]"""
-        answers, step = self._answers(now), now.step
-        assert step.answers is not None
-        if self._vocabulary is not None:
-            losses = self._vocabulary.losses(answers, step.targets)
-        else:
-            losses = nn.functional.cross_entropy(wide(answers), step.targets, reduction="none")
-        return by_row(losses, step.answers, step.shape)
+            now = Pass(self._joined([batch]), {}, (), bare=True)
+            return self._items.of_rows(self._answers(now), now.step).cpu()
 
     def _referred(self, now: Pass, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and targets of a task that refers to the base."""
-        return self._task.referred(self._log_likelihoods(now), reference)
+        return self._task.referred(self._items.of_rows(self._answers(now), now.step), reference)
 
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedft.clients.engines.chunked_loss import Vocabulary
-from fedft.core.tasks import Task
+from fedft.clients.engines.unpadded import Step
+from fedft.core.tasks import Task, by_row, wide
 from fedft.core.tasks.criterion import Criterion
 
 
@@ -46,6 +48,15 @@ class ItemLosses:
             each = torch.cat([self._each(*one) for one in own])
             amounts = sums(targets, items, self._task, criteria)
         return each, per_item(each, items, shares, amounts)
+
+    def of_rows(self, answers: Tensor, step: Step) -> Tensor:
+        """The log-probability of each row's targets; arguments as for :meth:`losses`. [n]"""
+        assert step.answers is not None, "a row as a whole is made of its tokens"
+        if self._vocabulary is not None:
+            losses = self._vocabulary.losses(answers, step.targets)
+        else:
+            losses = F.cross_entropy(wide(answers), step.targets, reduction="none")
+        return by_row(losses, step.answers, step.shape)
 
     def _each(self, criterion: Criterion | None, answers: Tensor, targets: Tensor) -> Tensor:
         if self._vocabulary is not None:

@@ -611,3 +611,50 @@ def test_pairs_are_kept_apart_by_their_place(folder_of: Any, tmp_path: Path) -> 
             row, own = some.labels[2 * place + half], one[k].labels[half]
             assert row[row != -100].tolist() == own[own != -100].tolist()
     assert data.train.lengths[0] == int(one[0].inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("kind", [PeftEngine, CohortEngine])
+def test_a_step_of_several_passes_is_that_of_one(
+    kind: type[Any], folder_of: Any, tmp_path: Path
+) -> None:
+    """Accumulation cuts between pairs, and a part counts by its pairs, not by its tokens."""
+    folder = folder_of("preference")
+    data = data_of("preference", folder, tmp_path)
+    base = load_base(model_spec(folder), LORA, 0)
+    start = initial_adapter(base.shapes, LORA, 2, seed=1)
+    start = start.replaced({n: t + 0.05 for n, t in start.tensors().items()})
+    batch, found = data.train.collate(np.arange(7)), []
+    engine = kind(base, LORA)
+    for size, accumulate in ((7, 1), (3, 3)):
+        training = LocalTraining(
+            batch_size=size, accumulate=accumulate, lr=0.3, optimizer="sgd", clip_norm=None
+        )
+        plan = TrainPlan(start, training=training, site="one")
+        found += engine.train([plan], [[batch] * 2])
+    assert found[0].metrics["loss"] == pytest.approx(found[1].metrics["loss"], abs=1e-5)
+    for key, tensor in found[0].adapter.tensors().items():
+        assert torch.allclose(found[1].adapter.tensors()[key], tensor, atol=1e-5), key
+
+
+@pytest.mark.parametrize("kind", [PeftEngine, CohortEngine])
+def test_noise_on_embeddings_is_not_on_the_reference(
+    kind: type[Any], folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model that trains is disturbed."""
+    folder = folder_of("preference")
+    data = data_of("preference", folder, tmp_path)
+    seen: list[Tensor] = []
+    of = References.of
+
+    def looked_at(self: References, batch: Batch) -> Tensor:
+        seen.append(of(self, batch))
+        return seen[-1]
+
+    monkeypatch.setattr(References, "of", looked_at)
+    base = load_base(model_spec(folder), LORA, 0)
+    engine, start = kind(base, LORA), initial_adapter(base.shapes, LORA, 2, seed=1)
+    training = LocalTraining(lr=1e-6, optimizer="sgd", neftune_alpha=5.0)
+    batch = data.train.collate(np.arange(5))
+    (trained,) = engine.train([TrainPlan(start, training=training, site="one")], [[batch] * 2])
+    assert torch.allclose(seen[0].double(), naive(folder, batch), atol=1e-4)
+    assert abs(trained.metrics["loss"] - np.log(2)) > 1e-3
