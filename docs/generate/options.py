@@ -42,6 +42,8 @@ _UNITS = {
     "epochs": "epochs",
     "steps": "optimiser steps",
     "batch_size": "examples",
+    "accumulate": "forward passes",
+    "label_smoothing": "fraction",
     "max_batch": "examples",
     "speeds": "examples/s",
     "samples_per_s": "examples/s",

@@ -340,7 +340,7 @@ class _Schedule(_Strict):
 
 
 class Training(_Strict):
-    """:class:`~fedft.core.types.LocalTraining` as it may come from a server."""
+    """:class:`~fedft.core.training.LocalTraining` as it may come from a server."""
 
     epochs: Count
     steps: Count | None

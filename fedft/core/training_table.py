@@ -48,7 +48,7 @@ def _admitted(method: type) -> str:
 
 
 class TrainingSpec(Table):
-    """`[training]`: local optimisation. See :class:`fedft.core.types.LocalTraining`.
+    """`[training]`: local optimisation. See :class:`~fedft.core.training.LocalTraining`.
 
     TOML has no null: ``clip-norm = 0`` is what ``None`` is there, no clipping. ``dp`` turns DP-SGD
     on, see :class:`DPSpec`. ``method`` names a client method beside the rule's own, whose values are

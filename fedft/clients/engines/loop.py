@@ -500,7 +500,7 @@ class _Cored(nn.Module):
 def make_optimizer(
     parameters: Sequence[nn.Parameter], training: LocalTraining
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser, as :class:`~fedft.core.types.LocalTraining` describes it."""
+    """A fresh optimiser, as :class:`~fedft.core.training.LocalTraining` describes it."""
     return optimizers.make(
         training, [{"params": list(parameters), **optimizers.settings(training)}]
     )

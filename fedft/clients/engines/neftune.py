@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedft.core import seeds
+from fedft.core.errors import MismatchError
 from fedft.core.types import TrainPlan
 
 
@@ -47,11 +48,19 @@ def noisy(model: nn.Module, noise: Callable[[Tensor], Tensor] | None) -> Iterato
     Args:
         model: any of transformers.
         noise: embeddings [n, t, d] → what is added to them.
+
+    Raises:
+        MismatchError: the model has an encoder and a decoder.
     """
     if noise is None:
         yield
         return
     found: Any = model
+    if getattr(found.config, "is_encoder_decoder", False):  # its one table may never be called
+        raise MismatchError(
+            "[training] neftune-alpha: this model looks words up in an encoder and a decoder",
+            fix="Leave neftune-alpha out.",
+        )
     hook = found.get_input_embeddings().register_forward_hook(
         lambda _module, _inputs, embedded: embedded + noise(embedded)
     )

@@ -53,6 +53,7 @@ class Task(ABC):
         words: whether the outputs are logits of the tokenizer's words. The loss of a frozen output
             layer is then taken over slices of the vocabulary, and only where a target is.
         causal: whether an output may depend on what stands before it alone.
+        one_table: whether all words enter the model through one table of embeddings.
         writes: whether the model can be asked for a text: metrics over texts need it.
         packs: whether several rows may be put into one sequence, where a token sees its own row alone.
         alone: whether the loss of an example depends on that example alone. Otherwise clients are
@@ -80,6 +81,7 @@ class Task(ABC):
     pools: ClassVar[bool] = False
     words: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    one_table: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     alone: ClassVar[bool] = True
@@ -239,6 +241,11 @@ class Task(ABC):
             return (
                 f"neftune-alpha = {training.neftune_alpha:g}: {self.name} reads no text, and NEFTune is "
                 "noise on the embeddings of words"
+            )
+        if training.neftune_alpha and not self.one_table:
+            return (
+                f"neftune-alpha = {training.neftune_alpha:g}: models of {self.name} look words up in an "
+                "encoder and a decoder, and NEFTune is for one table of embeddings; leave it out"
             )
         return None
 

@@ -37,6 +37,7 @@ class Seq2Seq(Task):
     columns = (columns.text("text"), columns.text("target"))
     metrics = (METRICS["perplexity"], METRICS["accuracy"])
     head = False
+    one_table = False
     words = True
     writes = True
 
