@@ -16,7 +16,7 @@ from fedft.server import identity
 from tests.clients.trainers.conftest import client_lines
 from tests.server.stage import until
 
-pytestmark = [pytest.mark.grpc, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
 
 Table = Callable[..., dict[str, Any]]
 CODE = """
@@ -75,7 +75,7 @@ class Site:
     def code(self, name: str) -> int | None:
         return self.processes[name].poll()
 
-    def ends(self, name: str, seconds: float = 200) -> int:
+    def ends(self, name: str, seconds: float = 400) -> int:
         return self.processes[name].wait(seconds)
 
     def said(self, name: str) -> str:
