@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedft.clients.engines.base import Trained
 from fedft.clients.engines.copied import Copied, Fingerprints, fingerprints, some
@@ -92,6 +92,10 @@ class TrainerEngine:
     ) -> Tally:
         """Score one adapter; see :class:`fedft.clients.engines.base.Engine`."""
         return self.loop.evaluate(adapter, delta, batches, layers)
+
+    def reference(self, batch: Batch) -> Tensor:
+        """See :class:`fedft.clients.engines.base.Engine`."""
+        return self.loop.reference(batch)
 
     def bare(self) -> AbstractContextManager[nn.Module]:
         """See :class:`fedft.clients.engines.base.Engine`."""
