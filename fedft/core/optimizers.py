@@ -160,3 +160,9 @@ def numbers_kept(training: Settings) -> int:
         optimizer.step()
     kept = [x for x in optimizer.state[probe].values() if isinstance(x, Tensor) and x.ndim]
     return -(-sum(x.numel() for x in kept) // probe.numel())
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step, of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -17,8 +17,9 @@ import fedft.server.verify
 from fedft.api import Run
 from fedft.clients import preflight as trial
 from fedft.clients.engines import cohort as engine
-from fedft.clients.engines.cohort import CohortEngine, RowsMismatch
+from fedft.clients.engines.cohort import CohortEngine
 from fedft.clients.engines.fallback import Fallback
+from fedft.clients.engines.passes import RowsMismatch
 from fedft.clients.resident import workbench
 from fedft.core.adapters.files import WEIGHTS
 from fedft.core.card import FACTS

@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedft.clients.engines.accumulation import passes
 from fedft.clients.engines.base import Trained
@@ -33,19 +32,27 @@ from fedft.clients.engines.frozen_blocks import Kept, Prefix
 from fedft.clients.engines.grouping import groups
 from fedft.clients.engines.item_losses import ItemLosses, per_item
 from fedft.clients.engines.neftune import Noise, noisy, together
-from fedft.clients.engines.passes import Pass, scale_of_rows, total
+from fedft.clients.engines.passes import (
+    Pass,
+    RowsMismatch,
+    of_each,
+    one_client,
+    rewind,
+    scale_of_rows,
+    segments_of,
+    total,
+)
 from fedft.clients.engines.references import References
 from fedft.clients.engines.rows import StackLosses, StackRows, records
 from fedft.clients.engines.stacked import (
     AdaptedLinear,
     Branch,
-    Segments,
     Stack,
     StackOptimizer,
     frozen,
     weight_of,
 )
-from fedft.clients.engines.unpadded import Packing, Step, form_now, here, join
+from fedft.clients.engines.unpadded import Packing, Step, here, join
 from fedft.clients.engines.writing import Writing
 from fedft.clients.methods import Method, asked, methods
 from fedft.core import seeds
@@ -69,10 +76,6 @@ from fedft.core.types import (
     TrainPlan,
     factor_name,
 )
-
-
-class RowsMismatch(MismatchError):
-    """A layer's input is not the rows of the batch, client by client: the engine does not hold."""
 
 
 class CohortEngine:
@@ -287,12 +290,12 @@ class CohortEngine:
     ) -> Iterator[None]:
         left, self._now = self._now, now
         after = [generator.get_state() for generator in now.generators]
-        _rewind(now.generators, drawn)
+        rewind(now.generators, drawn)
         try:
             with place:
                 yield
         finally:
-            _rewind(now.generators, after)
+            rewind(now.generators, after)
             self._now = left
 
     def _generators(self, plans: Sequence[TrainPlan]) -> list[torch.Generator]:
@@ -326,7 +329,7 @@ class CohortEngine:
             for batch in batches:
                 with self._wired(stack):
                     total += scored(batch)
-                with self._writing(Pass(_one_client(len(batch)), leaves, scales), stack):
+                with self._writing(Pass(one_client(len(batch)), leaves, scales), stack):
                     total += writing.tally(batch, whole=layers is None)
             return total
 
@@ -443,7 +446,7 @@ class CohortEngine:
         now = self._current()
         if now.bare:
             return frozen(linear, weight, x)
-        segments = self._segments(x)
+        segments = segments_of(now, x)
         mask = self._dropped(x) if now.generators else None
         A, B = now.leaves[factor_name(path, "A")], now.leaves[factor_name(path, "B")]
         R = now.leaves.get(factor_name(path, "R"))
@@ -454,38 +457,10 @@ class CohortEngine:
         y: Any = AdaptedLinear.apply(flat, weight, linear.bias, A, B, R, branch)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _segments(self, x: Tensor) -> Segments:
-        """How many of the vectors in ``x`` belong to each site."""
-        step, form = self._current().step, form_now()
-        rows, count = sum(step.rows), x.numel() // x.shape[-1]
-        if form == "packed":
-            fits = count == sum(step.tokens)
-        else:  # windows and experts of a row may lie beside each other, but no two rows' mixed
-            fits = count % rows == 0 and (form == "first" or x.shape[0] % rows == 0)
-        if not fits:
-            raise RowsMismatch(
-                f"a linear layer gets {list(x.shape)}, which {rows} rows of {len(step.rows)} clients do "
-                "not come to",
-                fix="Set [engine] cohort = 1.",
-            )
-        return step.tokens if form == "packed" else tuple(count // rows * n for n in step.rows)
-
     def _head(self, head: nn.Module, path: str, names: Sequence[str], x: Tensor) -> Tensor:
-        """A head module on each site's rows with that site's own tensors. x: [n, …]"""
         now = self._current()
-        stacked = {n.removeprefix(f"{PREFIX}{path}."): now.leaves[n] for n in names}
-        x = x.to(self._dtype)
-        rows = now.step.rows
-        if isinstance(head, nn.Linear) and len(set(rows)) == 1:
-            y = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]), stacked["weight"].mT)
-            y = y + stacked["bias"][:, None] if "bias" in stacked else y
-            return y.view(*x.shape[:-1], -1)
-        each = [
-            dict(zip(stacked, own, strict=True))
-            for own in zip(*(tensor.unbind() for tensor in stacked.values()), strict=True)
-        ]
-        parts = zip(each, x.split(rows), strict=True)
-        return torch.cat([functional_call(head, own, (x_k,)) for own, x_k in parts])
+        own = {n.removeprefix(f"{PREFIX}{path}."): now.leaves[n] for n in names}
+        return of_each(head, own, now.step.rows, x.to(self._dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Dropout's mask over ``x``, see :func:`~fedft.clients.engines.dropping.masks`."""
@@ -505,24 +480,12 @@ class CohortEngine:
         return None if answers is None else (args[0].flatten(0, 1)[answers][None],)
 
     def _output_layer(self) -> nn.Module | None:
-        if not self._task.words:
-            return None
         model: Any = self.base.model
-        return model.get_output_embeddings()
+        return model.get_output_embeddings() if self._task.words else None
 
     def _current(self) -> Pass:
         assert self._now is not None, "the base runs under our layers outside of a pass"
         return self._now
-
-
-def _one_client(rows: int) -> Step:
-    """What the layers have to know where all rows are one client's, and nothing is scored."""
-    return Step({}, torch.zeros(0), None, (0,), (rows,), (rows,), (1,), (rows,), None)
-
-
-def _rewind(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
 
 
 def _scale(adapter: Adapter) -> float:

@@ -8,7 +8,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from fedft.clients.engines.base import Engine, Trained
-from fedft.clients.engines.cohort import CohortEngine, RowsMismatch
+from fedft.clients.engines.cohort import CohortEngine
+from fedft.clients.engines.passes import RowsMismatch
 from fedft.core.metrics import Tally
 from fedft.core.spec import TaskSpec
 from fedft.core.sublayers import Layer

@@ -136,7 +136,8 @@ class LoopEngine(ABC):
         frozen = {n: p for n, p in self._named() if n not in named and n in present}
         rows = LoopRows(plan, named, frozen)
         applied = methods(rows)
-        optimizer = make_optimizer(trained, plan.training)
+        settings = optimizers.settings(plan.training)
+        optimizer = optimizers.make(plan.training, [{"params": trained, **settings}])
         rates = plan.training.rates(plan.round, len(batches))
         loss_sum, examples = 0.0, 0
         first: dict[str, float] = {}
@@ -148,7 +149,7 @@ class LoopEngine(ABC):
                 if plan.training.clip_norm is not None and not made:
                     nn.utils.clip_grad_norm_(trained, plan.training.clip_norm)
                 if rates is not None:
-                    set_rate(optimizer, rates(i))
+                    optimizers.set_rate(optimizer, rates(i))
                 optimizer.step()
                 loss_sum += loss * len(batch)
                 examples += len(batch)
@@ -495,18 +496,3 @@ class _Cored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.weight), self.core)
-
-
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], training: LocalTraining
-) -> torch.optim.Optimizer:
-    """A fresh optimiser, as :class:`~fedft.core.training.LocalTraining` describes it."""
-    return optimizers.make(
-        training, [{"params": list(parameters), **optimizers.settings(training)}]
-    )
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
