@@ -145,6 +145,7 @@ class Resident:
     _run: str = field(default="", init=False)
     _task: str = field(default="", init=False)
     _ledger: Ledger | None = field(default=None, init=False)
+    _told_infinite: bool = field(default=False, init=False)
     _bench: Workbench | None = field(default=None, init=False)
 
     def load(self, run: str, task: str, hashes: Mapping[str, str]) -> Offer:
@@ -344,7 +345,9 @@ class Resident:
         folder = self.site.ledger or default_ledgers()
         self._ledger = ledger = Ledger(folder, row_keys(task.data, task.model.task))
         self.tell(f"privacy ledger of these data: {ledger.path}")
-        if (before := ledger.account()).results:
+        before = ledger.account()
+        self._told_infinite = before.unprotected > 0
+        if before.results:
             self.tell(f"privacy spent before: {before.text()}")
 
     def _release(self, ticket: Ticket, plan: str) -> Release | None:
@@ -366,9 +369,11 @@ class Resident:
         policy, ledger = self.site.policy, self._ledger
         # Once more, as another client of this user may have answered while this one was at work.
         ledger.spend(release, lambda: policy.check_release(release, ledger, release.run))
-        account = self._ledger.account()
-        if release.mechanism != "none" or account.unprotected == 1:
+        account = ledger.account()
+        # ∞ once, not at every result; by what was told here, as the first may be another client's.
+        if release.mechanism != "none" or not self._told_infinite:
             self.tell(f"privacy spent: {account.text()}")
+        self._told_infinite = account.unprotected > 0
 
     def judged(self, ticket: Ticket, *, counted: bool) -> None:
         """See :class:`fedft.clients.work.Worker`."""

@@ -462,6 +462,25 @@ def test_a_plan_without_noise_and_one_with_less_are_entered_as_such(desk: Desk) 
     assert "without differential privacy" in desk.told[-1]
 
 
+def test_every_client_says_once_that_its_rows_have_no_protection(
+    desk: Desk, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also where another client of this user, on the same rows, was the first to enter a result."""
+    other = Desk(tiny_model, tmp_path / "own.jsonl", tmp_path, "another-run")
+    bare = replace(DP, dp_noise=0.0)
+    for round_ in (1, 2, 3):
+        for one in (other, desk):
+            assert not isinstance(one.train(bare, round_), Failure)
+    for one, results in ((other, "1 result"), (desk, "2 results")):
+        said = [line for line in one.told if "∞" in line]
+        assert len(said) == 1 and f"privacy spent: ε = ∞ over {results}, " in said[0]
+    later = Desk(tiny_model, tmp_path / "own.jsonl", tmp_path, "a-later-run")
+    later.train(bare)
+    assert [line.partition(":")[0] for line in later.told if "∞" in line] == [
+        "privacy spent before"
+    ]
+
+
 def test_a_run_that_trained_with_noise_never_trains_with_less(desk: Desk) -> None:
     """Row 72: without a policy of the client's, too."""
     desk.train(DP)
