@@ -36,6 +36,11 @@ def at_random(_: RawRows, test: RawRows) -> float:
     return float(np.mean(1 / np.arange(1, len(test) + 1)))
 
 
+def either(_: RawRows, __: RawRows) -> float:
+    """Accuracy of guessing which of two answers was chosen."""
+    return 0.5
+
+
 def always(_: RawRows, test: RawRows) -> float:
     """Micro F1 of every label for every row."""
     assert test.labels is not None
@@ -72,6 +77,7 @@ EXAMPLES: dict[str, tuple[str, Baseline]] = {
     "multi-label": ("label-micro-f1", always),
     "regression": ("mae", median),
     "token-classification": ("entity-f1", by_word),
+    "preference": ("accuracy", either),
 }
 """Name of an example → the metric that it is judged by, and the score without a model."""
 
