@@ -13,6 +13,7 @@ class Margin(Metric):
     higher = True
     sums: ClassVar = {"margin": Sum(whole=False)}
     needs_outputs = True
+    judges = frozenset({"pair"})
 
     def tally(self, found: Predictions) -> Sums:
         assert found.outputs is not None

@@ -17,6 +17,7 @@ class MeanReciprocalRank(Metric):
     percent = True
     sums: ClassVar = {"reciprocal-ranks": Sum(whole=False)}
     needs_outputs = True
+    judges = frozenset({"rank"})
 
     def tally(self, found: Predictions) -> Sums:
         from fedft.core.precise import widened

@@ -351,7 +351,9 @@ class Task(ABC):
         """Kinds of predictions that metrics are made for.
 
         ``class``: one class an item; ``labels``: any number of them a row; ``tags``: one for each word
-        of a row; ``number``: a number a row; ``word``: a word of the vocabulary, token by token.
+        of a row; ``number``: a number a row; ``word``: a word of the vocabulary, token by token;
+        ``rank``: how high the right one stands among all, in the outputs; ``pair``: two rewards a row,
+        that of the chosen one first, in the outputs.
         Default: as the columns with classes say.
         """
         if self.words:

@@ -94,6 +94,11 @@ class Preference(Task):
             where = ".".join(("objective", *map(str, first["loc"])))
             raise ValueError(f"{where}: {first['msg']}") from error
 
+    @property
+    def predicts(self) -> frozenset[str]:
+        """The rewards of both answers."""
+        return frozenset({"pair"})
+
     # ------------------------------------------------------------------------------- data
 
     def fault(self, row: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -56,6 +56,11 @@ class SentenceEmbeddings(Task):
     reads_model = frozenset({"embedding"})
     made_up = (2, 8)
 
+    @property
+    def predicts(self) -> frozenset[str]:
+        """How high its own positive stands for each text, among all."""
+        return frozenset({"rank"})
+
     def encode(self, rows: RawRows, encoder: Any, max_length: int) -> Encoded[Examples]:
         special = TextEncoder.of(encoder).special
         streams: dict[str, Stream] = {}
