@@ -71,7 +71,7 @@ def _rows(task_json: str, index: int) -> Examples:
     raw, manifest = _dataset(_data_of(task))
     own = raw.train.take(manifest.rows_of(index))
     tokenizer = load_tokenizer(resolve(task.model))
-    return tokens.classified(
+    return tokens.labelled(
         own.values["text"], own.one_label, tokenizer, task.data.max_length
     ).examples
 

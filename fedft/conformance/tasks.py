@@ -59,6 +59,8 @@ def rows_of(task: Task) -> RawRows | None:
     values: dict[str, Any] = {}
     labels: Any = None
     for place, column in enumerate(task.columns):
+        if column.optional:
+            continue
         if column.classes == "one":
             labels = np.arange(_ROWS, dtype=np.int64) % 3
         elif column.classes == "many":  # a label for each word

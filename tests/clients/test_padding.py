@@ -158,7 +158,7 @@ def test_a_row_has_one_answer(
     spec = saved(tmp_path / "model", model, tokenizer, configured)
     encoder = models.input_encoder(spec, tmp_path / "model")
     labels = np.arange(len(TEXTS)) % 3
-    examples = tokens.classified(TEXTS, labels, encoder, 40).examples
+    examples = tokens.labelled(TEXTS, labels, encoder, 40).examples
     adapter, every = adapter_of(spec), np.arange(len(TEXTS))
     batch = examples.collate(every)
 
@@ -200,7 +200,7 @@ def test_xlnet_is_padded_before_its_rows(tmp_path: Path) -> None:
     SAVED["xlnet"] = lambda: tr.XLNetForSequenceClassification(config)
     spec = saved(tmp_path / "model", "xlnet", "bert's", 0)
     encoder = models.input_encoder(spec, tmp_path / "model")
-    examples = tokens.classified(TEXTS, np.zeros(len(TEXTS), np.int64), encoder, 40).examples
+    examples = tokens.labelled(TEXTS, np.zeros(len(TEXTS), np.int64), encoder, 40).examples
     assert examples.side == "left" == encoder.tokenizer.padding_side
     model = models.load_base(spec, LORA, 2).model
     batch = examples.collate(np.arange(len(TEXTS)))

@@ -82,11 +82,12 @@ def test_every_condition_has_a_line_for_its_owner() -> None:
         "metrics": False,
         "sources": ("my/model",),
         "tasks": ("causal-lm",),
+        "trainers": ("their_module:make_trainer",),
     }
     for name, field in Policy.model_fields.items():
         value = changed.get(name, 4321)
         assert field.default != value
-        other = "\n".join(Policy(**{name: value}).lines())
+        other = "\n".join(Policy.model_construct(**{name: value}).lines())  # whoever may be named
         assert other != shown, f"{name} is not shown"
 
 
@@ -241,6 +242,9 @@ def test_a_check_of_a_task_that_was_joined_needs_no_server(
         Resident("ann", strict, kept, said.append, agreed, True).looked(*known)
 
 
+_SINGULAR = {"models": "model-sha256", "tasks": "task", "trainers": "trainer"}
+
+
 def test_the_options_of_the_command(tmp_path: Path, tiny_data: Path) -> None:
     """What a file can say that a command line would, has an option; a wrong one is a sentence."""
 
@@ -252,7 +256,7 @@ def test_the_options_of_the_command(tmp_path: Path, tiny_data: Path) -> None:
     for option in ("--policy", "--check", "--send-details", "--map-label", "--max-rows", "--text"):
         assert option in shown
     for name in Policy.model_fields:
-        option = {"models": "model-sha256", "tasks": "task"}.get(name, name.replace("_", "-"))
+        option = _SINGULAR.get(name, name.replace("_", "-"))
         in_file_only = name in ("most_rank", "most_parameters", "most_length", "sources", "classes")
         assert (f"--{option}" in shown) != in_file_only, name
     join = ("join", tmp_path / "a.kit", "--data", tiny_data)

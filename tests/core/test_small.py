@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedft.core import errors, seeds
 from fedft.core.overrides import overridden
+from fedft.core.schedules import Schedule
 from fedft.core.types import Adapter, Factors, LocalTraining, factor_name, module_of, part_of
 
 
@@ -109,6 +110,12 @@ def test_a_rule_can_ask_for_what_is_the_default() -> None:
         "tail_keep": 0.4,
         "dp_noise": 0.5,
         "dp_clip": 0.6,
+        "accumulate": 2,
+        "options": {"betas": (0.8, 0.9)},
+        "schedule": Schedule("linear"),
+        "label_smoothing": 0.1,
+        "class_weights": {"animal": 2.0},
+        "neftune_alpha": 5.0,
     }
     assert other.keys() == {f.name for f in fields(LocalTraining)} - {"asked"}
     table = LocalTraining(**other)

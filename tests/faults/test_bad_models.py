@@ -175,9 +175,9 @@ def test_plan_with_check_says_which_engine_trains(
     assert told["engine"] == {"engine": "loop" if cohort == 1 else "cohort", "why": ""}
     cli(["plan", str(tmp_path / "config.toml"), "--check"], standalone_mode=False)
     words = "one client after the other" if cohort == 1 else "several clients in one pass"
-    assert words in capsys.readouterr().out
+    assert f"\ntrains                {words}\n" in capsys.readouterr().out
     cli(["plan", str(tmp_path / "config.toml")], standalone_mode=False)
-    assert words not in capsys.readouterr().out
+    assert "\ntrains  " not in capsys.readouterr().out, "nothing was tried"
     assert not (tmp_path / "runs").exists()
 
 

@@ -242,12 +242,12 @@ def test_a_site_that_cannot_be_planned_costs_itself_its_place() -> None:
     assert value_of(completed) == pytest.approx(weighted(0, 2))
     [line] = [line for line in completed.replies if line["status"] != "ok"]
     assert (line["site"], line["code"]) == ("site-1", PLAN_FAILED)
-    assert line["reason"].startswith("KeyError: 4")
+    assert "KeyError: 4" in line["reason"]
 
 
 def test_in_a_simulation_the_same_exception_ends_the_run() -> None:
     """It is a mistake of ours; and the control of the test above."""
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="KeyError: 4"):
         one_round(replace(federation(), strategy=Picky()), ServerState(initial()))
 
 
@@ -257,7 +257,7 @@ def test_where_nobody_can_be_planned_the_run_pauses() -> None:
             raise KeyError(4)
 
     lost = replace(federation(retries=1), strategy=Useless(), real=True)
-    with pytest.raises(QuorumFailure, match="6 plan; the first: KeyError: 4"):
+    with pytest.raises(QuorumFailure, match=r"6 plan; the first: .*KeyError: 4"):
         list(rounds(lost, ServerState(initial())))
 
 
