@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedft
 from fedft.clients.engines.loop import LoopEngine
@@ -20,6 +21,11 @@ from fedft.server.config import RunConfig
 from fedft.server.config_file import parse_config
 
 OWN = "tests.clients.trainers.own_trainers"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "trainer"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [END] {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def reference(trainer: str) -> str:
@@ -51,6 +57,59 @@ def still_model(tiny_model: Path, tmp_path: Path) -> Path:
     about |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(about))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model of two blocks that knows eleven words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    words = ["[PAD]", "[UNK]", "[END]", "user", "assistant", ":", "what", "is", "a", "blue", "red"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_table(
+    tiny_table: Callable[..., dict[str, Any]], tiny_llama: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """Questions whose right answer is the same for all, and what is not."""
+    rows = tmp_path / "pairs.jsonl"
+    with rows.open("w") as file:
+        for i in range(80):
+            said = {"question": "what is a " + "a " * (i % 5), "answer": "blue", "rejected": "red"}
+            file.write(json.dumps(said) + "\n")
+    columns = {"prompt": "question", "answer": "answer"}
+    return tiny_table(
+        model={"source": str(tiny_llama), "task": "causal-lm"},
+        data={"source": str(rows), "partition": {"kind": "iid"}, "max-length": 32, **columns},
+        fleet={"clients": 4},
+        rounds={"count": 2, "per-round": 2, "evaluate-every": 2},
+        lora={"rank": 4, "alpha": 8, "target-modules": ["q_proj", "v_proj"]},
+    )
 
 
 class Room:

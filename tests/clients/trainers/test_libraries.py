@@ -1,7 +1,6 @@
 """TRL's trainers and Lightning's on networks of two small blocks, by the examples' own functions."""
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from fedft.core.examples import TokenExamples
 from fedft.core.types import TrainPlan
-from tests.clients.trainers.conftest import Room, federated
+from tests.clients.trainers.conftest import EXAMPLES, Room, federated
 
 pytestmark = [
     pytest.mark.slow,  # importing TRL takes longer than the training
@@ -21,11 +20,6 @@ pytestmark = [
 ]
 
 Table = Callable[..., dict[str, Any]]
-EXAMPLES = Path(__file__).parents[3] / "examples" / "trainer"
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [END] {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
 
 
 @pytest.fixture
@@ -43,60 +37,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return load
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    words = ["[PAD]", "[UNK]", "[END]", "user", "assistant", ":", "what", "is", "a", "blue", "red"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            eos_token_id=2,
-            bos_token_id=None,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def table(tiny_table: Table, tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
-    rows = tmp_path / "pairs.jsonl"
-    with rows.open("w") as file:
-        for i in range(80):
-            said = {"question": "what is a " + "a " * (i % 5), "answer": "blue", "rejected": "red"}
-            file.write(json.dumps(said) + "\n")
-    columns = {"prompt": "question", "answer": "answer"}
-    return tiny_table(
-        model={"source": str(tiny_llama), "task": "causal-lm"},
-        data={"source": str(rows), "partition": {"kind": "iid"}, "max-length": 32, **columns},
-        fleet={"clients": 4},
-        rounds={"count": 2, "per-round": 2, "evaluate-every": 2},
-        lora={"rank": 4, "alpha": 8, "target-modules": ["q_proj", "v_proj"]},
-    )
-
-
 @pytest.mark.parametrize("script", ["train", "dpo"])
 def test_trl_trains_what_it_is_given_and_wraps_nothing(
-    table: dict[str, Any], scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
+    chat_table: dict[str, Any], scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = Room(table)
+    room = Room(chat_table)
     assert isinstance(room.bench.data.train, TokenExamples)
     engine = room.engine("plain")
     monkeypatch.setattr(engine, "_make", scripts(script).make_trainer)
@@ -117,9 +62,9 @@ def test_trl_trains_what_it_is_given_and_wraps_nothing(
 
 @pytest.mark.parametrize("script", ["train", "dpo"])
 def test_a_part_that_the_plan_leaves_stays_with_trl_too(
-    table: dict[str, Any], scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
+    chat_table: dict[str, Any], scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = Room(table)
+    room = Room(chat_table)
     engine = room.engine("plain")
     monkeypatch.setattr(engine, "_make", scripts(script).make_trainer)
     plan = room.plan(train=frozenset({"B"}))
@@ -130,9 +75,11 @@ def test_a_part_that_the_plan_leaves_stays_with_trl_too(
 
 
 @pytest.mark.parametrize("script", ["train", "dpo"])
-def test_whole_runs_learn(table: dict[str, Any], scripts: Any, script: str, tmp_path: Path) -> None:
+def test_whole_runs_learn(
+    chat_table: dict[str, Any], scripts: Any, script: str, tmp_path: Path
+) -> None:
     """The right answer is the same for all: its perplexity falls below that of the base."""
-    learnt = federated(table, scripts(script).make_trainer, tmp_path / "run")
+    learnt = federated(chat_table, scripts(script).make_trainer, tmp_path / "run")
     final = learnt.metrics["final"]
     assert [line["failures"] for line in learnt.rounds] == [{}, {}]
     assert final["perplexity"] < 11  # of eleven words, one after the other at random

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import tomli_w
 
 import fedft
 from fedft.server import identity
-from tests.clients.trainers.conftest import client_lines
+from tests.clients.trainers.conftest import EXAMPLES, client_lines
 from tests.server.stage import until
 
 pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
@@ -37,7 +39,7 @@ def at_one(model, rows, settings):
 
 
 class Site:
-    """A server and its clients, each a command of its own, each in a folder with the user's module."""
+    """A server and its clients, each a command of its own, each in a folder with the user's modules."""
 
     def __init__(self, folder: Path, table: dict[str, Any], data: Path) -> None:
         self.folder, self.table, self.data = folder, table, data
@@ -48,6 +50,7 @@ class Site:
         here = self.folder / name
         here.mkdir()
         (here / "their_code.py").write_text(CODE)
+        shutil.copy(EXAMPLES / "train.py", here / "their_sft.py")
         environment = {**os.environ, "PYTHONPATH": str(Path(fedft.__file__).parents[1])}
         with (here / "log").open("w") as log:
             self.processes[name] = subprocess.Popen(
@@ -88,14 +91,15 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_table: Table, tiny_data: Path) -> Iterator[Callable[[str], Site]]:
+def site(tmp_path: Path, tiny_table: Table, tiny_data: Path) -> Iterator[Callable[..., Site]]:
     made: list[Site] = []
 
-    def make(trainer: str) -> Site:
+    def make(trainer: str, table: dict[str, Any] | None = None) -> Site:
+        table, data = (tiny_table(), tiny_data) if table is None else (table, None)
         rounds = {"count": 2, "per-round": 2, "quorum": 1, "evaluate-every": 2, "gather-s": 2}
-        table = tiny_table(rounds={**rounds, "deadline-s": 60})
+        table["rounds"] = {**rounds, "deadline-s": 400}
         table["training"] = {"batch-size": 16, "lr": 1e-2, "trainer": trainer}
-        made.append(Site(tmp_path, table, tiny_data))
+        made.append(Site(tmp_path, table, data or Path(table["data"]["source"])))
         return made[-1]
 
     yield make
@@ -107,7 +111,7 @@ def site(tmp_path: Path, tiny_table: Table, tiny_data: Path) -> Iterator[Callabl
 
 
 def test_a_client_trains_by_the_name_that_its_policy_has_and_another_is_refused(
-    site: Callable[[str], Site],
+    site: Callable[..., Site],
 ) -> None:
     """The server sends the name; who has not named it imports nothing, and both sides are told."""
     name = "their_code:make_trainer"
@@ -142,7 +146,7 @@ def test_a_client_trains_by_the_name_that_its_policy_has_and_another_is_refused(
 
 
 def test_what_fails_at_one_client_is_told_there_with_its_line_and_ends_no_round(
-    site: Callable[[str], Site],
+    site: Callable[..., Site],
 ) -> None:
     name = "their_code:at_one"
     here = site(name)
@@ -165,3 +169,25 @@ def test_what_fails_at_one_client_is_told_there_with_its_line_and_ends_no_round(
     server = here.said("server") + "".join(map(str, bad))
     assert "the row says" not in server and "their_code.py" not in server  # it quotes the data
     assert all("the trainer of this run failed there (training)" in x["reason"] for x in bad)
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
+def test_an_sfttrainer_trains_at_real_clients(
+    site: Callable[..., Site], chat_table: dict[str, Any]
+) -> None:
+    """The right answer is the same for all: its perplexity falls below that of the base."""
+    name = "their_sft:make_trainer"
+    here = site(name, chat_table)
+    here.serve(2)
+    columns = ["--prompt", "question", "--answer", "answer"]
+    here.join("ann", "--trainer", name, *columns)
+    here.join("bob", "--trainer", name, *columns)
+    assert here.ends("server") == 0, here.said("server")
+    run = fedft.Run(here.run_dir)
+    assert [line["failures"] for line in run.rounds] == [{}, {}], here.said("ann")
+    lines = client_lines(run)
+    assert {line["status"] for line in lines} == {"ok"}
+    assert sorted(line["site"] for line in lines) == ["ann", "ann", "bob", "bob"]
+    assert all(line["steps"] == 4 and line["loss"] > 0 for line in lines)
+    assert run.metrics["final"]["perplexity"] < 11  # of eleven words, at random
+    assert here.ends("ann") == here.ends("bob") == 0, here.said("ann") + here.said("bob")
