@@ -95,8 +95,8 @@ def check(training: Settings) -> None:
         if value and key in training.options:
             word = key.replace("_", "-")
             raise ValueError(f"{word} stands in [training] and among the optimiser's options")
-        if value and key not in known and (name, key) != ("adamw", "momentum"):
-            raise ValueError(f"{key.replace('_', '-')} = {value:g}: {name} has none")
+        if value and key not in known:
+            raise ValueError(f"{key.replace('_', '-')} = {value:g}: {name} has none; leave it out")
     make(training, [{"params": [torch.zeros(2, 2, requires_grad=True)], **settings(training)}])
 
 
