@@ -136,7 +136,8 @@ def make(
         first = {k: v for k, v in groups[0].items() if k != "params"}
         return made(list(groups), **first, **how)
     except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"optimizer {name}: {error}") from error
+        where = "; momentum is a key of [training]" if "momentum" in str(error).lower() else ""
+        raise ValueError(f"optimizer {name}: {error}{where}") from error
 
 
 def check_shapes(training: Settings, shapes: Sequence[Sequence[int]]) -> None:
