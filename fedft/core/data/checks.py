@@ -141,7 +141,7 @@ def checked(
     if own and usable.any():
         kept = np.flatnonzero(usable)
         flat = [name for c in own for name in _flat(c, taken(values[c.key], kept))]
-        names = tuple(classes or _class_names(flat, table, bad, spec.key(own[0].key)))
+        names = tuple(classes or _class_names(flat, table, bad, spec.key(own[0].key), task.name))
         for column in own:
             known = partial(_unknown, frozenset(names), column)
             _strike(usable, table, values[column.key], column.key, known, bad)
@@ -278,12 +278,16 @@ def _unknown(known: frozenset[str], column: Column, value: Any) -> str | None:
     return f"{found[:40]!r} is none of the {len(known)} classes ({few}) of the training data"
 
 
-def _class_names(values: Sequence[str], table: RawTable, bad: BadRows, key: str) -> list[str]:
+def _class_names(
+    values: Sequence[str], table: RawTable, bad: BadRows, key: str, task: str
+) -> list[str]:
     names = sorted(set(values))
     if len(names) < 2:
         bad.check()
         raise MismatchError(
-            f"{table.source} has {len(names)} class; classification needs two or more",
+            f"{table.source} has "
+            f"{f'only the class {names[0][:40]!r}' if names else 'no class at all'}; {task} needs two "
+            "or more",
             fix=f"check {key}, the column with the classes",
         )
     integers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)

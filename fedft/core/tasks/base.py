@@ -67,6 +67,8 @@ class Task(ABC):
         refers: whether rows are weighed as wholes against what the base gives them without an
             adapter: the engines hand both to :meth:`referred`, and ``loss`` gets what that makes
             of them. Needs ``words``.
+        usage: a line of Markdown for the card of an adapter: how a row is put into the model, where
+            that is more than a call of the tokenizer.
     """
 
     name: ClassVar[str]
@@ -90,6 +92,7 @@ class Task(ABC):
     made_up: ClassVar[tuple[int, ...] | None] = None
     each: ClassVar[int] = 1
     refers: ClassVar[bool] = False
+    usage: ClassVar[str] = ""
 
     def with_objective(self, table: Mapping[str, Any]) -> "Task":
         """The same task with the numbers of its loss as ``[model] objective`` has them.

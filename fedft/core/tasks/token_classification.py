@@ -41,6 +41,12 @@ class TokenClassification(Task):
         METRICS["macro-f1"],
     )
 
+    usage = (
+        "A row is a list of words (`is_split_into_words=True`), and a word's class is read at its first "
+        "token. Where the tokenizer tells words by the space before them, as those of GPT-2 and RoBERTa, "
+        'each word but the first is given with it: `[words[0], *(" " + w for w in words[1:])]`.'
+    )
+
     @property
     def predicts(self) -> frozenset[str]:
         """One class for each word, and with the words of a row in order, tags."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedft.core.errors import ConfigError
 from fedft.core.metrics import METRICS
 from fedft.core.tasks import TASKS, task_of
 from fedft.report.page import of_run
@@ -54,3 +55,25 @@ def test_a_run_is_judged_by_all_that_its_task_can_have(
         theirs = scores[3][key]
         assert (value is None) == (theirs is None)
         assert value is None or math.isclose(value, theirs, rel_tol=1e-5, abs_tol=1e-6), key
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_texts_are_judged_where_something_stands_before_them(
+    prompted: bool, folder_of: Any, tmp_path: Path
+) -> None:
+    """Plain text has no prompt that the model could go on from: told before anything is trained."""
+    table = table_of("causal-lm", folder_of("causal-lm"), tmp_path, 1)
+    table["data"] |= {
+        "format": "prompt-answer" if prompted else "text",
+        "partition": {"kind": "iid"},
+    }
+    rows = [{"prompt": "old fur", "answer": "leaf root", "text": "leaf root seed"}] * 30
+    Path(table["data"]["source"]).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    table["rounds"] = {"count": 1, "per-round": 1}
+    table["evaluation"] = {"metrics": ["exact-match"], "max-new-tokens": 2}
+    if prompted:
+        run = simulate(parse_config(table), tmp_path / "run").path
+        assert json.loads((run / "rounds.jsonl").read_text())["eval"]["exact-match"] is not None
+        return
+    with pytest.raises(ConfigError, match="exact-match: the model is to go on from a prompt"):
+        simulate(parse_config(table), tmp_path / "run")

@@ -1,6 +1,7 @@
 """Whole runs of every task: both engines agree, what is exported is stock, every metric is reported."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,23 @@ def test_a_run_of_every_task(name: str, folder_of: Any, tmp_path: Path) -> None:
         engine = json.loads((run.directory / "environment.json").read_text())["engine"]
         assert engine["engine"] == ("cohort" if cohort > 1 and task.alone else "loop")
         assert task.alone or cohort == 1 or "depends on others" in engine["why"]
+        if cohort == 1:
+            _its_card_loads_it(run, tmp_path / "export")
     for key, tensor in tensors[1].items():
         assert torch.allclose(tensors[3][key], tensor, atol=2e-5), key
+
+
+def _its_card_loads_it(run: Run, folder: Path) -> None:
+    """The lines of Python on the card, as they stand, give the adapter's own tensors."""
+    run.adapter("last").save_pretrained(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    told: dict[str, Any] = {}
+    exec(code.replace('"FOLDER"', repr(str(folder))), told)
+    mine, theirs = run.adapter("last").factors().tensors(), told["model"].state_dict()
+    for key, tensor in mine.items():
+        found = [value for name, value in theirs.items() if name.replace(".default", "") == key]
+        head = [v for n, v in theirs.items() if n.replace(".modules_to_save.default", "") == key]
+        assert torch.equal(torch.as_tensor((found + head)[-1]), tensor), key
 
 
 @pytest.mark.parametrize("name", ALONE)
