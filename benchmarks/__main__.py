@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-SECTIONED = ("cohort", "engines", "federation", "registered")
+SECTIONED = ("cohort", "engines", "federation", "registered", "tasks")
 FULL = (*SECTIONED, "aggregation", "overhead", "memory")
 
 

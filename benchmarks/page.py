@@ -51,6 +51,8 @@ def page(folder: Path) -> tuple[dict[str, str], str]:
             parts += [f"## {title}\n", f"![{alt}](figures/{name}.svg)\n", table(found)]
     if federation := sections("federation", folder):
         parts += ["## The federation around the training\n", _federation_rows(federation)]
+    if tasks := sections("tasks", folder):
+        parts += ["## Every task in the cohort engine\n", _task_rows(tasks)]
     if memory := sections("memory", folder):
         parts += ["## Memory of local training\n", _memory_rows(memory)]
     if (folder / "aggregation.json").exists():
@@ -206,6 +208,28 @@ def _registered_rows(found: Sections) -> str:
         for fleet, own in found[key]["fleets"].items()
     ]
     return _markdown(["clients a round", "start-up s", "s a round", "peak MiB"], rows)
+
+
+def _task_rows(found: Sections) -> str:
+    """A row a task: eight clients one after the other, and together."""
+    rows = [
+        [
+            f"`{own['task']}`",
+            own["model"].partition(":")[2] or own["model"],
+            str(own["batch"]),
+            *(f"{own[engine]['median']:.1f}" for engine in ("loop", "cohort")),
+            f"{own['gain']['median']:.2f} ({own['gain']['low']:.2f}–{own['gain']['high']:.2f})",
+            f"{own['difference']:.0e}",
+        ]
+        for own in found.values()
+    ]
+    about = (
+        "Eight clients of two steps each on the data of `examples/tasks`, one thread, float32, SGD; CPU "
+        "milliseconds a row, medians of five turns. The last column is the largest difference between the "
+        "adapters of both engines.\n"
+    )
+    head = ["task", "model", "batch", "plain loop", "cohort of 8", "gain", "difference"]
+    return about + "\n" + _markdown(head, rows)
 
 
 def _memory_rows(found: Sections) -> str:
