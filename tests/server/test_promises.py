@@ -19,7 +19,7 @@ from fedft.clients import preflight as trial
 from fedft.clients.engines import cohort as engine
 from fedft.clients.engines.cohort import CohortEngine
 from fedft.clients.engines.fallback import Fallback
-from fedft.clients.engines.passes import RowsMismatch
+from fedft.clients.engines.passes import Pass, RowsMismatch, segments_of
 from fedft.clients.resident import workbench
 from fedft.core.adapters.files import WEIGHTS
 from fedft.core.card import FACTS
@@ -64,15 +64,15 @@ def test_a_cohort_engine_that_mixes_clients_is_noticed_and_stands_aside(
     """Row 2 gets the factors of row 1's client: what a transposed activation would come to."""
     config = config_of(tiny_table)
     plain = simulate(config_of(tiny_table, engine={"cohort": 1}), tmp_path / "plain")
-    real = CohortEngine._segments
+    real = segments_of
 
-    def shifted(self: CohortEngine, x: torch.Tensor) -> tuple[int, ...]:
-        found = real(self, x)
+    def shifted(now: Pass, x: torch.Tensor) -> tuple[int, ...]:
+        found = real(now, x)
         if len(found) < 2:
             return found
         return (found[0] + 1, *found[1:-1], found[-1] - 1)
 
-    monkeypatch.setattr(CohortEngine, "_segments", shifted)
+    monkeypatch.setattr("fedft.clients.engines.cohort.segments_of", shifted)
     notes = Notes()
     run = simulate(config, tmp_path / "run", trackers=[notes])
     known = run.environment()["engine"]
@@ -110,7 +110,7 @@ def test_an_engine_that_raises_is_set_aside(
     def broken(*_: Any) -> Any:
         raise RuntimeError("split_with_sizes expects split_sizes to sum exactly to 5")
 
-    monkeypatch.setattr(CohortEngine, "_segments", broken)
+    monkeypatch.setattr("fedft.clients.engines.cohort.segments_of", broken)
     verdict = check(config_of(tiny_table))
     assert verdict.engine == "loop" and "split_with_sizes" in verdict.why
 
