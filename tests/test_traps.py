@@ -240,7 +240,7 @@ DATA: dict[str, tuple[str, bytes, str]] = {
     "twice": ("d.csv", b"text,label,text\na,b,c\n", "'text' stands there 2 times"),
     "ragged": ("d.csv", b"text,label\na,b\nc\nd,e,f\ng,h\n", "2 bad rows"),
     "open quote": ("d.csv", b'text,label\na,b\n"c,d\ne,f\n', "is a quote left open"),
-    "one class": ("d.jsonl", LINES.replace(b'"b"', b'"a"'), "has 1 class"),
+    "one class": ("d.jsonl", LINES.replace(b'"b"', b'"a"'), "has only the class .a.; classification needs two"),
     "no label": ("d.jsonl", lines({"text": "x"}), "d.jsonl:41: label: missing"),
     "NaN": ("d.jsonl", LINES + b'{"text": NaN, "label": NaN}\n', "d.jsonl:41: text: missing"),
     "numbers": ("d.jsonl", lines({"text": 3, "label": "a"}), "d.jsonl:41: text: text is expected, got int"),
