@@ -73,6 +73,8 @@ class Pipe:
             raise Broken(f"nothing was heard for {silence:.0f} s") from None
         except grpc.aio.AioRpcError as error:
             raise _broken(error) from None
+        except asyncio.CancelledError:
+            raise _ended() from None
         finally:
             self._reading = False
         if message is _EOF:
@@ -99,6 +101,8 @@ class Pipe:
                 raise _broken(error) from None
             except asyncio.InvalidStateError:
                 raise Broken("the stream has ended") from None
+            except asyncio.CancelledError:
+                raise _ended() from None
 
     async def send(self, content: RecordDict) -> None:
         """Write the tensors of a content whose header was said before."""
@@ -141,6 +145,16 @@ async def first_to_end(*work: Any) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+def _ended() -> BaseException:
+    """What a cancellation comes to: gRPC raises one, too, where the call was given up and not the task.
+
+    A reader that has waited too long gives up the call, under the hands of whoever writes.
+    """
+    task = asyncio.current_task()
+    own = task is not None and task.cancelling() > 0
+    return asyncio.CancelledError() if own else Broken("the stream has ended")
 
 
 def _broken(error: grpc.aio.AioRpcError) -> Broken:
