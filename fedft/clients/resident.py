@@ -275,14 +275,7 @@ def _manifest(task: TaskSpec, data: Data) -> Manifest:
         return partition.undivided(len(data.train), task.site)
     if task.manifest and Path(task.manifest).is_dir():
         return partition.load(Path(task.manifest), task.fingerprint)
-    manifest = partition.build(
-        task.data.partition,
-        examples=len(data.train),
-        clients=task.clients,
-        seed=task.seed,
-        labels=data.strata,
-        owners=data.owners,
-    )
+    manifest = partition.divided(task.data.partition, data, task.clients, task.seed)
     if task.fingerprint and manifest.fingerprint != task.fingerprint:
         raise MismatchError(
             f"the data here are partitioned otherwise (manifest {manifest.fingerprint[:12]}) "

@@ -21,12 +21,13 @@ from fedft.server import starting
 from fedft.server.config import RunConfig
 from fedft.server.deadline import Pace, pace_of
 from fedft.server.inputs import check_rank, check_training, data_of, remarks
-from fedft.server.local import forecast_training, training_lines
+from fedft.server.local import TRAINS, forecast_training, training_lines
 from fedft.server.privacy import forecast_privacy, promises
 from fedft.server.pruning import granularity, narrowed, pruning_of, site_footprint
 from fedft.server.resolve import resolved
 from fedft.server.traffic import counted, shares, varies
 from fedft.strategies.beside import check_beside
+from fedft.strategies.blame import blamed
 
 
 def forecast(config: RunConfig) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     if config.lora.start is not None:
         starting.read(config, shapes, Path(config.lora.start))
     initial = models.initial_adapter(shapes, config.lora, config.rank, config.seed)
-    state = config.rule(len(data.classes)).init(initial)
+    rule = config.rule(len(data.classes))
+    with blamed(rule, "starting"):
+        state = rule.init(initial)
     if config.lora.init != "default":  # of the shapes of what was taken out of the base
         state = replace(state, delta=initial.factors)
     ranks = shares(config)
@@ -138,14 +141,7 @@ def _packing(config: RunConfig, data: Data) -> dict[str, Any]:
     """How many sequences the clients' rows come to, where they are packed."""
     if not config.data.packing:
         return {}
-    manifest = partition.build(
-        config.data.partition,
-        examples=len(data.train),
-        clients=config.fleet.clients,
-        seed=config.seed,
-        labels=data.strata,
-        owners=data.owners,
-    )
+    manifest = partition.divided(config.data.partition, data, config.fleet.clients, config.seed)
     lengths, capacity = data.train.lengths, config.data.max_length
     looked = range(min(len(manifest), _PACKED_CLIENTS))
     own = [
@@ -256,9 +252,8 @@ def as_text(config: RunConfig, cost: dict[str, Any]) -> str:
             "transformers and peft, and no model"
         )
     if config.training.trainer is None and (engine := cost.get("engine")) is not None:
-        names = {"cohort": "several clients in one pass", "loop": "one client after the other"}
         why = f": {engine['why']}" if engine["why"] else ""
-        lines.append(f"trains                {names[engine['engine']]}{why}")
+        lines.append(f"trains                {TRAINS[engine['engine']]}{why}")
     if (trainer := config.training.trainer) is not None:
         lines.append(
             f"trains                by {trainer}, a plain loop of your own: one client after the other; "

@@ -9,6 +9,9 @@ from fedft.core.schedules import Schedule
 from fedft.core.tasks import task_of
 from fedft.server.config import RunConfig
 
+TRAINS = {"cohort": "several clients in one pass", "loop": "one client after the other"}
+"""Engine → how it trains, in words."""
+
 
 def forecast_training(config: RunConfig, rows: int) -> dict[str, Any]:
     """Steps and learning rates of a client of mean size.
@@ -78,8 +81,7 @@ def training_lines(found: dict[str, Any], *, tried: bool = False) -> list[str]:
             f" at the start, {lr['peak']:.3g} at its peak, {lr['end']:.3g} at the last step "
             f"({found['schedule']} over {whole})"
         )
-    names = {"cohort": "several clients in one pass", "loop": "one client after the other"}
-    steps, engine = found["steps"], "" if tried else f"; {names[found['engine']]}"
+    steps, engine = found["steps"], "" if tried else f"; {TRAINS[found['engine']]}"
     return [
         f"a client's round      {steps:,} step{'s' * (steps != 1)} of {found['step_rows']:,} examples{parts} "
         f"on {found['rows']:,} rows, a client of mean size; {found['steps_in_all']:,} in all",

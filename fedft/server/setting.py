@@ -210,14 +210,7 @@ def _frozen_partition(
         manifest = partition.load(run.partition, recorded["partition"])
         manifest.verify()
         return manifest
-    manifest = partition.build(
-        config.data.partition,
-        examples=len(data.train),
-        clients=config.fleet.clients,
-        seed=config.seed,
-        labels=data.strata,
-        owners=data.owners,
-    )
+    manifest = partition.divided(config.data.partition, data, config.fleet.clients, config.seed)
     manifest.save(run.partition)
     facts = _facts(config, data, special)
     if code := outside(config):
@@ -246,11 +239,12 @@ def first_state(
     see :func:`fedft.core.models.start.drawn`.
     """
     lora, rule = config.lora, config.rule(classes)
-    if start is not None:
-        return rule.init(start)
-    initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
+    if start is None:
+        initial = models.initial_adapter(shapes, lora, config.rank, config.seed)
+    else:
+        initial = start
     delta: Delta = {}
-    if family_of(lora).draws(lora):
+    if start is None and family_of(lora).draws(lora):
         from fedft.core.models.start import drawn  # peft takes a second to import
 
         initial, delta = drawn(config.model, lora, initial, config.seed)

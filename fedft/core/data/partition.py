@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.core.data.source import codes
+from fedft.core.data.source import Data, codes
 from fedft.core.errors import ConfigError, IntegrityError, MismatchError, SecurityRefusal
 from fedft.core.extras import extra
 from fedft.core.files import MIB, open_plain, read_plain
@@ -165,6 +165,18 @@ _UNREADABLE = (
 def _plain(path: Path) -> Path:
     open_plain(path, within=path.parent).close()
     return path
+
+
+def divided(spec: PartitionSpec, data: Data, clients: int, seed: int) -> Manifest:
+    """The training rows of a run's data, divided among its clients; see :func:`build`."""
+    return build(
+        spec,
+        examples=len(data.train),
+        clients=clients,
+        seed=seed,
+        labels=data.strata,
+        owners=data.owners,
+    )
 
 
 def build(
