@@ -6,7 +6,7 @@ A name is one of three:
     clipped-mean                registered by an installed package, as an entry point of the kind's
                                 group (``fedft.strategies``, ``fedft.tasks``, ``fedft.metrics``,
                                 ``fedft.methods``, ``fedft.compressors``, ``fedft.meters``,
-                                ``fedft.trackers``)
+                                ``fedft.trackers``, ``fedft.trainers``)
     my_package.rules:MyRule     what the module ``my_package.rules`` calls ``MyRule``
 
 Listing names imports nothing, and neither does looking up a name of fedft's own. An entry point is

@@ -44,9 +44,7 @@ def _fault(before: ServerState, after: object) -> str | None:
         (before.slots, after.slots),
     )
     for old, new in pairs:
-        for name in (n for n in old if n in new):
-            if new[name].dtype != old[name].dtype:
-                return (
-                    f"{name} as {new[name].dtype} for round {after.round}; it was {old[name].dtype}"
-                )
+        for name, was in old.items():
+            if name in new and new[name].dtype != was.dtype:
+                return f"{name} as {new[name].dtype} for round {after.round}; it was {was.dtype}"
     return None
