@@ -50,6 +50,8 @@ def test_a_reader_that_gives_up_leaves_a_broken_stream_to_writers_and_readers() 
                 await pipe.say(heartbeat=pb.Heartbeat())
         with pytest.raises(Broken):
             await pipe.read(0.2)
+        with pytest.raises(Broken):
+            await pipe.part(0.2)
 
     with_pipe(scene)
 

@@ -6,7 +6,8 @@ tell it from what the other end says.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -68,13 +69,10 @@ class Pipe:
         self._reading = True
         try:
             async with asyncio.timeout(silence):
-                message = await self._call.read()
+                with _broken_alone():
+                    message = await self._call.read()
         except TimeoutError:
             raise Broken(f"nothing was heard for {silence:.0f} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise _broken(error) from None
-        except asyncio.CancelledError:
-            raise _ended() from None
         finally:
             self._reading = False
         if message is _EOF:
@@ -94,15 +92,10 @@ class Pipe:
         async with self._writing:
             try:
                 async with asyncio.timeout(self._stall):
-                    await self._call.write(self._outgoing(**body))
+                    with _broken_alone():
+                        await self._call.write(self._outgoing(**body))
             except TimeoutError:
                 raise Broken(f"the other side took nothing for {self._stall:.0f} s") from None
-            except grpc.aio.AioRpcError as error:
-                raise _broken(error) from None
-            except asyncio.InvalidStateError:
-                raise Broken("the stream has ended") from None
-            except asyncio.CancelledError:
-                raise _ended() from None
 
     async def send(self, content: RecordDict) -> None:
         """Write the tensors of a content whose header was said before."""
@@ -124,14 +117,17 @@ class Pipe:
 
         Raises:
             TimeoutError: it did not within ``linger`` seconds.
+            Broken: the stream has ended before that.
         """
-        await self._call.done_writing()
+        with _broken_alone():
+            await self._call.done_writing()
         if self._reading:  # somebody else sees the end
             await asyncio.sleep(linger)
             return
         async with asyncio.timeout(linger):
-            while await self._call.read() is not _EOF:
-                pass
+            with _broken_alone():
+                while await self._call.read() is not _EOF:
+                    pass
 
 
 async def first_to_end(*work: Any) -> None:
@@ -147,16 +143,23 @@ async def first_to_end(*work: Any) -> None:
         task.result()
 
 
-def _ended() -> BaseException:
-    """What a cancellation comes to: gRPC raises one, too, where the call was given up and not the task.
+@contextmanager
+def _broken_alone() -> Generator[None]:
+    """Whatever gRPC raises inside is :class:`Broken`.
 
-    A reader that has waited too long gives up the call, under the hands of whoever writes.
+    That includes a cancellation which is not the task's own: a reader that has waited too long gives up
+    the call, and gRPC cancels whoever is at a write of it.
     """
-    task = asyncio.current_task()
-    own = task is not None and task.cancelling() > 0
-    return asyncio.CancelledError() if own else Broken("the stream has ended")
-
-
-def _broken(error: grpc.aio.AioRpcError) -> Broken:
-    details = (error.details() or "")[:200]
-    return Broken(f"no connection ({error.code().name.lower()}: {details})", error.code())
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        details = (error.details() or "")[:200]
+        why = f"no connection ({error.code().name.lower()}: {details})"
+        raise Broken(why, error.code()) from None
+    except asyncio.InvalidStateError:
+        raise Broken("the stream has ended") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Broken("the stream has ended") from None
