@@ -94,8 +94,6 @@ def label_fault(value: object, _: Path | None = None) -> str | None:
 
 
 def _labels_fault(value: object, folder: Path) -> str | None:
-    if value is None or value == "":
-        return "missing or empty"
     if not isinstance(value, list | tuple):
         return _list_expected("labels", value)
     items = cast("list[Any]", value)
@@ -103,8 +101,6 @@ def _labels_fault(value: object, folder: Path) -> str | None:
 
 
 def _words_fault(value: object, folder: Path) -> str | None:
-    if value is None or value == "":
-        return "missing or empty"
     if not isinstance(value, list | tuple):
         return _list_expected("words", value)
     items = cast("list[Any]", value)
@@ -115,6 +111,8 @@ def _words_fault(value: object, folder: Path) -> str | None:
 
 
 def _list_expected(what: str, value: object) -> str:
+    if value is None or value == "":
+        return "missing or empty"
     told = f"a list of {what} is expected, got {kind_of(value)}"
     if isinstance(value, str):
         told += ' (in a cell of CSV a list is spelt in JSON: ["a", "b"])'
